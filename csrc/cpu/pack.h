@@ -1,0 +1,166 @@
+// Packing: the operands of the block kernels in the order in which they are read.
+//
+//   features  [feature / depth][row] of one tile of rows: a vector holds one feature (or a pair, for bfloat16 dot
+//             products) of kLanes consecutive rows of the batch. Forward and grad_input read it.
+//   rows      [feature block][row / depth][feature in block]: a vector holds kLanes consecutive features of one row (or
+//             row pair). grad_values reads it.
+//
+// What lies outside the matrix is packed as zero, so kernels know no edges.
+#pragma once
+
+#include "activation.h"
+
+namespace sparsenet::cpu::SPARSENET_ISA {
+namespace {
+
+// How operands are held while computing: element by element in T, or (AVX512-BF16) as pairs of bfloat16 in 32 bits.
+template <typename T> struct Single {
+  using Packed = T;
+  using Accumulator = T;
+  static constexpr int kDepth = 1;
+  SPARSENET_INLINE static Vec<T> multiply_add(Vec<T> acc, T weight, Vec<T> x) { return acc + broadcast(weight) * x; }
+};
+#if defined(__AVX512BF16__)
+struct Pair {
+  using Packed = uint32_t;
+  using Accumulator = float;
+  static constexpr int kDepth = 2;
+  SPARSENET_INLINE static Vec<float> multiply_add(Vec<float> acc, uint32_t weights, Vec<uint32_t> x) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(weights)), (__m512bh)x);
+  }
+};
+#endif
+
+// A gradient before its activation, row by row: grad_y * activation'(saved); with Activation::none just the matrix.
+template <typename S> struct Rows {
+  const S* data;
+  int64_t stride;
+  const S* saved; // same shape and meaning as LinearBackward::saved; null with Activation::none
+  int64_t saved_stride;
+
+  template <Activation A> SPARSENET_INLINE Vec<Compute<S>> load_at(int64_t row, int64_t col, int64_t count) const {
+    const auto v = load_wide(data + row * stride + col, count);
+    if constexpr (A == Activation::none) {
+      return v;
+    } else {
+      return activation_gradient<A>(v, load_wide(saved + row * saved_stride + col, count));
+    }
+  }
+};
+
+SPARSENET_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+SPARSENET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+SPARSENET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if defined(__AVX512BF16__)
+// Two vectors of consecutive features -> pairs (2i, 2i+1) of bfloat16.
+SPARSENET_INLINE Vec<uint32_t> to_pairs(Vec<float> low, Vec<float> high) {
+  HalfVector halves[2] = {round_to_bfloat16(low), round_to_bfloat16(high)};
+  Vec<uint32_t> pairs;
+  memcpy(&pairs, halves, sizeof(pairs));
+  return pairs;
+}
+#endif
+
+// One vector of packed features [feature, feature + kLanes * depth) of one row.
+template <class P, Activation A, typename S>
+SPARSENET_INLINE Vec<typename P::Packed> packed_row(const Rows<S>& source, int64_t row, int64_t feature, int64_t features) {
+  constexpr int lanes = kLanes<typename P::Packed>;
+  if constexpr (P::kDepth == 1) {
+    return source.template load_at<A>(row, feature, features - feature);
+  } else {
+    if constexpr (A == Activation::none) {
+      if (features - feature >= 2 * lanes)
+        return load(reinterpret_cast<const uint32_t*>(source.data + row * source.stride + feature));
+    }
+    return to_pairs(source.template load_at<A>(row, feature, features - feature),
+                    source.template load_at<A>(row, feature + lanes, max_of(0, features - feature - lanes)));
+  }
+}
+
+// Rows [row_begin, row_begin + width) of source, zeros from row_end on -> out [padded_features / depth][width] with
+// `stride` elements from feature to feature; width is a multiple of kLanes.
+template <class P, Activation A, typename S>
+void pack_features(const Rows<S>& source, int64_t row_begin, int64_t row_end, int64_t features, int64_t padded_features,
+                   int64_t width, int64_t stride, typename P::Packed* out) {
+  using T = typename P::Packed;
+  constexpr int lanes = kLanes<T>;
+  const int64_t packed_features = ceil_div(padded_features, P::kDepth);
+  for (int64_t v = 0; v < width; v += lanes) { // kLanes rows are read along: few enough streams for the prefetcher
+    for (int64_t at = 0; at < packed_features; at += lanes) {
+      const int64_t wanted = min_of(lanes, packed_features - at);
+      Vec<T> square[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t row = row_begin + v + i;
+        square[i] = row < row_end ? packed_row<P, A>(source, row, at * P::kDepth, features) : Vec<T>{};
+      }
+      if constexpr (P::kDepth == 1) {
+        transpose(square);
+      } else {
+        transpose(reinterpret_cast<Vec<float>*>(square));
+      }
+      for (int64_t i = 0; i < wanted; ++i) store(out + (at + i) * stride + v, square[i]);
+    }
+  }
+}
+
+// Rows [row_begin, row_end) of source, cut into strips of `block` features: strip s of features goes to
+// out + s * strip_stride as [row / depth][block], zeros outside the matrix. Rows come from one panel of padded rows, of
+// which out holds those from row_begin on; padded_end (>= row_end, row_begin + a multiple of depth) says how far.
+// Strips that `needed` marks 0 are left alone (null: all are needed). Adds the column sums to bias_sum [features] where it is not null.
+template <class P, Activation A, typename S>
+void pack_rows(const Rows<S>& source, int64_t row_begin, int64_t row_end, int64_t padded_end, int64_t features,
+               int64_t block, const char* needed, typename P::Packed* out, int64_t strip_stride, Compute<S>* bias_sum) {
+  using C = Compute<S>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t r = row_begin; r < padded_end; r += P::kDepth) {
+    typename P::Packed* to = out + (r - row_begin) / P::kDepth * block;
+    for (int64_t f = 0, strip = 0; f < features; f += block, ++strip, to += strip_stride) {
+      if (needed != nullptr && !needed[strip]) continue;
+      for (int64_t c = 0; c < block; c += lanes) {
+        const int64_t count = max_of(0, min_of(lanes, features - f - c));
+        Vec<C> rows[P::kDepth];
+        for (int d = 0; d < P::kDepth; ++d)
+          rows[d] = r + d < row_end ? source.template load_at<A>(r + d, f + c, count) : Vec<C>{};
+        if (bias_sum != nullptr) {
+          Vec<C> sum = load_wide(bias_sum + f + c, count) + rows[0];
+          if constexpr (P::kDepth == 2) sum += rows[1];
+          store_narrow(bias_sum + f + c, sum, count);
+        }
+        if constexpr (P::kDepth == 1) {
+          store(to + c, rows[0]);
+        } else {
+#if defined(__AVX512BF16__)
+          const auto low = __builtin_convertvector(round_to_bfloat16(rows[0]), Vec<uint32_t>);
+          const auto high = __builtin_convertvector(round_to_bfloat16(rows[1]), Vec<uint32_t>);
+          store(to + c, low | (high << 16));
+#endif
+        }
+      }
+    }
+  }
+}
+
+// acc [features][width] -> rows of y (and of the pre-activation), activation applied.
+template <Activation A, typename S>
+void store_tile(const Compute<S>* acc, int64_t width, int64_t rows, int64_t features, S* y, int64_t y_stride,
+                S* pre_activation, int64_t pre_stride) {
+  using C = Compute<S>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t f = 0; f < features; f += lanes) {
+    const int64_t count = min_of(lanes, features - f);
+    for (int64_t v = 0; v < width && v < rows; v += lanes) {
+      Vec<C> square[lanes];
+      for (int i = 0; i < lanes; ++i) square[i] = i < count ? load(acc + (f + i) * width + v) : Vec<C>{};
+      transpose(square);
+      const int64_t rows_here = min_of(lanes, rows - v);
+      for (int64_t i = 0; i < rows_here; ++i) {
+        if (pre_activation != nullptr) store_narrow(pre_activation + (v + i) * pre_stride + f, square[i], count);
+        store_narrow(y + (v + i) * y_stride + f, activate<A>(square[i]), count);
+      }
+    }
+  }
+}
+
+} // namespace
+} // namespace sparsenet::cpu::SPARSENET_ISA

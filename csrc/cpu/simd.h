@@ -1,0 +1,219 @@
+// One vector vocabulary for every instruction set. Each op's source is compiled once per set, with its own flags and its
+// own namespace (SPARSENET_ISA), so that nothing compiled for AVX-512 can be linked into the portable path.
+// For the same reason these sources use no std:: templates: an inline function of the standard library, compiled here
+// with AVX-512 flags, would be a weak symbol that the linker may pick for everybody.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+  #include <immintrin.h>
+#endif
+
+#include "../types.h"
+
+#define SPARSENET_INLINE inline __attribute__((always_inline))
+
+namespace sparsenet::cpu::SPARSENET_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <typename T> struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <typename T> using Vec = typename VectorOf<T>::type;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+using Half = _Float16;
+
+template <typename T> SPARSENET_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+template <typename T> SPARSENET_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+template <typename T> SPARSENET_INLINE Vec<T> broadcast(T x) {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
+  return v;
+}
+#if defined(__AVX512F__)
+template <> SPARSENET_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm512_set1_ps(x); }
+template <> SPARSENET_INLINE Vec<uint32_t> broadcast(uint32_t x) { return (Vec<uint32_t>)_mm512_set1_epi32(int(x)); }
+#elif defined(__AVX2__)
+template <> SPARSENET_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm256_set1_ps(x); }
+#endif
+
+SPARSENET_INLINE float sum_lanes(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = v[0];
+  for (int i = 1; i < kLanes<float>; ++i) s += v[i];
+  return s;
+#endif
+}
+SPARSENET_INLINE double sum_lanes(Vec<double> v) {
+  double s = v[0];
+  for (int i = 1; i < kLanes<double>; ++i) s += v[i];
+  return s;
+}
+
+// --- storage types to and from the type that is computed in (float for everything but float64) -----------------------
+
+template <typename S> struct ComputeOf {
+  using type = float;
+};
+template <> struct ComputeOf<double> {
+  using type = double;
+};
+template <typename S> using Compute = typename ComputeOf<S>::type;
+
+SPARSENET_INLINE float widen(float x) { return x; }
+SPARSENET_INLINE double widen(double x) { return x; }
+SPARSENET_INLINE float widen(Half x) { return float(x); }
+SPARSENET_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+SPARSENET_INLINE void narrow(float x, float* out) { *out = x; }
+SPARSENET_INLINE void narrow(double x, double* out) { *out = x; }
+SPARSENET_INLINE void narrow(float x, Half* out) { *out = Half(x); }
+SPARSENET_INLINE void narrow(float x, BFloat16* out) { // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+SPARSENET_INLINE Vec<float> load_wide(const float* p) { return load(p); }
+SPARSENET_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+SPARSENET_INLINE Vec<float> load_wide(const Half* p) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = float(p[i]);
+  return v;
+}
+SPARSENET_INLINE Vec<float> load_wide(const BFloat16* p) {
+  const auto raw = *reinterpret_cast<const HalfVector*>(p);
+  return (Vec<float>)(__builtin_convertvector(raw, Vec<uint32_t>) << 16);
+}
+
+SPARSENET_INLINE void store_narrow(float* p, Vec<float> v) { store(p, v); }
+SPARSENET_INLINE void store_narrow(double* p, Vec<double> v) { store(p, v); }
+SPARSENET_INLINE void store_narrow(Half* p, Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = Half(v[i]);
+}
+SPARSENET_INLINE HalfVector round_to_bfloat16(Vec<float> v) {
+  const auto bits = (Vec<uint32_t>)v;
+  const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vec<uint32_t> quiet = (bits >> 16) | 0x40u;
+  const auto is_nan = (Vec<uint32_t>)((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), HalfVector);
+}
+SPARSENET_INLINE void store_narrow(BFloat16* p, Vec<float> v) {
+  *reinterpret_cast<HalfVector*>(p) = round_to_bfloat16(v);
+}
+
+// The first `count` lanes only; the rest are zero.
+template <typename S> SPARSENET_INLINE Vec<Compute<S>> load_wide(const S* p, int64_t count) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  if (count >= lanes) return load_wide(p);
+  Vec<Compute<S>> v = {};
+  for (int i = 0; i < lanes; ++i)
+    if (i < count) v[i] = widen(p[i]);
+  return v;
+}
+template <typename S> SPARSENET_INLINE void store_narrow(S* p, Vec<Compute<S>> v, int64_t count) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  if (count >= lanes) return store_narrow(p, v);
+  for (int i = 0; i < lanes; ++i)
+    if (i < count) narrow(v[i], p + i);
+}
+
+// --- transposing a square of kLanes x kLanes ----------------------------------------------------------------------
+
+template <typename T> SPARSENET_INLINE void transpose_in_memory(Vec<T>* r) {
+  constexpr int n = kLanes<T>;
+  T square[n][n];
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) square[j][i] = r[i][j];
+  for (int i = 0; i < n; ++i) r[i] = load(square[i]);
+}
+SPARSENET_INLINE void transpose(Vec<double>* rows) { transpose_in_memory<double>(rows); }
+#if defined(__AVX512F__)
+SPARSENET_INLINE void transpose(Vec<float>* rows) {
+  __m512 r[16], t[16];
+  #pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = (__m512)rows[i];
+  #pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  #pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = (__m512)_mm512_unpacklo_pd((__m512d)t[i], (__m512d)t[i + 2]);
+    r[i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i], (__m512d)t[i + 2]);
+    r[i + 2] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + 1], (__m512d)t[i + 3]);
+    r[i + 3] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + 1], (__m512d)t[i + 3]);
+  }
+  #pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  #pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = (Vec<float>)_mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    rows[i + 8] = (Vec<float>)_mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+SPARSENET_INLINE void transpose(Vec<float>* rows) {
+  __m256 r[8], t[8];
+  #pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = (__m256)rows[i];
+  #pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  #pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = (__m256)_mm256_unpacklo_pd((__m256d)t[i], (__m256d)t[i + 2]);
+    r[i + 1] = (__m256)_mm256_unpackhi_pd((__m256d)t[i], (__m256d)t[i + 2]);
+    r[i + 2] = (__m256)_mm256_unpacklo_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
+    r[i + 3] = (__m256)_mm256_unpackhi_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
+  }
+  #pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = (Vec<float>)_mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    rows[i + 4] = (Vec<float>)_mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+}
+#else
+SPARSENET_INLINE void transpose(Vec<float>* rows) { transpose_in_memory<float>(rows); }
+#endif
+
+} // namespace
+} // namespace sparsenet::cpu::SPARSENET_ISA

@@ -1,0 +1,167 @@
+// The micro-kernels: everything that runs at the rate of the multiply-add units.
+//
+//   multiply_blocks   acc[output][row] += sum over blocks and k of w[output][k] * x[k][row]
+//                     A tile of kOutputs outputs x MV vectors of rows stays in registers over a run of blocks; per k it
+//                     reads MV vectors of packed x and broadcasts kOutputs weights straight from `values`, in the
+//                     natural order for forward (w = values[output][k]) and across it for grad_input (values[k][output]).
+//                     The weights need no packing, and the code is the same for every block size.
+//   outer_products    acc[output][k] += sum over rows of g[row][output] * x[row][k]: rank-1 updates, for blocks at least
+//                     one vector wide.
+//   dot_products      the same sums for narrower blocks, as dot products along the rows of feature-packed operands.
+#pragma once
+
+#include "pack.h"
+
+namespace sparsenet::cpu::SPARSENET_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+// Tile constants for blocks of B x B. Accumulators, x vectors and one broadcast weight must fit in the registers.
+template <int B> struct TileConfig {
+  static constexpr int kOutputs = kRegisters == 32 ? (B < 8 ? B : 8) : (B < 4 ? B : 4);
+  static constexpr int kMaxVectors = B == 1 ? 8 : (kRegisters == 32 && B == 4) ? 6 : 3;
+  static constexpr int kRunBlocks = B <= kOutputs ? 1 << 30 : (128 / B > 1 ? 128 / B : 1); // x of a run stays in L1
+  static_assert(B == 1 || kOutputs * kMaxVectors + kMaxVectors + 1 <= kRegisters, "the tile must fit in registers");
+  static_assert(B % kOutputs == 0, "a block is a whole number of output groups");
+};
+
+// Which blocks one run multiplies: entry i reads x block features[i] and weight block blocks[i] (or first + i).
+struct BlockRun {
+  const int32_t* features;
+  const int32_t* blocks; // null: consecutive from `first`
+  int64_t first;
+  int64_t count;
+  int64_t available; // entries readable from here on, for prefetching; at least count
+  int64_t block(int64_t i) const { return blocks != nullptr ? blocks[i] : first + i; }
+};
+
+template <class P, int B, int MV, bool kTransposed>
+SPARSENET_INLINE void multiply_run(const typename P::Packed* x, const typename P::Packed* values, const BlockRun& run,
+                                   int first_output, typename P::Accumulator* acc) {
+  using T = typename P::Packed;
+  using C = typename P::Accumulator;
+  constexpr int lanes = kLanes<T>, outputs = TileConfig<B>::kOutputs, width = MV * lanes;
+  constexpr int depth = B / P::kDepth; // steps of k per block
+  constexpr int64_t block_elements = int64_t(B) * depth;
+  static_assert(!kTransposed || P::kDepth == 1, "pairs lie along a row of values: transpose them first");
+  Vec<C> c[outputs][MV];
+#pragma GCC unroll 16
+  for (int r = 0; r < outputs; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < MV; ++v) c[r][v] = load(acc + r * width + v * lanes);
+  for (int64_t i = 0; i < run.count; ++i) {
+    const T* xb = x + int64_t(run.features[i]) * depth * width;
+    const T* wb = values + run.block(i) * block_elements + (kTransposed ? first_output : first_output * depth);
+    constexpr int64_t ahead = TileConfig<B>::kRunBlocks < 64 ? TileConfig<B>::kRunBlocks : 1;
+    const char* next = reinterpret_cast<const char*>(
+        values + run.block(i + ahead < run.available ? i + ahead : i) * block_elements + first_output * depth);
+    const auto step = [&](int k) __attribute__((always_inline)) {
+      Vec<T> xv[MV];
+#pragma GCC unroll 16
+      for (int v = 0; v < MV; ++v) xv[v] = load(xb + k * width + v * lanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < outputs; ++r) {
+        const T w = kTransposed ? wb[k * B + r] : wb[r * depth + k];
+#pragma GCC unroll 16
+        for (int v = 0; v < MV; ++v) c[r][v] = P::multiply_add(c[r][v], w, xv[v]);
+      }
+    };
+    if constexpr (depth < 4) {
+      for (int k = 0; k < depth; ++k) step(k);
+    } else {
+      for (int k = 0; k < depth; k += 2) {
+        __builtin_prefetch(next + k * outputs * int(sizeof(T)), 0, 3);
+        step(k);
+        step(k + 1);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < outputs; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < MV; ++v) store(acc + r * width + v * lanes, c[r][v]);
+}
+
+// One block row: acc [B][MV * lanes] += its blocks times x.
+template <class P, int B, int MV, bool kTransposed>
+void multiply_blocks(const typename P::Packed* x, const typename P::Packed* values, BlockRun run,
+                     typename P::Accumulator* acc) {
+  constexpr int width = MV * kLanes<typename P::Packed>;
+  for (int64_t left = run.count; left > 0; left -= TileConfig<B>::kRunBlocks) {
+    run.count = min_of(left, TileConfig<B>::kRunBlocks);
+    for (int output = 0; output < B; output += TileConfig<B>::kOutputs)
+      multiply_run<P, B, MV, kTransposed>(x, values, run, output, acc + output * width);
+    run.features += run.count;
+    if (run.blocks != nullptr) run.blocks += run.count;
+    run.first += run.count;
+    run.available -= run.count;
+  }
+}
+
+// acc[output][vector] += g[row][output] * x_v[row]: `outputs` columns of g, two vectors of x from two addresses.
+template <class P, int kOutputs>
+SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename P::Packed* x0,
+                                     const typename P::Packed* x1, int64_t stride, int64_t rows,
+                                     typename P::Accumulator* acc0, typename P::Accumulator* acc1, int64_t acc_stride) {
+  using T = typename P::Packed;
+  Vec<typename P::Accumulator> c[kOutputs][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kOutputs; ++r) {
+    c[r][0] = load(acc0 + r * acc_stride);
+    c[r][1] = load(acc1 + r * acc_stride);
+  }
+#pragma GCC unroll 2
+  for (int64_t m = 0; m < rows; ++m) {
+    const Vec<T> a = load(x0 + m * stride), b = load(x1 + m * stride);
+#pragma GCC unroll 16
+    for (int r = 0; r < kOutputs; ++r) {
+      const T w = g[m * stride + r];
+      c[r][0] = P::multiply_add(c[r][0], w, a);
+      c[r][1] = P::multiply_add(c[r][1], w, b);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kOutputs; ++r) {
+    store(acc0 + r * acc_stride, c[r][0]);
+    store(acc1 + r * acc_stride, c[r][1]);
+  }
+}
+
+// acc[i][j] += sum over `width` rows of g[i][row] * x[j][row], i and j in a kSide x kSide square.
+template <typename T, int kSide>
+SPARSENET_INLINE void dot_products(const T* g, const T* x, int64_t stride, int64_t width, T* acc, int64_t acc_stride) {
+  constexpr int lanes = kLanes<T>, unroll = kSide == 1 ? 4 : 1;
+  Vec<T> c[kSide][kSide][unroll] = {};
+  int64_t m = 0;
+  for (; m + unroll * lanes <= width; m += unroll * lanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; ++u) {
+      Vec<T> xv[kSide];
+#pragma GCC unroll 4
+      for (int j = 0; j < kSide; ++j) xv[j] = load(x + j * stride + m + u * lanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) {
+        const Vec<T> gv = load(g + i * stride + m + u * lanes);
+#pragma GCC unroll 4
+        for (int j = 0; j < kSide; ++j) c[i][j][u] += gv * xv[j];
+      }
+    }
+  }
+  for (; m < width; m += lanes)
+    for (int i = 0; i < kSide; ++i)
+      for (int j = 0; j < kSide; ++j) c[i][j][0] += load(g + i * stride + m) * load(x + j * stride + m);
+  for (int i = 0; i < kSide; ++i)
+    for (int j = 0; j < kSide; ++j) {
+      Vec<T> total = c[i][j][0];
+      for (int u = 1; u < unroll; ++u) total += c[i][j][u];
+      acc[i * acc_stride + j] += sum_lanes(total);
+    }
+}
+
+} // namespace
+} // namespace sparsenet::cpu::SPARSENET_ISA

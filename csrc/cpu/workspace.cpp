@@ -1,0 +1,60 @@
+#include "workspace.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <sys/mman.h>
+
+namespace sparsenet::cpu {
+namespace {
+
+constexpr int64_t kHugePage = int64_t(2) << 20;
+std::atomic<int64_t> total_bytes{0};
+
+struct Kept {
+  char* data = nullptr;
+  int64_t bytes = 0;
+  void release() {
+    if (data == nullptr) return;
+    std::free(data);
+    total_bytes -= bytes;
+    data = nullptr;
+    bytes = 0;
+  }
+  ~Kept() { release(); }
+};
+thread_local Kept kept[2];
+thread_local int depth = 0;
+
+} // namespace
+
+Workspace::Workspace(int64_t bytes) {
+  if (depth == 2) std::abort(); // ops do not nest deeper
+  Kept& mine = kept[depth];
+  if (mine.bytes < bytes) {
+    mine.release();
+    const int64_t page = bytes >= kHugePage ? kHugePage : 4096;
+    const int64_t rounded = (bytes + page - 1) / page * page;
+    char* fresh = static_cast<char*>(std::aligned_alloc(size_t(page), size_t(rounded)));
+    if (fresh == nullptr) throw std::bad_alloc();
+    if (page == kHugePage) madvise(fresh, size_t(rounded), MADV_HUGEPAGE); // fewer TLB misses over a packed panel
+    mine.data = fresh;
+    mine.bytes = rounded;
+    total_bytes += rounded;
+  }
+  data_ = mine.data;
+  ++depth;
+}
+
+Workspace::~Workspace() {
+  --depth;
+  if (kept[depth].bytes > kKeptWorkspaceBytes) kept[depth].release();
+}
+
+int64_t workspace_bytes() { return total_bytes.load(); }
+
+void trim_workspace() {
+  for (int i = depth; i < 2; ++i) kept[i].release();
+}
+
+} // namespace sparsenet::cpu

@@ -1,0 +1,37 @@
+"""sparsenet: sparse training for PyTorch, with weights, gradients and optimizer state only where they are active."""
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a syntax error
+    raise ImportError(f"sparsenet needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+
+import torch  # first: its OpenMP runtime is the one the kernels share
+
+from sparsenet import functional, reference
+from sparsenet.layers import SparseLinear, densify_, sparsify_
+from sparsenet.models import SparseMLP
+from sparsenet.pattern import BlockPattern
+
+__version__ = functional.native_build_info()["version"]
+
+
+def build_info() -> dict:
+    """Version, instruction set in use and available, CUDA architectures built, torch and CUDA seen, threads."""
+    return {
+        **functional.native_build_info(),
+        "torch": torch.__version__,
+        "cuda_available": torch.cuda.is_available(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+__all__ = [
+    "BlockPattern",
+    "SparseLinear",
+    "SparseMLP",
+    "build_info",
+    "densify_",
+    "functional",
+    "reference",
+    "sparsify_",
+]

@@ -1,0 +1,499 @@
+"""SparseLinear: values on a block pattern, and swapping it for nn.Linear."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparsenet import functional
+from sparsenet.densities import distribute
+from sparsenet.functional import StaleTopologyError
+from sparsenet.pattern import BlockPattern, carried_from
+
+__all__ = ["SparseLinear", "densify_", "sparsify_"]
+
+
+class SparseLinear(nn.Module):
+    """A linear layer whose weights, gradients and optimizer state exist only at active blocks.
+
+    Args:
+        in_features, out_features: any sizes, multiples of the block size or not.
+        bias: whether there is a bias [out_features].
+        density: share of block places that are active, in [0, 1]; default 0.1. A pattern wins over it.
+        block_size: 1, 4, 8, 16, 32, 64 or 128; default 32, or the pattern's.
+        pattern: the :class:`BlockPattern`, shape ``(out_features, in_features)``; default random.
+        element_mask: bool [num_blocks, b, b]; elements where it is False are zero, now and after every step.
+        activation: ``none``, ``relu``, ``gelu`` or ``silu``, fused into the output.
+        device, dtype: of the parameters; float32, bfloat16, float16 or float64.
+        generator: draws the pattern and the values.
+
+    Raises:
+        ValueError: sizes, density, block size and pattern contradict each other or are out of range.
+
+    Values start uniform with the variance of He et al. (2015) before relu, gelu and silu, else as ``nn.Linear``'s,
+    by the number of *active* inputs of each output.
+
+    Shape: x [..., in_features] -> [..., out_features].
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> layer = sn.SparseLinear(1000, 300, density=0.2, block_size=16)
+        >>> layer(torch.randn(7, 1000)).shape
+        torch.Size([7, 300])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        density: float | None = None,
+        block_size: int | None = None,
+        pattern: BlockPattern | None = None,
+        element_mask: Tensor | None = None,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = _check_activation(activation)
+        pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
+        self._pattern = pattern.to(device if device is not None else torch.get_default_device())
+        b, factory = pattern.block_size, {"device": self._pattern.device, "dtype": dtype}
+        self.values = nn.Parameter(torch.empty(pattern.num_blocks, b, b, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self._element_mask: Tensor | None = None
+        self.reset_parameters(generator)
+        if element_mask is not None:
+            self._set_element_mask(element_mask)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws values and bias anew; parts of edge blocks outside the matrix become zero."""
+        fan_in = self.active_fan_in()
+        gain = 6.0 if self.activation != "none" else 1.0
+        bound = (gain / fan_in.clamp(min=1)).sqrt()
+        b = self.block_size
+        with torch.no_grad():
+            padded = nn.functional.pad(bound, (0, self._pattern.block_rows * b - self.out_features), value=1.0)
+            per_row = padded.reshape(-1, b)[self._pattern.row_indices.long()].to(self.values)
+            _uniform_(self.values, generator).mul_(per_row.unsqueeze(2))
+            self._zero_outside(self.values)
+            if self._element_mask is not None:
+                self.values.mul_(self._element_mask)
+            if self.bias is not None:
+                _uniform_(self.bias, generator).mul_((fan_in > 0) / fan_in.clamp(min=1).sqrt())
+
+    def active_fan_in(self) -> Tensor:
+        """float32 [out_features]: how many inputs reach each output."""
+        pattern = self._pattern
+        b = pattern.block_size
+        widths = torch.full((pattern.block_cols,), float(b), device=pattern.device)
+        if pattern.block_cols:
+            widths[-1] = self.in_features - (pattern.block_cols - 1) * b
+        fan = torch.zeros(pattern.block_rows, device=pattern.device)
+        fan.index_add_(0, pattern.row_indices.long(), widths[pattern.index.col.long()])
+        return fan.repeat_interleave(b)[: self.out_features]
+
+    # --- what it is ---
+
+    @property
+    def pattern(self) -> BlockPattern:
+        """The active blocks. Replaced, never changed, by a rewire."""
+        return self._pattern
+
+    @property
+    def block_size(self) -> int:
+        """Side of a block."""
+        return self._pattern.block_size
+
+    @property
+    def density(self) -> float:
+        """Active blocks / all block places."""
+        return self._pattern.density
+
+    @property
+    def element_mask(self) -> Tensor | None:
+        """bool [num_blocks, b, b] or None."""
+        return self._element_mask
+
+    @property
+    def num_active(self) -> int:
+        """Active weights inside the matrix: the part of edge blocks outside it and masked elements are not counted."""
+        if self._element_mask is not None:
+            return int(self._element_mask.sum())
+        return int(self.active_fan_in().sum())
+
+    def extra_repr(self) -> str:
+        """Sizes, density and block size."""
+        parts = [f"{self.in_features}, {self.out_features}, density={self.density:.4g}, block_size={self.block_size}"]
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.activation != "none":
+            parts.append(f"activation={self.activation!r}")
+        return ", ".join(parts)
+
+    # --- computing ---
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        while True:
+            pattern = self._pattern
+            values = self.values if self._element_mask is None else self.values * self._element_mask
+            try:
+                return functional.block_sparse_linear(x, values, pattern, self.bias, self.activation)
+            except (StaleTopologyError, ValueError):
+                if pattern is self._pattern:  # else another thread rewired meanwhile: take the new pattern
+                    raise
+
+    # --- changing the pattern ---
+
+    @torch.no_grad()
+    def set_pattern(
+        self, pattern: BlockPattern, values: Tensor | None = None, element_mask: Tensor | None = None
+    ) -> Tensor:
+        """Replaces the pattern; ``values`` stays the same Parameter object, ``.grad`` becomes None.
+
+        Args:
+            pattern: of the same shape and block size.
+            values: [num_blocks, b, b] for the new pattern; default: blocks that stay keep theirs, new ones are zero.
+            element_mask: for the new pattern; default: carried along, new blocks are whole.
+
+        Returns:
+            int64 [num_blocks]: for each new block its old number, or -1; what optimizer state has to follow.
+
+        Raises:
+            ValueError: another shape or block size.
+
+        Graphs recorded before keep the old tensors, and their backward raises :class:`StaleTopologyError`.
+        """
+        carried = carried_from(self._pattern, pattern)
+        fresh = pattern.copy().to(self.values.device)
+        if values is None:
+            values = take_blocks(self.values, carried, 0.0)
+        elif values.shape != (pattern.num_blocks, *self.values.shape[1:]):
+            raise ValueError(
+                f"SparseLinear: values must have shape {[pattern.num_blocks, *self.values.shape[1:]]}, got {list(values.shape)}"
+            )
+        if element_mask is None and self._element_mask is not None:
+            element_mask = take_blocks(self._element_mask, carried, True)
+        self._install(fresh, values.to(self.values.dtype), element_mask)
+        return carried
+
+    def _install(self, pattern: BlockPattern, values: Tensor, element_mask: Tensor | None) -> None:
+        pattern.index.label = self._pattern.index.label
+        self._pattern.index.retired = True  # first: whoever reads the new values with the old pattern will notice
+        replace_data(self.values, values)
+        self._pattern = pattern
+        self.values.grad = None
+        self._element_mask = None
+        if element_mask is not None:
+            self._set_element_mask(element_mask)
+
+    def _set_element_mask(self, mask: Tensor) -> None:
+        if mask.dtype != torch.bool or mask.shape != self.values.shape:
+            raise ValueError(
+                f"SparseLinear: element_mask must be bool {list(self.values.shape)}, got {mask.dtype} {list(mask.shape)}"
+            )
+        mask = mask.to(self.values.device, copy=True)
+        self._zero_outside(mask)
+        self._element_mask = mask
+        with torch.no_grad():
+            self.values.mul_(mask)
+        _keep_masked_zero(self)
+
+    def _zero_outside(self, blocks: Tensor) -> None:
+        """Zeroes, in [num_blocks, b, b], what lies outside the matrix."""
+        pattern, b = self._pattern, self._pattern.block_size
+        if self.out_features % b:
+            blocks[pattern.row_indices.long() == pattern.block_rows - 1, self.out_features % b :] = 0
+        if self.in_features % b:
+            blocks[pattern.index.col.long() == pattern.block_cols - 1, :, self.in_features % b :] = 0
+
+    # --- dense forms ---
+
+    def weight_dense(self) -> Tensor:
+        """The weight as a dense [out_features, in_features] tensor, differentiable. Allocates all of it."""
+        p, b = self._pattern, self.block_size
+        values = self.values if self._element_mask is None else self.values * self._element_mask
+        dense = values.new_zeros(p.block_rows, p.block_cols, b, b)
+        dense = dense.index_put((p.row_indices.long(), p.col_indices.long()), values)
+        dense = dense.permute(0, 2, 1, 3).reshape(p.block_rows * b, p.block_cols * b)
+        return dense[: self.out_features, : self.in_features]
+
+    def to_linear(self) -> nn.Linear:
+        """An ``nn.Linear`` with the same weight and bias. A fused activation is not part of it."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
+        )
+        linear.weight = nn.Parameter(self.weight_dense().detach().clone())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        density: float | None = None,
+        block_size: int | None = None,
+        pattern: BlockPattern | None = None,
+    ) -> SparseLinear:
+        """The layer that keeps of ``linear`` the blocks of largest norm (or those of ``pattern``)."""
+        if pattern is None:
+            pattern = BlockPattern.from_dense(linear.weight, 0.1 if density is None else density, block_size or 32)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            density=density,
+            block_size=block_size,
+            pattern=pattern,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        with torch.no_grad():
+            layer.values.copy_(dense_blocks(linear.weight, layer.pattern))
+            if linear.bias is not None:
+                layer.bias.copy_(linear.bias)
+        layer.train(linear.training)
+        return layer
+
+    # --- moving, saving, loading ---
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._pattern.device != self.values.device and self.values.device.type != "meta":
+            self._pattern = self._pattern.to(self.values.device)
+        if self._element_mask is not None:
+            self._element_mask = self._element_mask.to(self.values.device)
+        return self
+
+    def __deepcopy__(self, memo):
+        import copy
+
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        if twin._element_mask is not None:
+            _keep_masked_zero(twin)
+        return twin
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "crow_indices"] = self._pattern.crow_indices
+        destination[prefix + "col_indices"] = self._pattern.col_indices
+        if self._element_mask is not None:
+            destination[prefix + "element_mask"] = self._element_mask.clone()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        keys = [prefix + k for k in ("crow_indices", "col_indices", "values")]
+        absent = [k for k in keys if k not in state_dict]
+        if not absent:
+            try:
+                pattern, values, mask = self.read_state(state_dict, prefix)
+            except (ValueError, TypeError) as error:
+                errors.append(f"{prefix[:-1]}: {error}")
+                return
+            self._install(pattern.to(self.values.device), values.to(self.values), mask)
+        elif strict:
+            missing.extend(absent)
+        bias = prefix + "bias"
+        if self.bias is not None and bias in state_dict:
+            if state_dict[bias].shape != self.bias.shape:
+                errors.append(f"{bias} must have shape {list(self.bias.shape)}, got {list(state_dict[bias].shape)}")
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(state_dict[bias])
+        elif self.bias is not None and strict:
+            missing.append(bias)
+        known = {*keys, bias, prefix + "element_mask"} if self.bias is not None else {*keys, prefix + "element_mask"}
+        if strict:
+            unexpected.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
+
+    def read_state(self, state_dict, prefix: str = "") -> tuple[BlockPattern, Tensor, Tensor | None]:
+        """Pattern, values and element mask that ``state_dict`` holds for this layer, checked; changes nothing.
+
+        Raises:
+            ValueError, TypeError: indices out of range, sizes that do not fit this layer or each other.
+        """
+        values = state_dict[prefix + "values"]
+        b = self.block_size
+        if values.dim() != 3 or values.shape[1:] != self.values.shape[1:]:
+            raise ValueError(f"SparseLinear: values must have shape [num_blocks, {b}, {b}], got {list(values.shape)}")
+        if not values.is_floating_point():
+            raise TypeError(f"SparseLinear: values must be floating-point, got {values.dtype}")
+        shape = (self.out_features, self.in_features)
+        pattern = BlockPattern(state_dict[prefix + "crow_indices"], state_dict[prefix + "col_indices"], shape, b)
+        if pattern.num_blocks != values.shape[0]:
+            raise ValueError(
+                f"SparseLinear: values must have one block per index, got {values.shape[0]} for {pattern.num_blocks}"
+            )
+        mask = state_dict.get(prefix + "element_mask")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != values.shape):
+            raise ValueError(f"SparseLinear: element_mask must be bool {list(values.shape)}, got {list(mask.shape)}")
+        return pattern, values.detach().clone(), mask
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _check_activation(activation: str) -> str:
+    if activation not in functional._ACTIVATIONS:
+        raise ValueError(
+            f"SparseLinear: activation must be one of {', '.join(functional._ACTIVATIONS)}, got {activation!r}"
+        )
+    return activation
+
+
+def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPattern:
+    """The pattern that the constructor's arguments mean, with index memory of its own."""
+    if pattern is None:
+        density = 0.1 if density is None else density
+        return BlockPattern.random(shape, density, 32 if block_size is None else block_size, generator)
+    if pattern.shape != tuple(shape):
+        raise ValueError(f"SparseLinear: pattern must have shape {tuple(shape)} (out, in), got {pattern.shape}")
+    if block_size is not None and block_size != pattern.block_size:
+        raise ValueError(f"SparseLinear: block_size must be the pattern's {pattern.block_size}, got {block_size}")
+    if density is not None and abs(density - pattern.density) * pattern.block_rows * pattern.block_cols > 1.0:
+        raise ValueError(f"SparseLinear: density must be the pattern's {pattern.density:.6g}, got {density}")
+    return pattern.copy()
+
+
+def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Fills with U(-1, 1)."""
+    return t.uniform_(-1.0, 1.0, generator=generator if t.device.type == "cpu" else None)
+
+
+def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Gives a Parameter new memory, perhaps of another size; the only place that does.
+
+    Autograd's gradient accumulator remembers the old size for as long as an old loss is alive. Assigning data of another
+    dtype first makes autograd drop it (it checks the dtype, not the size).
+    """
+    if parameter.shape != data.shape:
+        other = torch.float64 if data.dtype != torch.float64 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
+    parameter.data = data
+
+
+def take_blocks(blocks: Tensor, carried: Tensor, fill) -> Tensor:
+    """``blocks[carried]`` along the first dimension, ``fill`` where carried is -1."""
+    taken = blocks.new_full((len(carried), *blocks.shape[1:]), fill)
+    stays = carried >= 0
+    taken[stays] = blocks[carried[stays]]
+    return taken
+
+
+def dense_blocks(weight: Tensor, pattern: BlockPattern) -> Tensor:
+    """[num_blocks, b, b]: the blocks of a dense [out, in] matrix that ``pattern`` names."""
+    b = pattern.block_size
+    padded = nn.functional.pad(weight.detach(), (0, -weight.shape[1] % b, 0, -weight.shape[0] % b))
+    tiles = padded.reshape(pattern.block_rows, b, pattern.block_cols, b).permute(0, 2, 1, 3)
+    return tiles[pattern.row_indices.long(), pattern.col_indices.long()]
+
+
+_masked_layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
+
+
+def _keep_masked_zero(layer: SparseLinear) -> None:
+    """From now on zeroes the layer's masked elements after every optimizer step, of whatever optimizer."""
+    if not _masked_layers:
+        register_optimizer_step_post_hook(_zero_masked_elements)
+    _masked_layers.add(layer)
+
+
+def _zero_masked_elements(*_) -> None:
+    with torch.no_grad():
+        for layer in _masked_layers:
+            if layer._element_mask is not None:
+                layer.values.mul_(layer._element_mask)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """The sparse layers of ``model`` by name, each once, in module order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+# --- swapping -------------------------------------------------------------------------------------------------------
+
+
+def sparsify_(
+    model: nn.Module,
+    density: float = 0.1,
+    block_size: int = 32,
+    distribution: str = "uniform",
+    filter_fn: Callable[[str, nn.Linear], bool] | None = None,
+) -> nn.Module:
+    """Swaps every ``nn.Linear`` of ``model`` in place for a SparseLinear that keeps its largest blocks.
+
+    Args:
+        model: any module; a Linear used in several places stays one layer.
+        density: over all swapped layers together.
+        block_size: 1, 4, 8, 16, 32, 64 or 128.
+        distribution: how the density is spread, ``uniform`` or ``erdos_renyi``.
+        filter_fn: ``filter_fn(name, linear)`` says which are swapped; default all.
+
+    Returns:
+        ``model`` (or the layer, if ``model`` itself is a Linear).
+
+    Raises:
+        ValueError: a weight is shared between different modules, which one pattern cannot serve.
+    """
+    chosen = {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and (filter_fn is None or filter_fn(name, m))
+    }
+    _refuse_shared_weights(model, chosen)
+    shapes = [(m.out_features, m.in_features) for m in chosen.values()]
+    counts = distribute(shapes, density, distribution, block_size=block_size)
+    swapped: dict[nn.Module, nn.Module] = {}
+    for (name, linear), shape, count in zip(chosen.items(), shapes, counts, strict=True):
+        places = math.prod(-(-n // block_size) for n in shape)
+        pattern = BlockPattern.from_dense(linear.weight, count / max(places, 1), block_size)
+        layer = SparseLinear.from_linear(linear, pattern=pattern)
+        layer.pattern.index.label = f"block_sparse_linear ({name})"
+        swapped[linear] = layer
+    return _swap(model, swapped)
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Swaps every SparseLinear of ``model`` in place for an ``nn.Linear`` (and its fused activation's module)."""
+    modules = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+    swapped: dict[nn.Module, nn.Module] = {}
+    for layer in sparse_layers(model).values():
+        linear = layer.to_linear()
+        if layer.activation != "none":
+            linear = nn.Sequential(linear, modules[layer.activation]())
+        swapped[layer] = linear.train(layer.training)
+    return _swap(model, swapped)
+
+
+def _swap(model: nn.Module, swapped: dict[nn.Module, nn.Module]) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child in swapped:
+                module._modules[name] = swapped[child]
+    return swapped.get(model, model)
+
+
+def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, linear in chosen.items():
+        others = [n for n in owners[id(linear.weight)] if n != name]
+        if others:
+            raise ValueError(f"sparsify_: the weight of {name!r} must not be shared, got it in {', '.join(map(repr, others))} too")

@@ -1,0 +1,324 @@
+"""BlockPattern: which blocks of a matrix exist. Immutable, validated, hashable."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from sparsenet.functional import PatternIndex, row_order
+
+__all__ = ["BLOCK_SIZES", "BlockPattern"]
+
+BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128)
+_INT32_MAX = 2**31 - 1
+
+
+def _check_shape(shape, block_size: int) -> tuple[int, int]:
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
+        raise ValueError(f"BlockPattern: block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+    try:
+        out_features, in_features = (int(n) for n in shape)
+    except (TypeError, ValueError):
+        raise ValueError(f"BlockPattern: shape must be (out, in), got {shape!r}") from None
+    if not (0 <= out_features <= _INT32_MAX and 0 <= in_features <= _INT32_MAX):
+        raise ValueError(f"BlockPattern: shape must have sizes from 0 to {_INT32_MAX}, got {tuple(shape)}")
+    return out_features, in_features
+
+
+def _check_density(density: float) -> float:
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 <= density <= 1.0:
+        raise ValueError(f"BlockPattern: density must lie in [0, 1], got {density!r}")
+    return float(density)
+
+
+def _as_int32(name: str, indices) -> Tensor:
+    """``indices`` as a new int32 tensor; floats and bools are a TypeError, what does not fit a ValueError."""
+    indices = torch.as_tensor(indices)
+    if indices.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"BlockPattern: {name} must be integers, got {indices.dtype}")
+    if indices.dim() != 1:
+        raise ValueError(f"BlockPattern: {name} must have one dimension, got {list(indices.shape)}")
+    if indices.dtype == torch.int64 and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < -(2**31) or high > _INT32_MAX:
+            raise ValueError(f"BlockPattern: {name} must fit in int32, got {low if low < 0 else high}")
+    return indices.detach().to(torch.int32, copy=True)
+
+
+class BlockPattern:
+    """The active blocks of an [out, in] matrix, in row order.
+
+    Block i of a layer's ``values`` sits at ``(row_indices[i], col_indices[i])``. Sizes need not divide by the block
+    size: edge blocks are stored whole and their part outside the matrix stays zero.
+
+    Args:
+        crow_indices: int [ceil(out / b) + 1], row pointers; ``col_indices``: int [num_blocks], block columns, ascending
+            within each block row (as in ``torch.sparse_bsr``). Copied; int64 is accepted where it fits int32.
+        shape: ``(out, in)`` in elements.
+        block_size: 1, 4, 8, 16, 32, 64 or 128.
+
+    Raises:
+        ValueError: an index out of range, duplicated or unsorted, contradictory pointers, an unknown block size.
+        TypeError: indices that are not integers.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> p = sn.BlockPattern([0, 1, 2], [1, 0], shape=(64, 64), block_size=32)
+        >>> p.num_blocks, p.density
+        (2, 0.5)
+    """
+
+    __slots__ = ("__weakref__", "_fingerprint", "index")
+
+    def __init__(self, crow_indices, col_indices, shape: tuple[int, int], block_size: int = 32):
+        shape = _check_shape(shape, block_size)
+        crow = _as_int32("crow_indices", crow_indices)
+        col = _as_int32("col_indices", col_indices)
+        self._set(PatternIndex(crow, col, shape, block_size))
+
+    def _set(self, index: PatternIndex) -> None:
+        object.__setattr__(self, "index", index)
+        object.__setattr__(self, "_fingerprint", None)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"BlockPattern: is immutable, {name} cannot be set")
+
+    @classmethod
+    def _from_index(cls, index: PatternIndex) -> BlockPattern:
+        pattern = cls.__new__(cls)
+        pattern._set(index)
+        return pattern
+
+    # --- ways to make one ---
+
+    @classmethod
+    def from_places(cls, rows: Tensor, cols: Tensor, shape: tuple[int, int], block_size: int = 32) -> BlockPattern:
+        """From block places in any order: int ``rows`` [n] and ``cols`` [n]; equal places are refused."""
+        shape = _check_shape(shape, block_size)
+        rows, cols = _as_int32("rows", rows), _as_int32("cols", cols)
+        if rows.shape != cols.shape:
+            raise ValueError(f"BlockPattern: rows and cols must be of one length, got {len(rows)} and {len(cols)}")
+        block_rows = -(-shape[0] // block_size)
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= block_rows):
+            raise ValueError(
+                f"BlockPattern: rows must lie in [0, {block_rows}), got {int(rows.min())} to {int(rows.max())}"
+            )
+        order = row_order(rows, cols)
+        counts = torch.bincount(rows.long(), minlength=block_rows)
+        crow = torch.zeros(block_rows + 1, dtype=torch.int32, device=rows.device)
+        crow[1:] = counts.cumsum(0)
+        return cls(crow, cols[order], shape, block_size)
+
+    @classmethod
+    def random(
+        cls,
+        shape: tuple[int, int],
+        density: float = 0.1,
+        block_size: int = 32,
+        generator: torch.Generator | None = None,
+        num_blocks: int | None = None,
+    ) -> BlockPattern:
+        """A uniformly random pattern with ``round(density * places)`` blocks (or ``num_blocks``); never dense on the way.
+
+        When there are enough blocks, every block row and every block column gets at least one.
+        """
+        shape = _check_shape(shape, block_size)
+        block_rows, block_cols = (-(-n // block_size) for n in shape)
+        places = block_rows * block_cols
+        count = round(_check_density(density) * places) if num_blocks is None else num_blocks
+        if not 0 <= count <= places:
+            raise ValueError(f"BlockPattern: num_blocks must lie in [0, {places}], got {count}")
+        if count > _INT32_MAX:
+            raise ValueError(f"BlockPattern: there must be at most {_INT32_MAX} blocks, got {count}")
+        linear = _random_places(block_rows, block_cols, count, generator)
+        return cls.from_places(linear // max(block_cols, 1), linear % max(block_cols, 1), shape, block_size)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, density: float = 0.1, block_size: int = 32) -> BlockPattern:
+        """The ``round(density * places)`` blocks of ``weight`` [out, in] with the largest Frobenius norm."""
+        if weight.dim() != 2:
+            raise ValueError(f"BlockPattern: weight must have two dimensions, got {list(weight.shape)}")
+        shape = _check_shape(weight.shape, block_size)
+        norms = _block_norms(weight, block_size)
+        count = round(_check_density(density) * norms.numel())
+        if torch.isnan(norms).any():
+            raise ValueError("BlockPattern: weight must not contain NaN")
+        picked = norms.flatten().argsort(descending=True, stable=True)[:count]
+        return cls.from_places(picked // max(norms.shape[1], 1), picked % max(norms.shape[1], 1), shape, block_size)
+
+    @classmethod
+    def from_mask(cls, block_mask: Tensor, block_size: int = 32, shape: tuple[int, int] | None = None) -> BlockPattern:
+        """From a bool mask of blocks [ceil(out / b), ceil(in / b)]; ``shape`` defaults to whole blocks."""
+        if block_mask.dim() != 2 or block_mask.dtype != torch.bool:
+            raise TypeError(f"BlockPattern: block_mask must be bool with two dimensions, got {block_mask.dtype}")
+        if shape is None:
+            shape = (block_mask.shape[0] * block_size, block_mask.shape[1] * block_size)
+        shape = _check_shape(shape, block_size)
+        expected = [-(-n // block_size) for n in shape]
+        if list(block_mask.shape) != expected:
+            raise ValueError(f"BlockPattern: block_mask must have shape {expected}, got {list(block_mask.shape)}")
+        rows, cols = block_mask.nonzero(as_tuple=True)
+        return cls.from_places(rows, cols, shape, block_size)
+
+    def to_mask(self) -> Tensor:
+        """bool [ceil(out / b), ceil(in / b)]: which blocks are active."""
+        mask = torch.zeros(self.block_rows, self.block_cols, dtype=torch.bool, device=self.index.col.device)
+        mask[self.index.row_indices().long(), self.index.col.long()] = True
+        return mask
+
+    def to(self, device: torch.device | str) -> BlockPattern:
+        """The same pattern with its index tensors on ``device``."""
+        index = self.index.to(device)
+        return self if index is self.index else BlockPattern._from_index(index)
+
+    def copy(self) -> BlockPattern:
+        """An equal pattern with index memory of its own."""
+        return BlockPattern._from_index(PatternIndex(self.index.crow, self.index.col, self.shape, self.block_size))
+
+    # --- what it says ---
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` in elements."""
+        return self.index.shape
+
+    @property
+    def block_size(self) -> int:
+        """Side of a block."""
+        return self.index.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks are active."""
+        return self.index.num_blocks
+
+    @property
+    def block_rows(self) -> int:
+        """Block places down: ceil(out / b)."""
+        return -(-self.shape[0] // self.block_size)
+
+    @property
+    def block_cols(self) -> int:
+        """Block places across: ceil(in / b)."""
+        return -(-self.shape[1] // self.block_size)
+
+    @property
+    def density(self) -> float:
+        """Active blocks / all block places; 0 for an empty matrix."""
+        places = self.block_rows * self.block_cols
+        return self.num_blocks / places if places else 0.0
+
+    @property
+    def crow_indices(self) -> Tensor:
+        """int32 [block_rows + 1], a copy."""
+        return self.index.crow.clone()
+
+    @property
+    def col_indices(self) -> Tensor:
+        """int32 [num_blocks], a copy."""
+        return self.index.col.clone()
+
+    @property
+    def row_indices(self) -> Tensor:
+        """int32 [num_blocks], a copy."""
+        return self.index.row_indices()
+
+    def linear_places(self) -> Tensor:
+        """int64 [num_blocks], ascending: block row * block_cols + block column."""
+        return self.index.row_indices().long() * self.block_cols + self.index.col.long()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors are."""
+        return self.index.col.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of shape, block size and indices: equal patterns have equal fingerprints."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(repr((self.shape, self.block_size)).encode())
+            digest.update(self.index.crow.numpy(force=True).tobytes())
+            digest.update(self.index.col.numpy(force=True).tobytes())
+            object.__setattr__(self, "_fingerprint", digest.hexdigest()[:32])
+        return self._fingerprint
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, BlockPattern) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __deepcopy__(self, memo) -> BlockPattern:
+        return self.copy()
+
+    def __reduce__(self):
+        return BlockPattern, (self.crow_indices, self.col_indices, self.shape, self.block_size)
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockPattern(shape={self.shape}, block_size={self.block_size}, num_blocks={self.num_blocks}, "
+            f"density={self.density:.4g})"
+        )
+
+
+def _block_norms(weight: Tensor, b: int) -> Tensor:
+    """float32 [block rows, block cols]: squared norms of the blocks of a dense matrix."""
+    out_features, in_features = weight.shape
+    squares = weight.detach().float().square()
+    squares = torch.nn.functional.pad(squares, (0, -in_features % b, 0, -out_features % b))
+    return squares.reshape(-(-out_features // b), b, -(-in_features // b), b).sum((1, 3))
+
+
+def _random_places(block_rows: int, block_cols: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """``count`` distinct linear places, uniform but for a first one in every block row and column if they suffice."""
+    places = block_rows * block_cols
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
+    longest = max(block_rows, block_cols)
+    steps = torch.arange(min(longest, count))
+    rows = torch.randperm(block_rows, generator=generator)[steps % block_rows]
+    cols = torch.randperm(block_cols, generator=generator)[steps % block_cols]
+    chosen = rows * block_cols + cols
+    if count > places // 2:  # choose what stays out instead: at most as many as stay in
+        rest = torch.ones(places, dtype=torch.bool)
+        rest[chosen] = False
+        free = rest.nonzero().flatten()
+        more = free[torch.randperm(len(free), generator=generator)[: count - len(chosen)]]
+        return torch.cat([chosen, more])
+    while len(chosen) < count:
+        missing = count - len(chosen)
+        draw = torch.randint(places, (missing + missing // 4 + 16,), generator=generator)
+        draw = draw[~torch.isin(draw, chosen)]
+        unique, first = _first_occurrences(draw)
+        chosen = torch.cat([chosen, unique[first.argsort()][:missing]])
+    return chosen
+
+
+def _first_occurrences(draw: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct entries of ``draw`` and where each first stands."""
+    unique, inverse = draw.unique(return_inverse=True)
+    first = torch.full((len(unique),), len(draw), dtype=torch.int64)
+    return unique, first.scatter_reduce(0, inverse, torch.arange(len(draw)), "amin")
+
+
+def blocks_for(shape: tuple[int, int], density: float, block_size: int) -> int:
+    """Number of blocks that ``density`` means for a matrix of ``shape``."""
+    return round(density * math.prod(-(-n // block_size) for n in shape))
+
+
+def carried_from(old: BlockPattern, new: BlockPattern) -> Tensor:
+    """int64 [new.num_blocks]: for each block of ``new`` its number in ``old``, or -1 where it was not active."""
+    if (old.shape, old.block_size) != (new.shape, new.block_size):
+        raise ValueError(
+            f"BlockPattern: shape and block_size must stay {old.shape}, {old.block_size}, got {new.shape}, {new.block_size}"
+        )
+    old_keys = old.linear_places()
+    new_keys = new.linear_places()
+    at = torch.searchsorted(old_keys, new_keys)
+    found = torch.zeros_like(new_keys, dtype=torch.bool)
+    inside = at < len(old_keys)
+    found[inside] = old_keys[at[inside]] == new_keys[inside]
+    return torch.where(found, at, -1)

@@ -7,10 +7,13 @@ if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a synt
 
 import torch  # first: its OpenMP runtime is the one the kernels share
 
-from sparsenet import functional, reference
+from sparsenet import data, distributed, functional, library, reference
 from sparsenet.layers import SparseLinear, densify_, sparsify_
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import BlockPattern
+from sparsenet.policies import GMP, SET, Policy, RigL, Static
+from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
+from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
 
 __version__ = functional.native_build_info()["version"]
 
@@ -26,12 +29,30 @@ def build_info() -> dict:
 
 
 __all__ = [
+    "GMP",
+    "SET",
     "BlockPattern",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "LayerUpdate",
+    "Linear",
+    "Piecewise",
+    "Policy",
+    "Polynomial",
+    "RigL",
     "SparseLinear",
     "SparseMLP",
+    "Sparsifier",
+    "Static",
+    "Update",
     "build_info",
+    "data",
     "densify_",
+    "distributed",
     "functional",
+    "library",
     "reference",
     "sparsify_",
 ]

@@ -1,8 +1,9 @@
-"""The operations on block-sparse matrices, differentiable and compilable; the only file that talks to the native module.
+"""The operations on block-sparse matrices, differentiable and compilable; only this file talks to the native module.
 
 Eager calls on plain tensors go straight to the kernels through one ``autograd.Function`` per operation. Tracing
 (``torch.compile``, ``torch.export``), fake tensors and functorch transforms go through the same kernels registered with
-``torch.library``. Kernels read indices only from memory that a :class:`PatternIndex` validated and owns.
+``torch.library`` (:mod:`sparsenet.library`).
+Kernels read indices only from memory that a :class:`PatternIndex` validated and owns.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ try:
     from sparsenet import _C
 except ImportError as error:  # pragma: no cover - exercised by a child process in the tests
     raise ImportError(
-        f"sparsenet: the native module is missing or does not load ({error}); build it with: pip install --force-reinstall ."
+        f"sparsenet: the native module is missing or does not load ({error}); build it: pip install --force-reinstall ."
     ) from error
-
 
 
 __all__ = ["block_gradient_squared_norms", "block_sparse_linear", "candidate_gradients"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
-_NEEDS_PRE_ACTIVATION = ("gelu", "silu")
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
+NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 Observer = Callable[[Tensor, Tensor], None]
@@ -88,7 +88,7 @@ class PatternIndex:
 _INDEX_OF_COL = WeakTensorKeyDictionary()
 
 
-def _index_from(crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int) -> PatternIndex:
+def index_from(crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int) -> PatternIndex:
     """The PatternIndex that owns ``col``, else a new, validated one (exported programs, direct callers)."""
     found = _INDEX_OF_COL.get(col)
     index = found() if found is not None else None
@@ -105,7 +105,7 @@ def _check_dtype(name: str, argument: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: {argument} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
-def _check_linear(x: Tensor, values: Tensor, index: PatternIndex, bias: Tensor | None, activation: str) -> None:
+def check_linear(x: Tensor, values: Tensor, index: PatternIndex, bias: Tensor | None, activation: str) -> None:
     name = "block_sparse_linear"
     _check_dtype(name, "x", x)
     out_features, in_features = index.shape
@@ -126,8 +126,8 @@ def _check_linear(x: Tensor, values: Tensor, index: PatternIndex, bias: Tensor |
             raise TypeError(f"{name}: bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
         if bias.device != x.device:
             raise ValueError(f"{name}: bias must be on the device of x, {x.device}, got {bias.device}")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def _check_gradient_operands(name: str, x: Tensor, grad_output: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,8 @@ def _check_gradient_operands(name: str, x: Tensor, grad_output: Tensor, block_si
         raise ValueError(f"{name}: grad_output must be on the device of x, {x.device}, got {grad_output.device}")
     if x.dim() < 2 or grad_output.dim() < 2 or x.shape[:-1] != grad_output.shape[:-1]:
         raise ValueError(
-            f"{name}: x and grad_output must have the same leading sizes, got {list(x.shape)} and {list(grad_output.shape)}"
+            f"{name}: x and grad_output must have the same leading sizes, "
+            f"got {list(x.shape)} and {list(grad_output.shape)}"
         )
     if block_size not in (1, 4, 8, 16, 32, 64, 128):
         raise ValueError(f"{name}: block_size must be one of 1, 4, 8, 16, 32, 64, 128, got {block_size}")
@@ -163,7 +164,7 @@ def _native(device: torch.device):
     raise RuntimeError(f"sparsenet: no kernels for device {device}; this build serves: cpu")
 
 
-def _forward(
+def forward(
     x: Tensor, values: Tensor, bias: Tensor | None, index: PatternIndex, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Output [..., out] and, where ``keep`` and the activation needs it, the pre-activation of the same shape."""
@@ -172,12 +173,12 @@ def _forward(
     batch = rows.shape[0]
     values = values.contiguous()
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
-    pre = torch.empty_like(y) if keep and activation in _NEEDS_PRE_ACTIVATION else None
+    pre = torch.empty_like(y) if keep and activation in NEEDS_PRE_ACTIVATION else None
     if y.numel():
         _native(x.device).linear_forward(
             index.native,
             _DTYPES[x.dtype],
-            _ACTIVATIONS[activation],
+            ACTIVATIONS[activation],
             rows.data_ptr(),
             rows.stride(0),
             batch,
@@ -200,7 +201,7 @@ def _grad_before_activation(grad_y: Tensor, saved: Tensor | None, activation: st
     return grad_y
 
 
-def _backward(
+def backward(
     grad_y: Tensor,
     saved: Tensor | None,
     x: Tensor,
@@ -217,7 +218,9 @@ def _backward(
     g = _rows(grad_y, out_features)
     rows = _rows(x, in_features)
     if index.observer is not None:
-        g = _rows(_grad_before_activation(g, None if saved is None else saved.reshape(g.shape), activation), out_features)
+        g = _rows(
+            _grad_before_activation(g, None if saved is None else saved.reshape(g.shape), activation), out_features
+        )
         activation, saved = "none", None
         index.observer(rows, g)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
@@ -226,7 +229,7 @@ def _backward(
     _native(x.device).linear_backward(
         index.native,
         _DTYPES[x.dtype],
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         g.data_ptr(),
         g.stride(0),
         0 if saved is None else saved.data_ptr(),
@@ -247,11 +250,11 @@ class _BlockSparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, values, bias, index, activation):
-        """y [..., out]."""
+        """Y [..., out]."""
         data = values.detach()  # holds this storage even if another thread rewires the layer from here on
         if index.retired:
             index.raise_retired()
-        y, pre = _forward(x, data, bias, index, activation, keep=True)
+        y, pre = forward(x, data, bias, index, activation, keep=True)
         ctx.index, ctx.activation = index, activation
         ctx.save_for_backward(x, values, y if activation == "relu" else pre)
         return y
@@ -263,98 +266,7 @@ class _BlockSparseLinear(torch.autograd.Function):
         if ctx.index.retired:
             ctx.index.raise_retired()
         x, values, saved = ctx.saved_tensors
-        return (*_backward(grad_y, saved, x, values, ctx.index, ctx.activation, ctx.needs_input_grad[:3]), None, None)
-
-
-# --- the same through torch.library: torch.compile, torch.export, fake tensors, functorch ----------------------------
-
-
-@torch.library.custom_op("sparsenet::block_sparse_linear", mutates_args=())
-def _linear_op(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    crow: Tensor,
-    col: Tensor,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    index = _index_from(crow, col, (out_features, in_features), block_size)
-    if index.retired:
-        index.raise_retired()
-    _check_linear(x, values, index, bias, activation)
-    y, pre = _forward(x, values, bias, index, activation, keep=True)
-    return y, x.new_empty(0) if pre is None else pre
-
-
-@_linear_op.register_fake
-def _(x, values, bias, crow, col, out_features, in_features, block_size, activation):
-    y = x.new_empty((*x.shape[:-1], out_features))
-    return y, torch.empty_like(y) if activation in _NEEDS_PRE_ACTIVATION else x.new_empty(0)
-
-
-@torch.library.custom_op("sparsenet::block_sparse_linear_backward", mutates_args=())
-def _linear_backward_op(
-    grad_y: Tensor,
-    saved: Tensor,
-    x: Tensor,
-    values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    activation: str,
-    need_x: bool,
-    need_values: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    index = _index_from(crow, col, (out_features, in_features), block_size)
-    kept = None if activation == "none" else saved
-    grads = _backward(grad_y, kept, x, values, index, activation, (need_x, need_values, need_bias))
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
-
-
-@_linear_backward_op.register_fake
-def _(grad_y, saved, x, values, crow, col, out_features, in_features, block_size, activation, need_x, need_values, need_bias):
-    empty = x.new_empty(0)
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else empty,
-        torch.empty(values.shape, dtype=x.dtype, device=x.device) if need_values else empty.clone(),
-        x.new_empty(out_features) if need_bias else empty.clone(),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    x, values, _bias, crow, col, *constants = inputs
-    y, pre = output
-    ctx.constants = constants
-    ctx.save_for_backward(x, values, y if constants[-1] == "relu" else pre, crow, col)
-
-
-def _library_backward(ctx, grad_y, _grad_pre):
-    x, values, saved, crow, col = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    grads = torch.ops.sparsenet.block_sparse_linear_backward(
-        grad_y, saved, x, values, crow, col, *ctx.constants, need[0], need[1], need[2]
-    )
-    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=False)), *[None] * 6)
-
-
-_linear_op.register_autograd(_library_backward, setup_context=_setup_context)
-
-
-@_linear_op.register_vmap
-def _(info, in_dims, x, values, bias, crow, col, out_features, in_features, block_size, activation):
-    if any(d is not None for d in in_dims[1:5]):
-        raise RuntimeError("block_sparse_linear: vmap runs over x only; values, bias and pattern must not be batched")
-    x = x.movedim(in_dims[0], 0)
-    y, pre = torch.ops.sparsenet.block_sparse_linear(
-        x, values, bias, crow, col, out_features, in_features, block_size, activation
-    )
-    return (y, pre), (0, 0 if activation in _NEEDS_PRE_ACTIVATION else None)
+        return (*backward(grad_y, saved, x, values, ctx.index, ctx.activation, ctx.needs_input_grad[:3]), None, None)
 
 
 def _goes_through_library(x: Tensor, values: Tensor) -> bool:
@@ -403,7 +315,7 @@ def block_sparse_linear(
     index = pattern.index
     if torch.is_autocast_enabled(x.device.type):
         x, values, bias = _autocast(x.device.type, x, values, bias)
-    _check_linear(x, values, index, bias, activation)
+    check_linear(x, values, index, bias, activation)
     if _goes_through_library(x, values):
         y, _ = torch.ops.sparsenet.block_sparse_linear(
             x, values, bias, index.crow, index.col, *index.shape, index.block_size, activation
@@ -413,7 +325,7 @@ def block_sparse_linear(
         data = values.detach()
         if index.retired:
             index.raise_retired()
-        return _forward(x, data, bias, index, activation, keep=False)[0]
+        return forward(x, data, bias, index, activation, keep=False)[0]
     return _BlockSparseLinear.apply(x, values, bias, index, activation)
 
 
@@ -489,7 +401,9 @@ def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tens
         if index.dtype.is_floating_point or index.dtype == torch.bool or index.dtype.is_complex:
             raise TypeError(f"{name}: {label} must be integers, got {index.dtype}")
         if index.dim() != 1 or index.shape != rows.shape:
-            raise ValueError(f"{name}: rows and cols must be lists of one length, got {list(rows.shape)}, {list(cols.shape)}")
+            raise ValueError(
+                f"{name}: rows and cols must be lists of one length, got {list(rows.shape)}, {list(cols.shape)}"
+            )
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= limit):
             raise ValueError(f"{name}: {label} must lie in [0, {limit}), got {int(index.min())} to {int(index.max())}")
         places.append(np.ascontiguousarray(index.numpy(force=True), dtype=np.int32))
@@ -522,7 +436,7 @@ def row_order(rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
-    """int64 [k], ascending: where the k smallest or largest scores are; ties go to the smaller index, NaN is refused."""
+    """int64 [k], ascending: where the k smallest or largest scores are; ties go to the smaller index, NaN refused."""
     picked = _C.select_extreme(np.ascontiguousarray(scores.float().numpy(force=True)), k, largest)
     return torch.from_numpy(picked).to(scores.device)
 

@@ -71,10 +71,10 @@ class SparseLinear(nn.Module):
         b, factory = pattern.block_size, {"device": self._pattern.device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(pattern.num_blocks, b, b, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
-        self._element_mask: Tensor | None = None
-        self.reset_parameters(generator)
+        self._element_mask = None if element_mask is None else self._checked_mask(element_mask, self._pattern)
         if element_mask is not None:
-            self._set_element_mask(element_mask)
+            _keep_masked_zero(self)
+        self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws values and bias anew; parts of edge blocks outside the matrix become zero."""
@@ -86,7 +86,7 @@ class SparseLinear(nn.Module):
             padded = nn.functional.pad(bound, (0, self._pattern.block_rows * b - self.out_features), value=1.0)
             per_row = padded.reshape(-1, b)[self._pattern.row_indices.long()].to(self.values)
             _uniform_(self.values, generator).mul_(per_row.unsqueeze(2))
-            self._zero_outside(self.values)
+            zero_outside(self.values, self._pattern)
             if self._element_mask is not None:
                 self.values.mul_(self._element_mask)
             if self.bias is not None:
@@ -122,7 +122,7 @@ class SparseLinear(nn.Module):
 
     @property
     def element_mask(self) -> Tensor | None:
-        """bool [num_blocks, b, b] or None."""
+        """Bool [num_blocks, b, b] or None."""
         return self._element_mask
 
     @property
@@ -181,7 +181,8 @@ class SparseLinear(nn.Module):
             values = take_blocks(self.values, carried, 0.0)
         elif values.shape != (pattern.num_blocks, *self.values.shape[1:]):
             raise ValueError(
-                f"SparseLinear: values must have shape {[pattern.num_blocks, *self.values.shape[1:]]}, got {list(values.shape)}"
+                f"SparseLinear: values must have shape {[pattern.num_blocks, *self.values.shape[1:]]}, "
+                f"got {list(values.shape)}"
             )
         if element_mask is None and self._element_mask is not None:
             element_mask = take_blocks(self._element_mask, carried, True)
@@ -189,34 +190,27 @@ class SparseLinear(nn.Module):
         return carried
 
     def _install(self, pattern: BlockPattern, values: Tensor, element_mask: Tensor | None) -> None:
+        """Takes pattern, values and mask together. Whatever can fail is done before the first change."""
+        if element_mask is not None:
+            element_mask = self._checked_mask(element_mask, pattern)
+            values = values * element_mask
         pattern.index.label = self._pattern.index.label
         self._pattern.index.retired = True  # first: whoever reads the new values with the old pattern will notice
         replace_data(self.values, values)
         self._pattern = pattern
         self.values.grad = None
-        self._element_mask = None
+        self._element_mask = element_mask
         if element_mask is not None:
-            self._set_element_mask(element_mask)
+            _keep_masked_zero(self)
 
-    def _set_element_mask(self, mask: Tensor) -> None:
-        if mask.dtype != torch.bool or mask.shape != self.values.shape:
-            raise ValueError(
-                f"SparseLinear: element_mask must be bool {list(self.values.shape)}, got {mask.dtype} {list(mask.shape)}"
-            )
+    def _checked_mask(self, mask: Tensor, pattern: BlockPattern) -> Tensor:
+        """A copy of ``mask`` [num_blocks, b, b] for ``pattern``, False outside the matrix."""
+        expected = [pattern.num_blocks, pattern.block_size, pattern.block_size]
+        if mask.dtype != torch.bool or list(mask.shape) != expected:
+            raise ValueError(f"SparseLinear: element_mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")
         mask = mask.to(self.values.device, copy=True)
-        self._zero_outside(mask)
-        self._element_mask = mask
-        with torch.no_grad():
-            self.values.mul_(mask)
-        _keep_masked_zero(self)
-
-    def _zero_outside(self, blocks: Tensor) -> None:
-        """Zeroes, in [num_blocks, b, b], what lies outside the matrix."""
-        pattern, b = self._pattern, self._pattern.block_size
-        if self.out_features % b:
-            blocks[pattern.row_indices.long() == pattern.block_rows - 1, self.out_features % b :] = 0
-        if self.in_features % b:
-            blocks[pattern.index.col.long() == pattern.block_cols - 1, :, self.in_features % b :] = 0
+        zero_outside(mask, pattern)
+        return mask
 
     # --- dense forms ---
 
@@ -348,9 +342,9 @@ class SparseLinear(nn.Module):
 
 
 def _check_activation(activation: str) -> str:
-    if activation not in functional._ACTIVATIONS:
+    if activation not in functional.ACTIVATIONS:
         raise ValueError(
-            f"SparseLinear: activation must be one of {', '.join(functional._ACTIVATIONS)}, got {activation!r}"
+            f"SparseLinear: activation must be one of {', '.join(functional.ACTIVATIONS)}, got {activation!r}"
         )
     return activation
 
@@ -377,13 +371,23 @@ def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Gives a Parameter new memory, perhaps of another size; the only place that does.
 
-    Autograd's gradient accumulator remembers the old size for as long as an old loss is alive. Assigning data of another
-    dtype first makes autograd drop it (it checks the dtype, not the size).
+    Autograd's gradient accumulator remembers the old size for as long as an old loss is alive. Assigning data of
+    another dtype first makes autograd drop it (it checks the dtype, not the size).
     """
     if parameter.shape != data.shape:
         other = torch.float64 if data.dtype != torch.float64 else torch.float32
         parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
+
+
+def zero_outside(blocks: Tensor, pattern: BlockPattern) -> None:
+    """Zeroes, in ``blocks`` [num_blocks, b, b], the parts of edge blocks that lie outside the matrix."""
+    b = pattern.block_size
+    out_features, in_features = pattern.shape
+    if out_features % b:
+        blocks[pattern.row_indices.long() == pattern.block_rows - 1, out_features % b :] = 0
+    if in_features % b:
+        blocks[pattern.index.col.long() == pattern.block_cols - 1, :, in_features % b :] = 0
 
 
 def take_blocks(blocks: Tensor, carried: Tensor, fill) -> Tensor:
@@ -496,4 +500,6 @@ def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear]) -> No
     for name, linear in chosen.items():
         others = [n for n in owners[id(linear.weight)] if n != name]
         if others:
-            raise ValueError(f"sparsify_: the weight of {name!r} must not be shared, got it in {', '.join(map(repr, others))} too")
+            raise ValueError(
+                f"sparsify_: the weight of {name!r} must not be shared, got it in {', '.join(map(repr, others))} too"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +54,17 @@ class SparseMLP(nn.Sequential):
     ):
         if len(sizes) < 2:
             raise ValueError(f"SparseMLP: sizes must name at least input and output, got {list(sizes)}")
-        shapes = [(out, inp) for inp, out in zip(sizes[:-1], sizes[1:], strict=True)]
+        shapes = [(out, inp) for inp, out in pairwise(sizes)]
         if isinstance(density, (int, float)):
             counts = distribute(shapes, density, distribution, block_size=block_size)
         else:
             if len(density) != len(shapes):
-                raise ValueError(f"SparseMLP: density must have {len(shapes)} entries, one per layer, got {len(density)}")
-            counts = [distribute([s], d, "uniform", block_size=block_size)[0] for s, d in zip(shapes, density, strict=True)]
+                raise ValueError(
+                    f"SparseMLP: density must have {len(shapes)} entries, one per layer, got {len(density)}"
+                )
+            counts = [
+                distribute([s], d, "uniform", block_size=block_size)[0] for s, d in zip(shapes, density, strict=True)
+            ]
         layers = []
         for i, ((out, inp), count) in enumerate(zip(shapes, counts, strict=True)):
             pattern = BlockPattern.random((out, inp), block_size=block_size, generator=generator, num_blocks=count)
@@ -78,6 +83,10 @@ class SparseMLP(nn.Sequential):
             layers[-1].pattern.index.label = f"block_sparse_linear ({i})"
         super().__init__(*layers)
         self.sizes = tuple(sizes)
+
+    def __getitem__(self, index):
+        """A layer, or for a slice an ``nn.Sequential`` of layers."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, ...] -> [batch, sizes[-1]]."""

@@ -121,7 +121,7 @@ class BlockPattern:
         generator: torch.Generator | None = None,
         num_blocks: int | None = None,
     ) -> BlockPattern:
-        """A uniformly random pattern with ``round(density * places)`` blocks (or ``num_blocks``); never dense on the way.
+        """A uniformly random pattern of ``round(density * places)`` blocks (or ``num_blocks``); never dense on the way.
 
         When there are enough blocks, every block row and every block column gets at least one.
         """
@@ -164,7 +164,7 @@ class BlockPattern:
         return cls.from_places(rows, cols, shape, block_size)
 
     def to_mask(self) -> Tensor:
-        """bool [ceil(out / b), ceil(in / b)]: which blocks are active."""
+        """Bool [ceil(out / b), ceil(in / b)]: which blocks are active."""
         mask = torch.zeros(self.block_rows, self.block_cols, dtype=torch.bool, device=self.index.col.device)
         mask[self.index.row_indices().long(), self.index.col.long()] = True
         return mask
@@ -313,7 +313,8 @@ def carried_from(old: BlockPattern, new: BlockPattern) -> Tensor:
     """int64 [new.num_blocks]: for each block of ``new`` its number in ``old``, or -1 where it was not active."""
     if (old.shape, old.block_size) != (new.shape, new.block_size):
         raise ValueError(
-            f"BlockPattern: shape and block_size must stay {old.shape}, {old.block_size}, got {new.shape}, {new.block_size}"
+            f"BlockPattern: shape and block_size must stay {old.shape}, {old.block_size}, "
+            f"got {new.shape}, {new.block_size}"
         )
     old_keys = old.linear_places()
     new_keys = new.linear_places()

@@ -1,0 +1,148 @@
+"""What torchrun and DistributedDataParallel lack for changing topologies. Patterns are replicated on every rank.
+
+At a rewire the norms of per-rank gradients must not be averaged: the ranks gather the layer's input and output gradient
+(global batch x features), each scores a slice of the block rows, and the best places are gathered: exact RigL with
+bounded memory. Every rank then decides alike; fingerprints are compared, and a mismatch stops with the layer's name.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsenet import functional
+from sparsenet.layers import sparse_layers
+from sparsenet.pattern import BlockPattern
+
+__all__ = ["DataParallel", "assert_same_topology", "synchronize"]
+
+
+def is_active() -> bool:
+    """Whether more than one rank trains together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class DataParallel(nn.Module):
+    """DistributedDataParallel that survives a change of the number of blocks: the wrapper is then built anew.
+
+    Args:
+        module: on this rank's device; topology and parameters are taken from rank 0 first.
+        kwargs: for DistributedDataParallel.
+    """
+
+    def __init__(self, module: nn.Module, **kwargs):
+        super().__init__()
+        synchronize(module)
+        self.module = module
+        self._kwargs = kwargs
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Makes the inner wrapper anew; every rank must call it."""
+        self.__dict__["_wrapped"] = None  # the old reducer takes its hooks with it
+        self.__dict__["_wrapped"] = DistributedDataParallel(self.module, **self._kwargs)
+
+    def forward(self, *args, **kwargs):
+        """The module's forward, with gradients averaged over ranks in backward."""
+        return self.__dict__["_wrapped"](*args, **kwargs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a DistributedDataParallel or :class:`DataParallel`, else ``model``."""
+    return model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
+
+
+def check_resizable(model: nn.Module, layer: str) -> None:
+    """Refuses a change of the number of blocks that DistributedDataParallel's buckets would not survive."""
+    if isinstance(model, DistributedDataParallel) or (is_active() and not isinstance(model, DataParallel)):
+        raise RuntimeError(
+            f"Sparsifier: the number of blocks of layer {layer} must not change under DistributedDataParallel; "
+            "wrap the model with sparsenet.distributed.DataParallel and give that to the Sparsifier"
+        )
+
+
+def rebuild(model: nn.Module) -> None:
+    """Rebuilds the wrapper, if it is ours."""
+    if isinstance(model, DataParallel):
+        model.rebuild()
+
+
+def synchronize(model: nn.Module) -> None:
+    """Gives every rank the topology and parameters of rank 0. A no-op with a single rank."""
+    if not is_active():
+        return
+    for layer in sparse_layers(model).values():
+        index = layer.pattern.index
+        crow = index.crow.clone()
+        count = torch.tensor([index.num_blocks], device=crow.device)
+        dist.broadcast(count, 0)
+        dist.broadcast(crow, 0)
+        col = index.col.clone() if dist.get_rank() == 0 else crow.new_empty(int(count))
+        dist.broadcast(col, 0)
+        pattern = BlockPattern(crow, col, layer.pattern.shape, layer.block_size)
+        if pattern.fingerprint != layer.pattern.fingerprint:
+            layer.set_pattern(pattern)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), 0)
+
+
+def assert_same_topology(model: nn.Module) -> None:
+    """Stops every rank, with the layer's name, when patterns differ between ranks."""
+    for name, layer in sparse_layers(unwrap(model)).items():
+        assert_same(f"the topology of layer {name}", int(layer.pattern.fingerprint[:15], 16))
+
+
+def assert_same(what: str, number: int) -> None:
+    """Stops every rank when ``number`` (below 2^63) differs between ranks."""
+    if not is_active():
+        return
+    mine = torch.tensor([number], dtype=torch.int64, device=_device())
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    seen = [int(n) for n in everyone]
+    if len(set(seen)) > 1:
+        differ = [rank for rank, n in enumerate(seen) if n != seen[0]]
+        raise RuntimeError(f"sparsenet: {what} must be the same on every rank, rank {differ[0]} differs from rank 0")
+
+
+def share_of(block_rows: int) -> tuple[int, int]:
+    """The block rows that this rank scores."""
+    if not is_active():
+        return 0, block_rows
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return rank * block_rows // world, (rank + 1) * block_rows // world
+
+
+def gather_operands(x: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Every rank's rows of both, in rank order; gradients scaled as DDP's average scales them."""
+    return _gather_rows(x), _gather_rows(grad_output) / dist.get_world_size()
+
+
+def gather_best(places: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` best of all ranks' best places, ascending."""
+    if not is_active():
+        return places, scores
+    places, scores = _gather_rows(places), _gather_rows(scores)  # ranks score ascending slices: still ascending
+    kept = functional.select_extreme(scores, min(count, len(scores)), largest=True)
+    return places[kept], scores[kept]
+
+
+def _gather_rows(t: Tensor) -> Tensor:
+    """Concatenates tensors that may differ in their first size over the ranks."""
+    world = dist.get_world_size()
+    length = torch.tensor([len(t)], dtype=torch.int64, device=_device())
+    lengths = [torch.empty_like(length) for _ in range(world)]
+    dist.all_gather(lengths, length)
+    sizes = [int(n) for n in lengths]
+    padded = t.new_zeros(max(sizes), *t.shape[1:])
+    padded[: len(t)] = t
+    everyone = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(everyone, padded)
+    return torch.cat([part[:n] for part, n in zip(everyone, sizes, strict=True)])
+
+
+def _device() -> torch.device:
+    """Where collectives of the current backend run."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

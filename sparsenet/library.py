@@ -1,0 +1,114 @@
+"""The operations registered with ``torch.library``: torch.compile, torch.export, fake tensors and functorch see these.
+
+The kernels are those of :mod:`sparsenet.functional`. Index tensors that no :class:`PatternIndex` owns (an exported
+program's constants, a direct caller's) are validated at every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsenet.functional import NEEDS_PRE_ACTIVATION, backward, check_linear, forward, index_from
+
+
+@torch.library.custom_op("sparsenet::block_sparse_linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow: Tensor,
+    col: Tensor,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    index = index_from(crow, col, (out_features, in_features), block_size)
+    if index.retired:
+        index.raise_retired()
+    check_linear(x, values, index, bias, activation)
+    y, pre = forward(x, values, bias, index, activation, keep=True)
+    return y, x.new_empty(0) if pre is None else pre
+
+
+@_linear_op.register_fake
+def _(x, values, bias, crow, col, out_features, in_features, block_size, activation):
+    y = x.new_empty((*x.shape[:-1], out_features))
+    return y, torch.empty_like(y) if activation in NEEDS_PRE_ACTIVATION else x.new_empty(0)
+
+
+@torch.library.custom_op("sparsenet::block_sparse_linear_backward", mutates_args=())
+def _linear_backward_op(
+    grad_y: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    activation: str,
+    need_x: bool,
+    need_values: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    index = index_from(crow, col, (out_features, in_features), block_size)
+    kept = None if activation == "none" else saved
+    grads = backward(grad_y, kept, x, values, index, activation, (need_x, need_values, need_bias))
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+@_linear_backward_op.register_fake
+def _(
+    grad_y,
+    saved,
+    x,
+    values,
+    crow,
+    col,
+    out_features,
+    in_features,
+    block_size,
+    activation,
+    need_x,
+    need_values,
+    need_bias,
+):
+    empty = x.new_empty(0)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else empty,
+        torch.empty(values.shape, dtype=x.dtype, device=x.device) if need_values else empty.clone(),
+        x.new_empty(out_features) if need_bias else empty.clone(),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, _bias, crow, col, *constants = inputs
+    y, pre = output
+    ctx.constants = constants
+    ctx.save_for_backward(x, values, y if constants[-1] == "relu" else pre, crow, col)
+
+
+def _library_backward(ctx, grad_y, _grad_pre):
+    x, values, saved, crow, col = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    grads = torch.ops.sparsenet.block_sparse_linear_backward(
+        grad_y, saved, x, values, crow, col, *ctx.constants, need[0], need[1], need[2]
+    )
+    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=False)), *[None] * 6)
+
+
+_linear_op.register_autograd(_library_backward, setup_context=_setup_context)
+
+
+@_linear_op.register_vmap
+def _(info, in_dims, x, values, bias, crow, col, out_features, in_features, block_size, activation):
+    if any(d is not None for d in in_dims[1:5]):
+        raise RuntimeError("block_sparse_linear: vmap runs over x only; values, bias and pattern must not be batched")
+    x = x.movedim(in_dims[0], 0)
+    y, pre = torch.ops.sparsenet.block_sparse_linear(
+        x, values, bias, crow, col, out_features, in_features, block_size, activation
+    )
+    return (y, pre), (0, 0 if activation in NEEDS_PRE_ACTIVATION else None)

@@ -1,0 +1,82 @@
+"""One gloo rank of the distributed tests: ``python distributed_worker.py CASE RANK WORLD STORE OUT``."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsenet as sn
+
+STEPS, BATCH = 9, 32
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return sn.SparseMLP([40, 64, 64, 10], density=0.4, block_size=8)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(7)
+    teacher = torch.randn(40, 10, generator=generator)
+    for _ in range(STEPS):
+        x = torch.randn(BATCH, 40, generator=generator)
+        yield x, (x @ teacher).argmax(1)
+
+
+def train(model, sparsifier, optimizer, rank, world):
+    share = BATCH // world
+    for x, y in batches():
+        part = slice(rank * share, (rank + 1) * share)
+        loss = torch.nn.functional.cross_entropy(model(x[part]), y[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sparsifier.step()
+
+
+def policy(name):
+    return {"rigl": sn.RigL(0.3), "set": sn.SET(0.3), "gmp": sn.GMP()}[name]
+
+
+def run(case, rank, world):
+    kind, name = case.split("-")
+    if kind == "diverged":
+        model = make()
+        if rank == 1:
+            model[1].set_pattern(sn.BlockPattern.random((64, 64), 0.4, 8))
+        sn.distributed.assert_same_topology(model)
+        return model
+    if kind == "decision":
+        model = make()
+        sparsifier = sn.Sparsifier(model, None, sn.SET(0.3), every=2 + rank)
+        for _ in range(3):
+            sparsifier.step()
+        return model
+    module = make(seed=rank if kind == "synchronized" else 0)
+    density = sn.Linear(0.4, 0.15, STEPS) if name == "gmp" else None
+    if kind == "refused":
+        model = DistributedDataParallel(module)
+    elif world > 1:
+        model = sn.distributed.DataParallel(module) if kind == "synchronized" else DistributedDataParallel(module)
+    else:
+        model = module
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    sparsifier = sn.Sparsifier(model, optimizer, policy(name), density=density, every=3)
+    train(model, sparsifier, optimizer, rank, world)
+    if world > 1:
+        sn.distributed.assert_same_topology(model)
+    return module
+
+
+def main():
+    case, rank, world, store, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    module = run(case, rank, world)
+    torch.save(module.state_dict(), f"{out}.{rank}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Distributions of a density over layers: hand-worked cases, properties, and every message."""
+
+import doctest
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsenet import densities
+from sparsenet.densities import DISTRIBUTIONS, block_places, distribute
+
+MLP = [(4096, 784), (4096, 4096), (10, 4096)]
+
+
+def test_docstring_examples_run():
+    assert doctest.testmod(densities).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "places"),
+    [
+        ((4, 6), 1, 24),
+        ((4, 6), 4, 2),
+        ((10, 4096), 32, 128),  # 1 row of 10 x 32 blocks, stored whole
+        ((33, 1), 32, 2),
+        ((8, 3, 3, 3), 4, 2 * 7),  # 27 columns in 7 blocks
+        ((8, 3, 5), 1, 120),
+        ((0, 5), 4, 0),
+        (torch.Size([2, 3]), 1, 6),
+    ],
+)
+def test_block_places(shape, block_size, places):
+    assert block_places(shape, block_size) == places
+
+
+def test_uniform_by_hand():
+    assert distribute([(10, 10), (20, 20)], 0.25) == [25, 100]
+    # places 6, 6, 4: 1.8, 1.8 and 1.2 of a total of round(4.8) = 5: remainders .8, .8 win
+    assert distribute([(2, 3), (3, 2), (2, 2)], 0.3) == [2, 2, 1]
+    # 3 x 1.5 of round(4.5) = 5 (half up): the earlier layers win the tie
+    assert distribute([(1, 3)] * 3, 0.5) == [2, 2, 1]
+
+
+def test_erdos_renyi_by_hand():
+    # counts = eps (in + out): 20, 110, 101 -> 231 eps = 0.21 * 1200 = 252 -> eps = 12 / 11; the last layer needs
+    # 110.18 of its 100 places: dense; then eps = 152 / 130: 23.4 and 128.6
+    assert distribute([(10, 10), (100, 10), (1, 100)], 0.21, "erdos_renyi") == [23, 129, 100]
+
+
+def test_erdos_renyi_caps_more_than_once():
+    # 4, 11, 101, 200 of places 4, 10, 100, 10000, total round(0.03 * 10114) = 303: eps = 303 / 316 caps layer 1
+    # (10.5 > 10); 293 / 305 leaves 3.8, 97.03, 192.1
+    assert distribute([(2, 2), (10, 1), (100, 1), (100, 100)], 0.03, "er") == [4, 10, 97, 192]
+    # total 506: eps = 1.60 caps the first three at once, the last takes 506 - 114
+    assert distribute([(2, 2), (10, 1), (100, 1), (100, 100)], 0.05, "er") == [4, 10, 100, 392]
+
+
+def test_capping_one_layer_can_cap_another():
+    # ten layers of weight 2 and 1 place, then weights 101, 200 of 100, 10000 places; total 311: eps = 311 / 321 = 0.969
+    # caps only the ten (1.94 > 1; 97.9 < 100); then eps = 301 / 301 = 1 caps the next (101 > 100); the last takes 201
+    assert distribute([(1, 1)] * 10 + [(100, 1), (100, 100)], 311 / 10110, "er") == [1] * 10 + [100, 201]
+
+
+def test_erdos_renyi_of_blocks_counts_block_rows_and_columns():
+    # block grids 128 x 25, 128 x 128, 1 x 128: 153, 256, 129 of 0.1 * 19712 -> eps = 3.66 caps the last at 128;
+    # then eps = (1971 - 128) / 409 = 4.506: 689.4 and 1153.6
+    assert distribute(MLP, 0.1, "erdos_renyi", block_size=32) == [689, 1154, 128]
+
+
+def test_aliases_and_kernels():
+    assert distribute(MLP, 0.05, "er", block_size=16) == distribute(MLP, 0.05, "erdos_renyi", block_size=16)
+    assert distribute(MLP, 0.05, "erk", block_size=16) == distribute(MLP, 0.05, "erdos_renyi", block_size=16)
+    # places 4*2*9 = 72 and 8*4 = 32; total 52. er: 72 (6/8), 32 (12/32) = 54, 12 -> eps = 52/66: 42.5, 9.5 (tie: first)
+    assert distribute([(4, 2, 3, 3), (8, 4)], 0.5, "er") == [43, 9]
+    # erk: 4+2+3+3 = 12 and 12: 26 each
+    assert distribute([(4, 2, 3, 3), (8, 4)], 0.5, "erk") == [26, 26]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_density_zero_and_one_are_exact(distribution):
+    shapes = [*MLP, (16, 8, 3, 3), (0, 7)]
+    places = [block_places(shape, 32) for shape in shapes]
+    assert distribute(shapes, 0, distribution, block_size=32) == [0] * 5
+    assert distribute(shapes, 0.0, distribution, block_size=32) == [0] * 5
+    assert distribute(shapes, 1, distribution, block_size=32) == places
+    assert distribute([], 0.5, distribution) == []
+
+
+def test_every_layer_gets_a_block_and_the_rest_pays_for_it():
+    # total round(0.02 * 202) = 4; the small layers' shares are 0.02 each, yet each gets its block
+    assert distribute([(1, 1), (10, 20), (1, 1)], 0.02) == [1, 2, 1]
+    assert distribute([(1, 1), (10, 20), (1, 1)], 1e-12) == [1, 1, 1]  # more than asked, never an empty layer
+    assert distribute([(1, 2), (10, 20)], 0.1, min_blocks=5) == [2, 18]
+    # total 15 of 303: shares 0.05 x 3, 4.95, 9.90; floors with the minimum are 1 x 3, 4, 9 = 16: the last, which has
+    # the least claim to more, gives one
+    assert distribute([(1, 1), (1, 1), (1, 1), (10, 10), (10, 20)], 0.05) == [1, 1, 1, 4, 8]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 200), min_size=2, max_size=4), min_size=1, max_size=6),
+    st.floats(0, 1),
+    st.sampled_from(sorted(DISTRIBUTIONS)),
+    st.sampled_from([1, 4, 32]),
+)
+def test_counts_are_in_range_and_sum_to_the_target(shapes, density, distribution, block_size):
+    counts = distribute(shapes, density, distribution, block_size=block_size)
+    places = [block_places(shape, block_size) for shape in shapes]
+    least = [min(1, p) if density > 0 else 0 for p in places]
+    assert all(low <= n <= p for low, n, p in zip(least, counts, places, strict=True))
+    assert sum(counts) == max(math.floor(density * sum(places) + 0.5), sum(least))
+    assert counts == distribute(shapes, density, distribution, block_size=block_size)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=2, max_size=6), st.floats(0.01, 0.99))
+def test_erdos_renyi_layers_below_density_one_share_one_eps(shapes, density):
+    counts = distribute(shapes, density, "er")
+    slack = len(shapes)  # rounding, and what the one-block minimum of the others can take
+    open_layers = [(n, o + i) for (o, i), n in zip(shapes, counts, strict=True) if 1 < n < o * i - slack]
+    assert max(((n - slack) / w for n, w in open_layers), default=0) <= min(
+        ((n + slack) / w for n, w in open_layers), default=0
+    )
+
+
+def test_large_shapes_stay_exact():
+    shape = (65_536, 65_536)
+    assert distribute([shape], 0.005, block_size=32) == [20_972]  # 2048 * 2048 * 0.005 = 20971.52
+    assert distribute([shape, shape], 0.5) == [2**31, 2**31]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: distribute(MLP, 1.5), ValueError, "distribute: density must be a number in [0, 1], got 1.5"),
+        (lambda: distribute(MLP, -0.1), ValueError, "distribute: density must be a number in [0, 1], got -0.1"),
+        (lambda: distribute(MLP, math.nan), ValueError, "distribute: density must be a number in [0, 1], got nan"),
+        (lambda: distribute(MLP, True), TypeError, "distribute: density must be a number in [0, 1], got True"),
+        (lambda: distribute(MLP, "0.1"), TypeError, "distribute: density must be a number in [0, 1], got '0.1'"),
+        (
+            lambda: distribute(MLP, 0.1, "erdos"),
+            ValueError,
+            "distribute: distribution must be one of uniform, erdos_renyi, er, erk, got 'erdos'",
+        ),
+        (lambda: distribute(MLP, 0.1, ["er"]), ValueError, "distribute: distribution must be one of"),
+        (
+            lambda: distribute(MLP, 0.1, block_size=0),
+            ValueError,
+            "distribute: block_size must be an integer >= 1, got 0",
+        ),
+        (
+            lambda: distribute(MLP, 0.1, block_size=1.5),
+            TypeError,
+            "distribute: block_size must be an integer >= 1, got 1.5",
+        ),
+        (
+            lambda: distribute(MLP, 0.1, min_blocks=0),
+            ValueError,
+            "distribute: min_blocks must be an integer >= 1, got 0",
+        ),
+        (
+            lambda: distribute([(4, 4), (4,)], 0.1),
+            ValueError,
+            "distribute: shapes[1] must be two or more integers >= 0 (out, in, *kernel), got (4,)",
+        ),
+        (lambda: distribute([(4, -4)], 0.1), ValueError, "distribute: shapes[0] must be two or more integers >= 0"),
+        (lambda: distribute([4], 0.1), TypeError, "distribute: shapes[0] must be two or more integers >= 0"),
+        (lambda: distribute([(4, 4.0)], 0.1), TypeError, "distribute: shapes[0] must be two or more integers >= 0"),
+        (lambda: block_places((4,)), ValueError, "block_places: shape must be two or more integers >= 0"),
+        (lambda: block_places((4, 4), True), TypeError, "block_places: block_size must be an integer >= 1, got True"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()

@@ -1,0 +1,58 @@
+"""Two gloo processes do what one does at the same global batch, and stop when they cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def launch(case, world, folder):
+    """Runs every rank; returns exit codes, stderr texts and the saved state dicts (None where a rank failed)."""
+    out, store = folder / f"{case}-{world}", folder / f"store-{case}-{world}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), case, str(rank), str(world), str(store), str(out)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    states = [torch.load(f"{out}.{r}", weights_only=True) if p.returncode == 0 else None for r, p in enumerate(ranks)]
+    return [p.returncode for p in ranks], errors, states
+
+
+@pytest.mark.parametrize("case", ["same-rigl", "same-set", "synchronized-rigl", "synchronized-gmp"])
+def test_two_processes_train_as_one(case, tmp_path):
+    codes, errors, two = launch(case, 2, tmp_path)
+    assert codes == [0, 0], errors
+    _, errors, (one,) = launch(case, 1, tmp_path)
+    for key in one:
+        assert torch.equal(two[0][key], two[1][key]), key
+        if key.endswith("indices"):
+            assert torch.equal(two[0][key], one[key]), key
+        else:
+            torch.testing.assert_close(two[0][key], one[key], atol=2e-4, rtol=2e-3)
+
+
+def test_a_diverged_topology_is_stopped_by_layer_name(tmp_path):
+    codes, errors, _ = launch("diverged-x", 2, tmp_path)
+    assert all(codes)
+    for text in errors:
+        assert "the topology of layer 1 must be the same on every rank, rank 1 differs from rank 0" in text
+
+
+def test_the_decision_to_rewire_is_agreed(tmp_path):
+    codes, errors, _ = launch("decision-x", 2, tmp_path)
+    assert all(codes)
+    assert "the decision to rewire must be the same on every rank" in errors[0]
+
+
+def test_plain_ddp_refuses_another_number_of_blocks(tmp_path):
+    codes, errors, _ = launch("refused-gmp", 2, tmp_path)
+    assert all(codes)
+    assert "the number of blocks of layer 0 must not change under DistributedDataParallel" in errors[0]

@@ -59,8 +59,8 @@ template <class P, typename S> void norms_with(const GradientNorms& op, int thre
         for (int64_t j = col_begin; j < col_end; j += 2) {
           const bool two = j + 1 < col_end;
           memset(acc, 0, size_t(2 * bb) * sizeof(C));
-          sum(gs.strip(i - first), xs.strip(j - col_begin), two ? xs.strip(j + 1 - col_begin) : nullptr, rows, acc,
-              two ? acc + bb : nullptr);
+          sum(gs.strip(i - first), xs.strip(j - col_begin), two ? xs.strip(j + 1 - col_begin) : nullptr, rows,
+              {reinterpret_cast<const char*>(acc), 0}, acc, acc, two ? acc + bb : nullptr);
           out[j] = squared_norm(acc, bb);
           if (two) out[j + 1] = squared_norm(acc + bb, bb);
         }

@@ -35,17 +35,18 @@ template <class P> struct Product {
 };
 
 template <class P>
-using Walk = void (*)(const Product<P>&, const typename P::Packed* x, int64_t begin, int64_t end,
-                      typename P::Accumulator* acc);
+using Walk = void (*)(const Product<P>&, const typename P::Packed* x, int64_t begin, int64_t end, ComingLines y,
+                      int element_bytes, typename P::Accumulator* acc);
 
 template <class P, int B, int MV, bool kTransposed>
-void walk_block_rows(const Product<P>& op, const typename P::Packed* x, int64_t begin, int64_t end,
-                     typename P::Accumulator* acc) {
+void walk_block_rows(const Product<P>& op, const typename P::Packed* x, int64_t begin, int64_t end, ComingLines y,
+                     int element_bytes, typename P::Accumulator* acc) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t first = op.crow[r];
     const BlockRun run = {op.features + first, op.blocks != nullptr ? op.blocks + first : nullptr, first,
                           op.crow[r + 1] - first, op.num_blocks - first};
-    multiply_blocks<P, B, MV, kTransposed>(x, op.values, run, acc + (r - begin) * B * MV * kLanes<typename P::Packed>);
+    multiply_blocks<P, B, MV, kTransposed>(x, op.values, run, {y.at + (r - begin) * B * element_bytes, y.stride},
+                                           element_bytes, acc + (r - begin) * B * MV * kLanes<typename P::Packed>);
   }
 }
 
@@ -170,15 +171,15 @@ void multiply(const Product<P>& op, const Walks<P>& walks, const Rows<S>& source
         at = x;
         for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
           const int64_t m = tiling.first_vector(tile) * lanes, width = tiling.first_vector(tile + 1) * lanes - m;
-          for (int64_t i = 0; i < min_of(width, rows - m); ++i) // y's lines arrive while the tile is computed
-            for (int64_t f = 0; f < n_end - n; f += 64 / int64_t(sizeof(S)))
-              __builtin_prefetch(out.y + (m + i) * out.y_stride + n + f, 1, 3);
           for (int64_t i = 0; i < (r_end - r) * b; ++i) {
             const C bias = out.bias != nullptr && n + i < n_end ? widen(out.bias[n + i]) : C(0);
             for (int64_t v = 0; v < width; v += lanes) store(acc + i * width + v, broadcast<C>(bias));
           }
-          walks.by_vectors[width / lanes](op, at, r, r_end, acc);
-          store_tile<AOut>(acc, width, min_of(width, rows - m), n_end - n, out.y + m * out.y_stride + n, out.y_stride,
+          S* const y = out.y + m * out.y_stride + n;
+          walks.by_vectors[width / lanes](op, at, r, r_end,
+                                          {reinterpret_cast<const char*>(y), out.y_stride * int64_t(sizeof(S))},
+                                          int(sizeof(S)), acc);
+          store_tile<AOut>(acc, width, min_of(width, rows - m), n_end - n, y, out.y_stride,
                            out.pre_activation != nullptr ? out.pre_activation + m * out.pre_stride + n : nullptr,
                            out.pre_stride);
           at += packed_inputs * width;

@@ -56,9 +56,14 @@ template <typename S> Rows<S> columns_from(Rows<S> rows, int64_t first) {
 }
 
 // acc0 and acc1 [B][B] += the panel's part of two blocks of the same block row (acc1 may be null: one block only).
+// Meanwhile the lines of `coming` (the next strip of dz, one line per row, kLineBytes apart for the next features) and
+// of the next block's sum at `next_acc` are fetched.
+constexpr int64_t kLineBytes = 64;
+
 template <class P, int B>
 void sum_blocks(const typename P::Packed* g, const typename P::Packed* x0, const typename P::Packed* x1,
-                int64_t panel_rows, typename P::Accumulator* acc0, typename P::Accumulator* acc1) {
+                int64_t panel_rows, ComingLines coming, const typename P::Accumulator* next_acc,
+                typename P::Accumulator* acc0, typename P::Accumulator* acc1) {
   using T = typename P::Packed;
   constexpr int lanes = kLanes<T>;
   if constexpr (B < lanes) {
@@ -71,34 +76,40 @@ void sum_blocks(const typename P::Packed* g, const typename P::Packed* x0, const
   } else {
     constexpr int outputs = kRegisters == 32 ? 8 : 4;
     constexpr int64_t chunk = 4096 / B; // rows whose strips stay in L1 over all output groups
+    constexpr int64_t g_lines = B * int64_t(sizeof(T)) / P::kDepth / kLineBytes; // of one row of the next strip
     static_assert(B % outputs == 0, "a block is a whole number of output groups");
     const int64_t rows = panel_rows / P::kDepth;
     for (int64_t m = 0; m < rows; m += chunk) {
       const int64_t n = min_of(chunk, rows - m);
       for (int output = 0; output < B; output += outputs) {
         const T* gm = g + m * B + output;
+        // The first groups of outputs fetch the next strip of dz, the others the next block's sum.
+        const int64_t group = output / outputs;
+        const ComingLines lines = group < g_lines
+                                      ? ComingLines{coming.at + m * P::kDepth * coming.stride + group * kLineBytes,
+                                                    coming.stride * P::kDepth}
+                                      : ComingLines{reinterpret_cast<const char*>(next_acc + output * B), kLineBytes};
         if constexpr (B == lanes) {
           typename P::Accumulator unused[outputs * lanes];
           if (acc1 == nullptr) memset(unused, 0, sizeof(unused));
-          outer_products<P, outputs>(gm, x0 + m * B, (acc1 != nullptr ? x1 : x0) + m * B, B, n, acc0 + output * B,
-                                     acc1 != nullptr ? acc1 + output * B : unused, B);
+          outer_products<P, outputs>(gm, x0 + m * B, (acc1 != nullptr ? x1 : x0) + m * B, B, n, lines,
+                                     acc0 + output * B, acc1 != nullptr ? acc1 + output * B : unused, B);
         } else {
           for (int k = 0; k < B; k += 2 * lanes)
-            outer_products<P, outputs>(gm, x0 + m * B + k, x0 + m * B + k + lanes, B, n, acc0 + output * B + k,
+            outer_products<P, outputs>(gm, x0 + m * B + k, x0 + m * B + k + lanes, B, n, lines, acc0 + output * B + k,
                                        acc0 + output * B + k + lanes, B);
-          if (acc1 != nullptr)
-            for (int k = 0; k < B; k += 2 * lanes)
-              outer_products<P, outputs>(gm, x1 + m * B + k, x1 + m * B + k + lanes, B, n, acc1 + output * B + k,
-                                         acc1 + output * B + k + lanes, B);
         }
       }
     }
+    if constexpr (B > lanes)
+      if (acc1 != nullptr) sum_blocks<P, B>(g, x1, nullptr, panel_rows, coming, next_acc, acc1, nullptr);
   }
 }
 
 template <class P>
 using SumBlocks = void (*)(const typename P::Packed*, const typename P::Packed*, const typename P::Packed*, int64_t,
-                           typename P::Accumulator*, typename P::Accumulator*);
+                           ComingLines, const typename P::Accumulator*, typename P::Accumulator*,
+                           typename P::Accumulator*);
 
 template <class P> SumBlocks<P> sum_blocks_for(int64_t block) {
   if constexpr (P::kDepth == 1) {
@@ -191,8 +202,14 @@ void sum_range(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>
             }
             if (panel == 0) memset(to[j], 0, size_t(bb) * sizeof(C));
           }
+          const C* next = to[0];
+          if constexpr (in_place)
+            if (i + 2 < op.crow[row_end]) next = reinterpret_cast<const C*>(op.values) + op.place(i + 2) * bb;
           sum(scratch.g.strip(r - first), scratch.x.strip(op.col[i] - col_begin),
-              step == 2 ? scratch.x.strip(op.col[i + 1] - col_begin) : nullptr, panel_rows, to[0], to[1]);
+              step == 2 ? scratch.x.strip(op.col[i + 1] - col_begin) : nullptr, panel_rows,
+              {reinterpret_cast<const char*>(grad_z.data + m * grad_z.stride + n + group * b),
+               grad_z.stride * int64_t(sizeof(S))},
+              next, to[0], to[1]);
           if constexpr (!in_place)
             if (panel + 1 == panels)
               for (int64_t j = 0; j < step; ++j)

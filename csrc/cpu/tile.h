@@ -30,6 +30,13 @@ template <int B> struct TileConfig {
   static_assert(B % kOutputs == 0, "a block is a whole number of output groups");
 };
 
+// Lines of memory that will be written or read soon: `at`, `at + stride`, ... The kernels touch one every few steps, so
+// that the lines arrive while they compute and never all at once (a core has a dozen or so misses in flight).
+struct ComingLines {
+  const char* at;
+  int64_t stride;
+};
+
 // Which blocks one run multiplies: entry i reads x block features[i] and weight block blocks[i] (or first + i).
 struct BlockRun {
   const int32_t* features;
@@ -42,7 +49,7 @@ struct BlockRun {
 
 template <class P, int B, int MV, bool kTransposed>
 SPARSENET_INLINE void multiply_run(const typename P::Packed* x, const typename P::Packed* values, const BlockRun& run,
-                                   int first_output, typename P::Accumulator* acc) {
+                                   int first_output, ComingLines coming, typename P::Accumulator* acc) {
   using T = typename P::Packed;
   using C = typename P::Accumulator;
   constexpr int lanes = kLanes<T>, outputs = TileConfig<B>::kOutputs, width = MV * lanes;
@@ -76,6 +83,8 @@ SPARSENET_INLINE void multiply_run(const typename P::Packed* x, const typename P
     } else {
       for (int k = 0; k < depth; k += 2) {
         __builtin_prefetch(next + k * outputs * int(sizeof(T)), 0, 3);
+        __builtin_prefetch(coming.at, 1, 3);
+        coming.at += coming.stride;
         step(k);
         step(k + 1);
       }
@@ -87,15 +96,18 @@ SPARSENET_INLINE void multiply_run(const typename P::Packed* x, const typename P
     for (int v = 0; v < MV; ++v) store(acc + r * width + v * lanes, c[r][v]);
 }
 
-// One block row: acc [B][MV * lanes] += its blocks times x.
+// One block row: acc [B][MV * lanes] += its blocks times x. `y` are the lines of the output tile, one per row, of
+// elements of element_bytes.
 template <class P, int B, int MV, bool kTransposed>
-void multiply_blocks(const typename P::Packed* x, const typename P::Packed* values, BlockRun run,
-                     typename P::Accumulator* acc) {
+void multiply_blocks(const typename P::Packed* x, const typename P::Packed* values, BlockRun run, ComingLines y,
+                     int element_bytes, typename P::Accumulator* acc) {
   constexpr int width = MV * kLanes<typename P::Packed>;
   for (int64_t left = run.count; left > 0; left -= TileConfig<B>::kRunBlocks) {
     run.count = min_of(left, TileConfig<B>::kRunBlocks);
     for (int output = 0; output < B; output += TileConfig<B>::kOutputs)
-      multiply_run<P, B, MV, kTransposed>(x, values, run, output, acc + output * width);
+      multiply_run<P, B, MV, kTransposed>(x, values, run, output, {y.at + output * element_bytes, y.stride},
+                                          acc + output * width);
+    y.stride = 0; // the first run has fetched them
     run.features += run.count;
     if (run.blocks != nullptr) run.blocks += run.count;
     run.first += run.count;
@@ -106,7 +118,7 @@ void multiply_blocks(const typename P::Packed* x, const typename P::Packed* valu
 // acc[output][vector] += g[row][output] * x_v[row]: `outputs` columns of g, two vectors of x from two addresses.
 template <class P, int kOutputs>
 SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename P::Packed* x0,
-                                     const typename P::Packed* x1, int64_t stride, int64_t rows,
+                                     const typename P::Packed* x1, int64_t stride, int64_t rows, ComingLines coming,
                                      typename P::Accumulator* acc0, typename P::Accumulator* acc1, int64_t acc_stride) {
   using T = typename P::Packed;
   Vec<typename P::Accumulator> c[kOutputs][2];
@@ -115,8 +127,9 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename
     c[r][0] = load(acc0 + r * acc_stride);
     c[r][1] = load(acc1 + r * acc_stride);
   }
-#pragma GCC unroll 2
   for (int64_t m = 0; m < rows; ++m) {
+    __builtin_prefetch(coming.at, 0, 3);
+    coming.at += coming.stride;
     const Vec<T> a = load(x0 + m * stride), b = load(x1 + m * stride);
 #pragma GCC unroll 16
     for (int r = 0; r < kOutputs; ++r) {

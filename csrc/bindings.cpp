@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "cpu/block_pattern.h"
+#include "cpu/compact_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/workspace.h"
+#include "check.h"
 #include "types.h"
 #if defined(SPARSENET_CUDA)
   #include "cuda/bindings_cuda.h"
@@ -98,6 +100,24 @@ void candidate_gradients(int dtype, int block_size, Address x, int64_t x_stride,
   cpu::table_for(op.dtype).candidate_gradients(op, cpu::usable_threads(threads));
 }
 
+void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const Indices& rows, const Indices& cols,
+                    const std::vector<Address>& sources, const std::vector<Address>& targets,
+                    const std::vector<int>& element_bytes, int threads) {
+  std::vector<GatheredBlocks> tensors;
+  for (size_t i = 0; i < sources.size(); ++i)
+    tensors.push_back({.from = at(sources[i]), .to = at(targets.at(i)), .element_bytes = element_bytes.at(i)});
+  const CompactBlocks op = {.from = from.view(),
+                            .to = to.view(),
+                            .rows = rows.data(),
+                            .cols = cols.data(),
+                            .tensors = tensors.data(),
+                            .num_tensors = int64_t(tensors.size())};
+  SPARSENET_CHECK(rows.size() == op.to.rows && cols.size() == op.to.cols, "compact_blocks: rows and cols must have ",
+                  op.to.rows, " and ", op.to.cols, " entries, got ", rows.size(), " and ", cols.size());
+  py::gil_scoped_release release;
+  cpu::compact_blocks(op, cpu::usable_threads(threads));
+}
+
 py::dict build_info() {
   py::list sets;
   for (const char* const* name = cpu::available_sets(); *name != nullptr; ++name) sets.append(*name);
@@ -126,9 +146,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("crow").noconvert(), py::arg("col").noconvert(), py::arg("rows"), py::arg("cols"),
            py::arg("block_size"))
       .def_property_readonly("row", [](const cpu::Pattern& p) { return copy_of(p.view().row, p.view().num_blocks); })
-      .def_property_readonly(
-          "t_crow", [](const cpu::Pattern& p) { return copy_of(p.view().t_crow, p.view().block_cols() + 1); })
-      .def_property_readonly("t_row", [](const cpu::Pattern& p) { return copy_of(p.view().t_row, p.view().num_blocks); })
+      .def_property_readonly("t_crow",
+                             [](const cpu::Pattern& p) { return copy_of(p.view().t_crow, p.view().block_cols() + 1); })
+      .def_property_readonly("t_row",
+                             [](const cpu::Pattern& p) { return copy_of(p.view().t_row, p.view().num_blocks); })
       .def_property_readonly("t_block",
                              [](const cpu::Pattern& p) { return copy_of(p.view().t_block, p.view().num_blocks); });
   m.def("linear_forward", linear_forward);
@@ -141,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_extreme", [](const py::array_t<float, py::array::c_style>& scores, int64_t k, bool largest) {
     return to_numpy(cpu::select_extreme(scores.data(), scores.size(), k, largest));
   });
+  m.def("compact_blocks", compact_blocks);
   m.def("build_info", build_info);
   m.def("workspace_bytes", cpu::workspace_bytes);
   m.def("trim_workspace", cpu::trim_workspace);

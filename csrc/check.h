@@ -15,7 +15,7 @@ template <typename... Parts>
 
 } // namespace sparsenet
 
-#define SPARSENET_CHECK(condition, ...)                                                                               \
-  do {                                                                                                                \
-    if (!(condition)) ::sparsenet::fail(__VA_ARGS__);                                                                 \
+#define SPARSENET_CHECK(condition, ...)                                                                                \
+  do {                                                                                                                 \
+    if (!(condition)) ::sparsenet::fail(__VA_ARGS__);                                                                  \
   } while (false)

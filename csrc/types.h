@@ -8,9 +8,7 @@ namespace sparsenet {
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
-constexpr int64_t element_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 enum class Activation : int32_t { none = 0, relu = 1, gelu = 2, silu = 3 };
 
@@ -85,13 +83,30 @@ struct GradientNorms {
 struct CandidateGradients {
   DType dtype = DType::float32;
   int32_t block_size = 1;
-  Matrix x;      // [M, in]
-  Matrix grad_z; // [M, out]
+  Matrix x;                       // [M, in]
+  Matrix grad_z;                  // [M, out]
   const int32_t* crow = nullptr;  // [ceil(out / b) + 1]
   const int32_t* col = nullptr;   // [num_places], ascending within a row
   const int32_t* block = nullptr; // [num_places] where the place's gradient goes
   int64_t num_places = 0;
   void* grads = nullptr; // [num_places, b, b], same dtype
+};
+
+// One tensor [num_blocks, b, b] of compact_blocks before and after: values, or a moment, or a mask; of any type.
+struct GatheredBlocks {
+  const void* from = nullptr; // [from.num_blocks, b, b]
+  void* to = nullptr;         // [to.num_blocks, b, b]
+  int32_t element_bytes = 4;
+};
+
+// to[i, j] = from[rows[i], cols[j]] inside the blocks of `to`; zero where `from` has no block and outside the matrix.
+struct CompactBlocks {
+  PatternView from;
+  PatternView to;                // same block size
+  const int32_t* rows = nullptr; // [to.rows] old row of each new one
+  const int32_t* cols = nullptr; // [to.cols] old column of each new one
+  const GatheredBlocks* tensors = nullptr;
+  int64_t num_tensors = 0;
 };
 
 } // namespace sparsenet

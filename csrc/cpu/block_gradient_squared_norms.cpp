@@ -2,8 +2,8 @@
 //
 //   norms[i][j] = || sum_m dz[m][i-th block of outputs]^T x[m][j-th block of inputs] ||_F^2
 //
-// The dense gradient's blocks are made two at a time in L1, squared, summed and forgotten. A task packs a range of block
-// columns of x for the whole batch (at most kStripsBytes, at least one strip), then walks the block rows past it.
+// The dense gradient's blocks are made two at a time in L1, squared, summed and forgotten. A task packs a range of
+// block columns of x for the whole batch (at most kStripsBytes, at least one strip), then walks the block rows past it.
 #include "grad_values.h"
 #include "isa.h"
 
@@ -25,14 +25,14 @@ template <class P, typename S> void norms_with(const GradientNorms& op, int thre
   using T = typename P::Packed;
   using C = typename P::Accumulator;
   const int64_t b = op.block_size, bb = b * b, in_blocks = ceil_div(op.x.cols, b), group = max_of(1, kLanes<C> / b);
-  const int64_t rows = ceil_div(max_of(op.x.rows, 1), 16) * 16, strip = rows / P::kDepth * b;
-  const int64_t fitting = max_of(1, kStripsBytes / (strip * int64_t(sizeof(T))));
+  const int64_t rows = ceil_div(max_of(op.x.rows, 1), 16) * 16, strip_bytes = strips_bytes<P>(1, b, rows);
+  const int64_t fitting = max_of(1, kStripsBytes / strip_bytes);
   const int64_t ranges = max_of(ceil_div(in_blocks, fitting), min_of(threads, in_blocks));
   const int64_t widest = ceil_div(in_blocks, ranges);
   threads = int(min_of(threads, ranges));
   WorkspacePlan plan;
-  plan.piece(widest * strip * int64_t(sizeof(T)));
-  const int64_t g_at = plan.piece(group * strip * int64_t(sizeof(T)));
+  plan.piece(widest * strip_bytes);
+  const int64_t g_at = plan.piece(group * strip_bytes);
   const int64_t acc_at = plan.piece(2 * bb * int64_t(sizeof(C)));
   Workspace workspace(plan.bytes * threads);
   const SumBlocks<P> sum = sum_blocks_for<P>(b);
@@ -44,6 +44,7 @@ template <class P, typename S> void norms_with(const GradientNorms& op, int thre
     const Strips<P> xs = {reinterpret_cast<T*>(mine), b, rows};
     const Strips<P> gs = {reinterpret_cast<T*>(mine + g_at), b, rows};
     C* const acc = reinterpret_cast<C*>(mine + acc_at);
+    FetchQueue fetch; // empty: everything a range needs is at hand
     for (int64_t range; (range = __atomic_fetch_add(&next_range, 1, __ATOMIC_RELAXED)) < ranges;) {
       const int64_t col_begin = range * in_blocks / ranges, col_end = (range + 1) * in_blocks / ranges;
       pack_strips<P, Activation::none>(columns_from(rows_of<S>(op.x), col_begin * b), xs,
@@ -59,8 +60,8 @@ template <class P, typename S> void norms_with(const GradientNorms& op, int thre
         for (int64_t j = col_begin; j < col_end; j += 2) {
           const bool two = j + 1 < col_end;
           memset(acc, 0, size_t(2 * bb) * sizeof(C));
-          sum(gs.strip(i - first), xs.strip(j - col_begin), two ? xs.strip(j + 1 - col_begin) : nullptr, rows,
-              {reinterpret_cast<const char*>(acc), 0}, acc, acc, two ? acc + bb : nullptr);
+          sum(gs.strip(i - first), xs.strip(j - col_begin), two ? xs.strip(j + 1 - col_begin) : nullptr, rows, fetch,
+              acc, two ? acc + bb : nullptr);
           out[j] = squared_norm(acc, bb);
           if (two) out[j + 1] = squared_norm(acc + bb, bb);
         }
@@ -79,10 +80,17 @@ template <typename S> void norms_for(const GradientNorms& op, int threads) {
 
 template <typename S> void candidates_for(const CandidateGradients& op, int threads) {
   const int64_t b = op.block_size;
-  const BlockGradients<S> gradients = {.crow = op.crow, .col = op.col, .block = op.block, .count = op.num_places,
-                                       .out_blocks = ceil_div(op.grad_z.cols, b), .in_blocks = ceil_div(op.x.cols, b),
-                                       .outputs = op.grad_z.cols, .inputs = op.x.cols, .batch = op.x.rows,
-                                       .values = static_cast<S*>(op.grads), .bias = nullptr};
+  const BlockGradients<S> gradients = {.crow = op.crow,
+                                       .col = op.col,
+                                       .block = op.block,
+                                       .count = op.num_places,
+                                       .out_blocks = ceil_div(op.grad_z.cols, b),
+                                       .in_blocks = ceil_div(op.x.cols, b),
+                                       .outputs = op.grad_z.cols,
+                                       .inputs = op.x.cols,
+                                       .batch = op.x.rows,
+                                       .values = static_cast<S*>(op.grads),
+                                       .bias = nullptr};
   grad_values<S, Activation::none>(gradients, rows_of<S>(op.grad_z), rows_of<S>(op.x), b, threads);
 }
 
@@ -90,26 +98,36 @@ template <typename S> void candidates_for(const CandidateGradients& op, int thre
 
 void gradient_norms(const GradientNorms& op, int threads) {
   switch (op.dtype) {
-  case DType::float32: return norms_for<float>(op, threads);
-  case DType::bfloat16: return norms_for<BFloat16>(op, threads);
+  case DType::float32:
+    return norms_for<float>(op, threads);
+  case DType::bfloat16:
+    return norms_for<BFloat16>(op, threads);
 #if defined(SPARSENET_PORTABLE)
-  case DType::float16: return norms_for<Half>(op, threads);
-  case DType::float64: return norms_for<double>(op, threads);
+  case DType::float16:
+    return norms_for<Half>(op, threads);
+  case DType::float64:
+    return norms_for<double>(op, threads);
 #else
-  default: return;
+  default:
+    return;
 #endif
   }
 }
 
 void candidate_gradients(const CandidateGradients& op, int threads) {
   switch (op.dtype) {
-  case DType::float32: return candidates_for<float>(op, threads);
-  case DType::bfloat16: return candidates_for<BFloat16>(op, threads);
+  case DType::float32:
+    return candidates_for<float>(op, threads);
+  case DType::bfloat16:
+    return candidates_for<BFloat16>(op, threads);
 #if defined(SPARSENET_PORTABLE)
-  case DType::float16: return candidates_for<Half>(op, threads);
-  case DType::float64: return candidates_for<double>(op, threads);
+  case DType::float16:
+    return candidates_for<Half>(op, threads);
+  case DType::float64:
+    return candidates_for<double>(op, threads);
 #else
-  default: return;
+  default:
+    return;
 #endif
   }
 }

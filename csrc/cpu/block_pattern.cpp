@@ -18,8 +18,8 @@ bool is_supported_block(int64_t b) { return b == 1 || b == 4 || b == 8 || b == 1
 
 Pattern::Pattern(const int32_t* crow, int64_t crow_length, const int32_t* col, int64_t num_blocks, int64_t rows,
                  int64_t cols, int64_t block_size) {
-  SPARSENET_CHECK(is_supported_block(block_size), "BlockPattern: block_size must be one of 1, 4, 8, 16, 32, 64, 128, got ",
-                  block_size);
+  SPARSENET_CHECK(is_supported_block(block_size),
+                  "BlockPattern: block_size must be one of 1, 4, 8, 16, 32, 64, 128, got ", block_size);
   SPARSENET_CHECK(rows >= 0 && cols >= 0 && rows <= kInt32Max && cols <= kInt32Max,
                   "BlockPattern: shape must have sizes from 0 to 2147483647, got (", rows, ", ", cols, ")");
   view_.rows = rows;
@@ -35,7 +35,8 @@ Pattern::Pattern(const int32_t* crow, int64_t crow_length, const int32_t* col, i
                   num_blocks, ", got ", crow[block_rows]);
   for (int64_t r = 0; r < block_rows; ++r)
     SPARSENET_CHECK(crow[r] <= crow[r + 1] && crow[r + 1] <= num_blocks,
-                    "BlockPattern: crow_indices must not decrease, got ", crow[r], " then ", crow[r + 1], " at row ", r);
+                    "BlockPattern: crow_indices must not decrease, got ", crow[r], " then ", crow[r + 1], " at row ",
+                    r);
   for (int64_t r = 0; r < block_rows; ++r)
     for (int64_t i = crow[r]; i < crow[r + 1]; ++i) {
       SPARSENET_CHECK(col[i] >= 0 && col[i] < block_cols, "BlockPattern: col_indices must lie in [0, ", block_cols,
@@ -73,9 +74,7 @@ std::vector<int32_t> row_order(const int32_t* rows, const int32_t* cols, int64_t
   SPARSENET_CHECK(count <= kInt32Max, "BlockPattern: there must be at most 2147483647 blocks, got ", count);
   std::vector<int32_t> order(static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
-  const auto before = [&](int32_t a, int32_t b) {
-    return rows[a] != rows[b] ? rows[a] < rows[b] : cols[a] < cols[b];
-  };
+  const auto before = [&](int32_t a, int32_t b) { return rows[a] != rows[b] ? rows[a] < rows[b] : cols[a] < cols[b]; };
   if (!std::is_sorted(order.begin(), order.end(), before)) std::sort(order.begin(), order.end(), before);
   for (int64_t i = 1; i < count; ++i) {
     const int32_t a = order[size_t(i) - 1], b = order[size_t(i)];
@@ -88,9 +87,8 @@ std::vector<int32_t> row_order(const int32_t* rows, const int32_t* cols, int64_t
 PlacesByRow::PlacesByRow(const int32_t* rows, const int32_t* cols, int64_t count, int64_t block_rows)
     : crow(size_t(block_rows + 1), 0), col(static_cast<size_t>(count)), number(static_cast<size_t>(count)) {
   std::iota(number.begin(), number.end(), 0);
-  std::stable_sort(number.begin(), number.end(), [&](int32_t a, int32_t b) {
-    return rows[a] != rows[b] ? rows[a] < rows[b] : cols[a] < cols[b];
-  });
+  std::stable_sort(number.begin(), number.end(),
+                   [&](int32_t a, int32_t b) { return rows[a] != rows[b] ? rows[a] < rows[b] : cols[a] < cols[b]; });
   for (int64_t i = 0; i < count; ++i) {
     ++crow[size_t(rows[i]) + 1];
     col[size_t(i)] = cols[number[size_t(i)]];

@@ -21,7 +21,8 @@ private:
   PatternView view_;
 };
 
-// Sorts places (block row, block column) into row order: order[i] is the place that comes i-th. Equal places are refused.
+// Sorts places (block row, block column) into row order: order[i] is the place that comes i-th. Equal places are
+// refused.
 std::vector<int32_t> row_order(const int32_t* rows, const int32_t* cols, int64_t count);
 
 // A list of places, in any order and perhaps repeated, by block row: what the gradient of candidates walks.

@@ -21,9 +21,10 @@
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
-constexpr int64_t kPanelBytes = int64_t(1) << 20; // packed x of one task: half of a common 2 MiB L2
+constexpr int64_t kPanelBytes = int64_t(1) << 19; // packed x of one task: a quarter of a common 2 MiB L2
 
-// --- forward and grad_input -------------------------------------------------------------------------------------------
+// --- forward and grad_input
+// -------------------------------------------------------------------------------------------
 
 // out[M, outputs] = source[M, inputs] times the blocks, walked along their outputs.
 template <class P> struct Product {
@@ -35,18 +36,18 @@ template <class P> struct Product {
 };
 
 template <class P>
-using Walk = void (*)(const Product<P>&, const typename P::Packed* x, int64_t begin, int64_t end, ComingLines y,
-                      int element_bytes, typename P::Accumulator* acc);
+using Walk = void (*)(const Product<P>&, const typename P::Packed* x, int64_t begin, int64_t end, FetchQueue& fetch,
+                      typename P::Accumulator* acc);
 
 template <class P, int B, int MV, bool kTransposed>
-void walk_block_rows(const Product<P>& op, const typename P::Packed* x, int64_t begin, int64_t end, ComingLines y,
-                     int element_bytes, typename P::Accumulator* acc) {
+void walk_block_rows(const Product<P>& op, const typename P::Packed* x, int64_t begin, int64_t end, FetchQueue& fetch,
+                     typename P::Accumulator* acc) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t first = op.crow[r];
     const BlockRun run = {op.features + first, op.blocks != nullptr ? op.blocks + first : nullptr, first,
                           op.crow[r + 1] - first, op.num_blocks - first};
-    multiply_blocks<P, B, MV, kTransposed>(x, op.values, run, {y.at + (r - begin) * B * element_bytes, y.stride},
-                                           element_bytes, acc + (r - begin) * B * MV * kLanes<typename P::Packed>);
+    multiply_blocks<P, B, MV, kTransposed>(x, op.values, run, fetch,
+                                           acc + (r - begin) * B * MV * kLanes<typename P::Packed>);
   }
 }
 
@@ -79,11 +80,16 @@ template <class P, bool kTransposed> Walks<P> walks_for(int block_size) {
   case 1:
     if constexpr (P::kDepth == 1) return walks_of<P, 1, kTransposed>();
     break;
-  case 4: return walks_of<P, 4, kTransposed>();
-  case 8: return walks_of<P, 8, kTransposed>();
-  case 16: return walks_of<P, 16, kTransposed>();
-  case 32: return walks_of<P, 32, kTransposed>();
-  case 64: return walks_of<P, 64, kTransposed>();
+  case 4:
+    return walks_of<P, 4, kTransposed>();
+  case 8:
+    return walks_of<P, 8, kTransposed>();
+  case 16:
+    return walks_of<P, 16, kTransposed>();
+  case 32:
+    return walks_of<P, 32, kTransposed>();
+  case 64:
+    return walks_of<P, 64, kTransposed>();
   }
   return walks_of<P, 128, kTransposed>();
 }
@@ -154,6 +160,7 @@ void multiply(const Product<P>& op, const Walks<P>& walks, const Rows<S>& source
     char* const mine = workspace.data() + plan.bytes * omp_get_thread_num();
     T* const x = reinterpret_cast<T*>(mine);
     C* const acc = reinterpret_cast<C*>(mine + acc_at);
+    FetchQueue fetch;
     for (int64_t task; (task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED)) < tiling.tasks();) {
       const int64_t tile_begin = tiling.first_tile(task / tiling.row_parts);
       const int64_t tile_end = tiling.first_tile(task / tiling.row_parts + 1);
@@ -176,9 +183,10 @@ void multiply(const Product<P>& op, const Walks<P>& walks, const Rows<S>& source
             for (int64_t v = 0; v < width; v += lanes) store(acc + i * width + v, broadcast<C>(bias));
           }
           S* const y = out.y + m * out.y_stride + n;
-          walks.by_vectors[width / lanes](op, at, r, r_end,
-                                          {reinterpret_cast<const char*>(y), out.y_stride * int64_t(sizeof(S))},
-                                          int(sizeof(S)), acc);
+          fetch.clear(); // what the last block row left over comes too late
+          for (int64_t f = n; f < n_end; f += 64 / int64_t(sizeof(S)))
+            fetch.push(y + f - n, out.y_stride * int64_t(sizeof(S)), min_of(width, rows - m));
+          walks.by_vectors[width / lanes](op, at, r, r_end, fetch, acc);
           store_tile<AOut>(acc, width, min_of(width, rows - m), n_end - n, y, out.y_stride,
                            out.pre_activation != nullptr ? out.pre_activation + m * out.pre_stride + n : nullptr,
                            out.pre_stride);
@@ -189,7 +197,8 @@ void multiply(const Product<P>& op, const Walks<P>& walks, const Rows<S>& source
   }
 }
 
-// --- values in the form a policy computes with ------------------------------------------------------------------------
+// --- values in the form a policy computes with
+// ------------------------------------------------------------------------
 
 template <class P, typename S> constexpr bool kReadsValuesInPlace = sizeof(S) * P::kDepth == sizeof(typename P::Packed);
 
@@ -214,16 +223,15 @@ void transpose_values(const BFloat16* values, const PatternView& pattern, BFloat
   }
 }
 
-int64_t value_count(const PatternView& pattern) {
-  return pattern.num_blocks * pattern.block_size * pattern.block_size;
-}
+int64_t value_count(const PatternView& pattern) { return pattern.num_blocks * pattern.block_size * pattern.block_size; }
 
 // The pattern as multiply() walks it: block rows for forward, block columns for grad_input.
 template <class P> Product<P> product_of(const PatternView& p, bool transposed, const typename P::Packed* values,
                                          bool values_in_walk_order) {
-  if (!transposed) return {values, p.crow, p.col, nullptr, p.num_blocks, p.block_rows(), p.block_cols(), p.rows, p.cols};
-  return {values,       p.t_crow,       p.t_row, values_in_walk_order ? nullptr : p.t_block,
-          p.num_blocks, p.block_cols(), p.block_rows(), p.cols, p.rows};
+  if (!transposed)
+    return {values, p.crow, p.col, nullptr, p.num_blocks, p.block_rows(), p.block_cols(), p.rows, p.cols};
+  return {values,         p.t_crow, p.t_row, values_in_walk_order ? nullptr : p.t_block, p.num_blocks, p.block_cols(),
+          p.block_rows(), p.cols,   p.rows};
 }
 
 template <class P, typename S> void forward_with(const LinearForward& op, int threads) {
@@ -242,15 +250,20 @@ template <class P, typename S> void forward_with(const LinearForward& op, int th
                            static_cast<S*>(op.pre_activation.data), op.pre_activation.stride};
   constexpr auto none = Activation::none;
   switch (op.activation) {
-  case Activation::none: return multiply<P, none, none>(product, walks, source, op.x.rows, out, threads);
-  case Activation::relu: return multiply<P, none, Activation::relu>(product, walks, source, op.x.rows, out, threads);
-  case Activation::gelu: return multiply<P, none, Activation::gelu>(product, walks, source, op.x.rows, out, threads);
-  case Activation::silu: return multiply<P, none, Activation::silu>(product, walks, source, op.x.rows, out, threads);
+  case Activation::none:
+    return multiply<P, none, none>(product, walks, source, op.x.rows, out, threads);
+  case Activation::relu:
+    return multiply<P, none, Activation::relu>(product, walks, source, op.x.rows, out, threads);
+  case Activation::gelu:
+    return multiply<P, none, Activation::gelu>(product, walks, source, op.x.rows, out, threads);
+  case Activation::silu:
+    return multiply<P, none, Activation::silu>(product, walks, source, op.x.rows, out, threads);
   }
 }
 
 template <typename S> Rows<S> grad_z_rows(const LinearBackward& op) {
-  return {static_cast<const S*>(op.grad_y.data), op.grad_y.stride, static_cast<const S*>(op.saved.data), op.saved.stride};
+  return {static_cast<const S*>(op.grad_y.data), op.grad_y.stride, static_cast<const S*>(op.saved.data),
+          op.saved.stride};
 }
 
 template <class P, Activation A, typename S> void grad_input_with(const LinearBackward& op, int threads) {
@@ -276,19 +289,30 @@ template <class P, Activation A, typename S> void backward_with(const LinearBack
   if (op.grad_values == nullptr && op.grad_bias == nullptr) return;
   const PatternView& p = op.pattern;
   const Rows<S> x = {static_cast<const S*>(op.x.data), op.x.stride, nullptr, 0};
-  const BlockGradients<S> gradients = {
-      .crow = p.crow, .col = p.col, .block = nullptr, .count = op.grad_values != nullptr ? p.num_blocks : 0, .out_blocks = p.block_rows(),
-      .in_blocks = p.block_cols(), .outputs = p.rows, .inputs = p.cols, .batch = op.grad_y.rows,
-      .values = static_cast<S*>(op.grad_values), .bias = static_cast<S*>(op.grad_bias)};
+  const BlockGradients<S> gradients = {.crow = p.crow,
+                                       .col = p.col,
+                                       .block = nullptr,
+                                       .count = op.grad_values != nullptr ? p.num_blocks : 0,
+                                       .out_blocks = p.block_rows(),
+                                       .in_blocks = p.block_cols(),
+                                       .outputs = p.rows,
+                                       .inputs = p.cols,
+                                       .batch = op.grad_y.rows,
+                                       .values = static_cast<S*>(op.grad_values),
+                                       .bias = static_cast<S*>(op.grad_bias)};
   grad_values<S, A>(gradients, grad_z_rows<S>(op), x, p.block_size, threads);
 }
 
 template <class P, typename S> void backward_for(const LinearBackward& op, int threads) {
   switch (op.activation) {
-  case Activation::none: return backward_with<P, Activation::none, S>(op, threads);
-  case Activation::relu: return backward_with<P, Activation::relu, S>(op, threads);
-  case Activation::gelu: return backward_with<P, Activation::gelu, S>(op, threads);
-  case Activation::silu: return backward_with<P, Activation::silu, S>(op, threads);
+  case Activation::none:
+    return backward_with<P, Activation::none, S>(op, threads);
+  case Activation::relu:
+    return backward_with<P, Activation::relu, S>(op, threads);
+  case Activation::gelu:
+    return backward_with<P, Activation::gelu, S>(op, threads);
+  case Activation::silu:
+    return backward_with<P, Activation::silu, S>(op, threads);
   }
 }
 
@@ -296,34 +320,42 @@ template <class P, typename S> void backward_for(const LinearBackward& op, int t
 
 void linear_forward(const LinearForward& op, int threads) {
   switch (op.dtype) {
-  case DType::float32: return forward_with<Single<float>, float>(op, threads);
+  case DType::float32:
+    return forward_with<Single<float>, float>(op, threads);
   case DType::bfloat16:
 #if defined(__AVX512BF16__)
     if (op.pattern.block_size > 1) return forward_with<Pair, BFloat16>(op, threads);
 #endif
     return forward_with<Single<float>, BFloat16>(op, threads);
 #if defined(SPARSENET_PORTABLE)
-  case DType::float16: return forward_with<Single<float>, Half>(op, threads);
-  case DType::float64: return forward_with<Single<double>, double>(op, threads);
+  case DType::float16:
+    return forward_with<Single<float>, Half>(op, threads);
+  case DType::float64:
+    return forward_with<Single<double>, double>(op, threads);
 #else
-  default: return; // table_for() sends these to the portable table
+  default:
+    return; // table_for() sends these to the portable table
 #endif
   }
 }
 
 void linear_backward(const LinearBackward& op, int threads) {
   switch (op.dtype) {
-  case DType::float32: return backward_for<Single<float>, float>(op, threads);
+  case DType::float32:
+    return backward_for<Single<float>, float>(op, threads);
   case DType::bfloat16:
 #if defined(__AVX512BF16__)
     if (op.pattern.block_size > 1) return backward_for<Pair, BFloat16>(op, threads);
 #endif
     return backward_for<Single<float>, BFloat16>(op, threads);
 #if defined(SPARSENET_PORTABLE)
-  case DType::float16: return backward_for<Single<float>, Half>(op, threads);
-  case DType::float64: return backward_for<Single<double>, double>(op, threads);
+  case DType::float16:
+    return backward_for<Single<float>, Half>(op, threads);
+  case DType::float64:
+    return backward_for<Single<double>, double>(op, threads);
 #else
-  default: return;
+  default:
+    return;
 #endif
   }
 }

@@ -1,10 +1,10 @@
 // Blocks of the dense weight gradient, dW[n][k] = sum_m dz[m][n] x[m][k], at a list of block places. Shared by the
 // backward of block_sparse_linear (the active blocks), by candidate gradients and by block_gradient_squared_norms.
 //
-// Each task owns a range of block columns (and, with few columns, a part of the block rows). It walks the batch in panels
-// of rows: the panel's x is packed strip by strip into a buffer that stays in L2; then, block row by block row, one strip
-// of dz is packed and multiplied with the x strips of the blocks there. Only dz and the results stream past. Tasks share
-// nothing, so there is no barrier, and every sum runs in one fixed order.
+// Each task owns a range of block columns (and, with few columns, a part of the block rows). It walks the batch in
+// panels of rows: the panel's x is packed strip by strip into a buffer that stays in L2; then, block row by block row,
+// one strip of dz is packed and multiplied with the x strips of the blocks there. Only dz and the results stream past.
+// Tasks share nothing, so there is no barrier, and every sum runs in one fixed order.
 #pragma once
 
 #include <omp.h>
@@ -15,17 +15,23 @@
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
-constexpr int64_t kStripsBytes = int64_t(1) << 20; // packed x of one task and panel: half of a common 2 MiB L2
+constexpr int64_t kStripsBytes = int64_t(1) << 19; // packed x of one task and panel: a quarter of a common 2 MiB L2
 
 // Blocks narrower than a vector are summed as dot products along the rows of feature-packed strips.
 template <typename T> constexpr bool is_narrow(int64_t block) { return block < kLanes<T>; }
 
-// Packed strips of one panel: strip s of an operand begins at data + s * block * panel_rows / depth.
+// Packed strips of one panel, one for each block column.
 template <class P> struct Strips {
   typename P::Packed* data;
   int64_t block, panel_rows;
-  typename P::Packed* strip(int64_t s) const { return data + s * block * (panel_rows / P::kDepth); }
+  int64_t stride() const { return block * (panel_rows / P::kDepth); }
+  typename P::Packed* strip(int64_t s) const { return data + s * stride(); }
 };
+
+// Bytes that `count` strips take.
+template <class P> int64_t strips_bytes(int64_t count, int64_t block, int64_t panel_rows) {
+  return count * Strips<P>{nullptr, block, panel_rows}.stride() * int64_t(sizeof(typename P::Packed));
+}
 
 // Packs `features` columns of rows [begin, begin + panel_rows), zeros from row `batch` on; strips that `needed` marks 0
 // are left alone (null: all are needed). Adds the column sums to bias_sum [features] where it is not null.
@@ -35,8 +41,8 @@ void pack_strips(const Rows<S>& source, const Strips<P>& strips, int64_t feature
   using C = Compute<S>;
   const int64_t rows = strips.panel_rows;
   if (!is_narrow<C>(strips.block)) {
-    pack_rows<P, A>(source, begin, min_of(batch, begin + rows), begin + rows, features, strips.block, needed, strips.data,
-                    strips.block * rows / P::kDepth, bias_sum);
+    pack_rows<P, A>(source, begin, min_of(batch, begin + rows), begin + rows, features, strips.block, needed,
+                    strips.data, strips.stride(), bias_sum);
   } else if constexpr (P::kDepth == 1) {
     const int64_t padded = ceil_div(features, strips.block) * strips.block;
     pack_features<P, A>(source, begin, min_of(batch, begin + rows), features, padded, rows, rows, strips.data);
@@ -55,15 +61,26 @@ template <typename S> Rows<S> columns_from(Rows<S> rows, int64_t first) {
   return rows;
 }
 
-// acc0 and acc1 [B][B] += the panel's part of two blocks of the same block row (acc1 may be null: one block only).
-// Meanwhile the lines of `coming` (the next strip of dz, one line per row, kLineBytes apart for the next features) and
-// of the next block's sum at `next_acc` are fetched.
 constexpr int64_t kLineBytes = 64;
 
 template <class P, int B>
+SPARSENET_INLINE void sum_wide_block(const typename P::Packed* g, const typename P::Packed* x, int64_t panel_rows,
+                                     FetchQueue& fetch, typename P::Accumulator* acc) {
+  constexpr int lanes = kLanes<typename P::Packed>, outputs = kRegisters == 32 ? 8 : 4;
+  constexpr int64_t chunk = 4096 / B; // rows whose strips stay in L1 over all output groups
+  static_assert(B % outputs == 0 && B % (2 * lanes) == 0, "a block is whole groups of outputs and pairs of vectors");
+  const int64_t rows = panel_rows / P::kDepth;
+  for (int64_t m = 0; m < rows; m += chunk)
+    for (int output = 0; output < B; output += outputs)
+      for (int k = 0; k < B; k += 2 * lanes)
+        outer_products<P, outputs>(g + m * B + output, x + m * B + k, x + m * B + k + lanes, B, min_of(chunk, rows - m),
+                                   fetch, acc + output * B + k, acc + output * B + k + lanes, B);
+}
+
+// acc0 and acc1 [B][B] += the panel's part of two blocks of the same block row (acc1 may be null: one block only).
+template <class P, int B>
 void sum_blocks(const typename P::Packed* g, const typename P::Packed* x0, const typename P::Packed* x1,
-                int64_t panel_rows, ComingLines coming, const typename P::Accumulator* next_acc,
-                typename P::Accumulator* acc0, typename P::Accumulator* acc1) {
+                int64_t panel_rows, FetchQueue& fetch, typename P::Accumulator* acc0, typename P::Accumulator* acc1) {
   using T = typename P::Packed;
   constexpr int lanes = kLanes<T>;
   if constexpr (B < lanes) {
@@ -73,43 +90,21 @@ void sum_blocks(const typename P::Packed* g, const typename P::Packed* x0, const
         for (int j = 0; j < B; j += side)
           dot_products<T, side>(g + i * panel_rows, (block ? x1 : x0) + j * panel_rows, panel_rows, panel_rows,
                                 (block ? acc1 : acc0) + i * B + j, B);
-  } else {
+  } else if constexpr (B == lanes) { // one vector wide: two blocks side by side
     constexpr int outputs = kRegisters == 32 ? 8 : 4;
-    constexpr int64_t chunk = 4096 / B; // rows whose strips stay in L1 over all output groups
-    constexpr int64_t g_lines = B * int64_t(sizeof(T)) / P::kDepth / kLineBytes; // of one row of the next strip
-    static_assert(B % outputs == 0, "a block is a whole number of output groups");
-    const int64_t rows = panel_rows / P::kDepth;
-    for (int64_t m = 0; m < rows; m += chunk) {
-      const int64_t n = min_of(chunk, rows - m);
-      for (int output = 0; output < B; output += outputs) {
-        const T* gm = g + m * B + output;
-        // The first groups of outputs fetch the next strip of dz, the others the next block's sum.
-        const int64_t group = output / outputs;
-        const ComingLines lines = group < g_lines
-                                      ? ComingLines{coming.at + m * P::kDepth * coming.stride + group * kLineBytes,
-                                                    coming.stride * P::kDepth}
-                                      : ComingLines{reinterpret_cast<const char*>(next_acc + output * B), kLineBytes};
-        if constexpr (B == lanes) {
-          typename P::Accumulator unused[outputs * lanes];
-          if (acc1 == nullptr) memset(unused, 0, sizeof(unused));
-          outer_products<P, outputs>(gm, x0 + m * B, (acc1 != nullptr ? x1 : x0) + m * B, B, n, lines,
-                                     acc0 + output * B, acc1 != nullptr ? acc1 + output * B : unused, B);
-        } else {
-          for (int k = 0; k < B; k += 2 * lanes)
-            outer_products<P, outputs>(gm, x0 + m * B + k, x0 + m * B + k + lanes, B, n, lines, acc0 + output * B + k,
-                                       acc0 + output * B + k + lanes, B);
-        }
-      }
-    }
-    if constexpr (B > lanes)
-      if (acc1 != nullptr) sum_blocks<P, B>(g, x1, nullptr, panel_rows, coming, next_acc, acc1, nullptr);
+    typename P::Accumulator unused[B * lanes] = {};
+    for (int output = 0; output < B; output += outputs)
+      outer_products<P, outputs>(g + output, x0, acc1 != nullptr ? x1 : x0, B, panel_rows / P::kDepth, fetch,
+                                 acc0 + output * B, (acc1 != nullptr ? acc1 : unused) + output * B, B);
+  } else {
+    sum_wide_block<P, B>(g, x0, panel_rows, fetch, acc0);
+    if (acc1 != nullptr) sum_wide_block<P, B>(g, x1, panel_rows, fetch, acc1);
   }
 }
 
 template <class P>
 using SumBlocks = void (*)(const typename P::Packed*, const typename P::Packed*, const typename P::Packed*, int64_t,
-                           ComingLines, const typename P::Accumulator*, typename P::Accumulator*,
-                           typename P::Accumulator*);
+                           FetchQueue&, typename P::Accumulator*, typename P::Accumulator*);
 
 template <class P> SumBlocks<P> sum_blocks_for(int64_t block) {
   if constexpr (P::kDepth == 1) {
@@ -157,6 +152,13 @@ template <class P> struct GradientScratch {
   char* needed;                  // [strips of x]
 };
 
+// The lines of columns [col, col + width) in `count` rows from `row` on.
+template <typename S>
+void push_strip(FetchQueue& fetch, const Rows<S>& rows, int64_t row, int64_t col, int64_t width, int64_t count) {
+  for (int64_t c = 0; c < width; c += kLineBytes / int64_t(sizeof(S)))
+    fetch.push(rows.data + row * rows.stride + col + c, rows.stride * int64_t(sizeof(S)), count);
+}
+
 // Sums the blocks of block columns [col_begin, col_end) in block rows [row_begin, row_end) over the whole batch.
 template <class P, Activation A, typename S>
 void sum_range(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>& x, const GradientScratch<P>& scratch,
@@ -167,6 +169,7 @@ void sum_range(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>
   const int64_t panels = ceil_div(max_of(op.batch, 1), panel_rows);
   const SumBlocks<P> sum = sum_blocks_for<P>(b);
   const bool with_bias = op.bias != nullptr && col_begin == 0;
+  FetchQueue fetch;
   memset(scratch.needed, 0, size_t(col_end - col_begin));
   if (op.count > 0)
     for (int64_t i = op.crow[row_begin]; i < op.crow[row_end]; ++i)
@@ -191,6 +194,8 @@ void sum_range(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>
         const int64_t begin = first_at_least(op.col, op.crow[r], op.crow[r + 1], col_begin);
         const int64_t end = first_at_least(op.col, begin, op.crow[r + 1], col_end);
         if (begin < end && !packed) pack_g();
+        fetch.clear();
+        push_strip(fetch, grad_z, m, n + group * b, b, panel_rows);
         for (int64_t i = begin; i < end; i += 2) {
           const int64_t step = min_of(2, end - i);
           C* to[2] = {nullptr, nullptr};
@@ -202,14 +207,11 @@ void sum_range(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>
             }
             if (panel == 0) memset(to[j], 0, size_t(bb) * sizeof(C));
           }
-          const C* next = to[0];
           if constexpr (in_place)
-            if (i + 2 < op.crow[row_end]) next = reinterpret_cast<const C*>(op.values) + op.place(i + 2) * bb;
+            if (i + 2 < end)
+              fetch.push_first(op.values + op.place(i + 2) * bb, kLineBytes, 2 * bb * int64_t(sizeof(S)) / kLineBytes);
           sum(scratch.g.strip(r - first), scratch.x.strip(op.col[i] - col_begin),
-              step == 2 ? scratch.x.strip(op.col[i + 1] - col_begin) : nullptr, panel_rows,
-              {reinterpret_cast<const char*>(grad_z.data + m * grad_z.stride + n + group * b),
-               grad_z.stride * int64_t(sizeof(S))},
-              next, to[0], to[1]);
+              step == 2 ? scratch.x.strip(op.col[i + 1] - col_begin) : nullptr, panel_rows, fetch, to[0], to[1]);
           if constexpr (!in_place)
             if (panel + 1 == panels)
               for (int64_t j = 0; j < step; ++j)
@@ -242,8 +244,8 @@ void grad_values_with(const BlockGradients<S>& op, const Rows<S>& grad_z, const 
   threads = int(min_of(threads, tasks));
 
   WorkspacePlan plan;
-  plan.piece(op.count > 0 ? widest * b * rows * element : 0);
-  const int64_t g_at = plan.piece(max_of(b, kLanes<C>) * rows * element);
+  plan.piece(op.count > 0 ? strips_bytes<P>(widest, b, rows) : 0);
+  const int64_t g_at = plan.piece(strips_bytes<P>(max_of(1, kLanes<C> / b), b, rows));
   const int64_t acc_at = plan.piece(2 * b * b * int64_t(sizeof(C)));
   const int64_t needed_at = plan.piece(widest);
   const int64_t per_thread = plan.bytes;

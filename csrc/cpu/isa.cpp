@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <dirent.h>
 #include <pthread.h>
 #include <string>
 
@@ -54,13 +55,23 @@ const KernelTable& choose() {
   fail("SPARSENET_ISA: must be one of ", known, ", got ", forced);
 }
 
-std::atomic<bool> used_parallel{false};
-std::atomic<bool> forked{false};
+// Set in a child whose parent had more than one thread when it forked: torch's parallel regions start libgomp's
+// workers as well as ours do, and a child that opens one waits forever for workers it does not have.
+std::atomic<bool> forked_from_threads{false};
+std::atomic<bool> had_threads{true};
 
-void after_fork_in_child() {
-  if (used_parallel.load()) forked.store(true);
+void before_fork() {
+  int entries = 0;
+  if (DIR* tasks = opendir("/proc/self/task")) {
+    while (readdir(tasks) != nullptr) ++entries;
+    closedir(tasks);
+  }
+  had_threads.store(entries != 3); // ".", ".." and the one thread
 }
-const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+void after_fork_in_child() {
+  if (had_threads.load()) forked_from_threads.store(true);
+}
+const int registered = pthread_atfork(before_fork, nullptr, after_fork_in_child);
 
 } // namespace
 
@@ -83,10 +94,6 @@ const char* const* available_sets() {
   return names;
 }
 
-int usable_threads(int wanted) {
-  if (wanted <= 1 || forked.load()) return 1;
-  used_parallel.store(true);
-  return wanted;
-}
+int usable_threads(int wanted) { return wanted <= 1 || forked_from_threads.load() ? 1 : wanted; }
 
 } // namespace sparsenet::cpu

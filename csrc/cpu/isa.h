@@ -37,7 +37,7 @@ const KernelTable& table_for(DType dtype);
 // Names of the sets this machine can run, best first; null-terminated.
 const char* const* available_sets();
 
-// Threads an op may use: `wanted` (what torch says), but 1 in a process forked after OpenMP was used here, because
+// Threads an op may use: `wanted` (what torch says), but 1 in a process forked from one with several threads, because
 // libgomp's worker threads do not survive a fork.
 int usable_threads(int wanted);
 

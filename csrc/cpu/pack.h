@@ -64,7 +64,8 @@ SPARSENET_INLINE Vec<uint32_t> to_pairs(Vec<float> low, Vec<float> high) {
 
 // One vector of packed features [feature, feature + kLanes * depth) of one row.
 template <class P, Activation A, typename S>
-SPARSENET_INLINE Vec<typename P::Packed> packed_row(const Rows<S>& source, int64_t row, int64_t feature, int64_t features) {
+SPARSENET_INLINE Vec<typename P::Packed> packed_row(const Rows<S>& source, int64_t row, int64_t feature,
+                                                    int64_t features) {
   constexpr int lanes = kLanes<typename P::Packed>;
   if constexpr (P::kDepth == 1) {
     return source.template load_at<A>(row, feature, features - feature);
@@ -107,7 +108,8 @@ void pack_features(const Rows<S>& source, int64_t row_begin, int64_t row_end, in
 // Rows [row_begin, row_end) of source, cut into strips of `block` features: strip s of features goes to
 // out + s * strip_stride as [row / depth][block], zeros outside the matrix. Rows come from one panel of padded rows, of
 // which out holds those from row_begin on; padded_end (>= row_end, row_begin + a multiple of depth) says how far.
-// Strips that `needed` marks 0 are left alone (null: all are needed). Adds the column sums to bias_sum [features] where it is not null.
+// Strips that `needed` marks 0 are left alone (null: all are needed). Adds the column sums to bias_sum [features] where
+// it is not null.
 template <class P, Activation A, typename S>
 void pack_rows(const Rows<S>& source, int64_t row_begin, int64_t row_end, int64_t padded_end, int64_t features,
                int64_t block, const char* needed, typename P::Packed* out, int64_t strip_stride, Compute<S>* bias_sum) {

@@ -1,7 +1,7 @@
-// One vector vocabulary for every instruction set. Each op's source is compiled once per set, with its own flags and its
-// own namespace (SPARSENET_ISA), so that nothing compiled for AVX-512 can be linked into the portable path.
-// For the same reason these sources use no std:: templates: an inline function of the standard library, compiled here
-// with AVX-512 flags, would be a weak symbol that the linker may pick for everybody.
+// One vector vocabulary for every instruction set. Each op's source is compiled once per set, with its own flags and
+// its own namespace (SPARSENET_ISA), so that nothing compiled for AVX-512 can be linked into the portable path. For the
+// same reason these sources use no std:: templates: an inline function of the standard library, compiled here with
+// AVX-512 flags, would be a weak symbol that the linker may pick for everybody.
 #pragma once
 
 #include <stdint.h>

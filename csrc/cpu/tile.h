@@ -3,9 +3,10 @@
 //   multiply_blocks   acc[output][row] += sum over blocks and k of w[output][k] * x[k][row]
 //                     A tile of kOutputs outputs x MV vectors of rows stays in registers over a run of blocks; per k it
 //                     reads MV vectors of packed x and broadcasts kOutputs weights straight from `values`, in the
-//                     natural order for forward (w = values[output][k]) and across it for grad_input (values[k][output]).
-//                     The weights need no packing, and the code is the same for every block size.
-//   outer_products    acc[output][k] += sum over rows of g[row][output] * x[row][k]: rank-1 updates, for blocks at least
+//                     natural order for forward (w = values[output][k]) and across it for grad_input
+//                     (values[k][output]). The weights need no packing, and the code is the same for every block size.
+//   outer_products    acc[output][k] += sum over rows of g[row][output] * x[row][k]: rank-1 updates, for blocks at
+//   least
 //                     one vector wide.
 //   dot_products      the same sums for narrower blocks, as dot products along the rows of feature-packed operands.
 #pragma once
@@ -30,11 +31,47 @@ template <int B> struct TileConfig {
   static_assert(B % kOutputs == 0, "a block is a whole number of output groups");
 };
 
-// Lines of memory that will be written or read soon: `at`, `at + stride`, ... The kernels touch one every few steps, so
-// that the lines arrive while they compute and never all at once (a core has a dozen or so misses in flight).
-struct ComingLines {
+// `count` lines of memory, `stride` bytes apart.
+struct Lines {
   const char* at;
-  int64_t stride;
+  int64_t stride, count;
+};
+
+// Lines that will soon be read or written. The kernels fetch one every few steps, so that lines arrive while they
+// compute and never all at once: a core has a dozen or so misses in flight, and its own loads need them too. Lines that
+// another task writes must not be among them: taking those away from its core costs more than it brings.
+class FetchQueue {
+public:
+  void push(const void* at, int64_t stride, int64_t count) {
+    if (count <= 0 || size_ == kCapacity) return;
+    queue_[size_++] = {static_cast<const char*>(at), stride, count};
+  }
+  void push_first(const void* at, int64_t stride, int64_t count) {
+    if (size_ == kCapacity) --size_;
+    for (int i = size_++; i > 0; --i) queue_[i] = queue_[i - 1];
+    queue_[0] = {static_cast<const char*>(at), stride, count};
+  }
+  void clear() { size_ = 0; }
+
+  // A kernel works on a copy of what comes first, in registers, and hands it back.
+  SPARSENET_INLINE Lines take() const { return size_ > 0 ? queue_[0] : Lines{nullptr, 0, 0}; }
+  SPARSENET_INLINE void give_back(const Lines& rest) {
+    if (size_ == 0) return;
+    queue_[0] = rest;
+    if (rest.count > 0) return;
+    for (int i = 1; i < size_; ++i) queue_[i - 1] = queue_[i];
+    --size_;
+  }
+  SPARSENET_INLINE static void fetch_one(Lines& lines) {
+    __builtin_prefetch(lines.at, 1, 3);
+    lines.at += lines.count > 1 ? lines.stride : 0;
+    --lines.count;
+  }
+
+private:
+  static constexpr int kCapacity = 8;
+  Lines queue_[kCapacity];
+  int size_ = 0;
 };
 
 // Which blocks one run multiplies: entry i reads x block features[i] and weight block blocks[i] (or first + i).
@@ -49,7 +86,7 @@ struct BlockRun {
 
 template <class P, int B, int MV, bool kTransposed>
 SPARSENET_INLINE void multiply_run(const typename P::Packed* x, const typename P::Packed* values, const BlockRun& run,
-                                   int first_output, ComingLines coming, typename P::Accumulator* acc) {
+                                   int first_output, FetchQueue& fetch, typename P::Accumulator* acc) {
   using T = typename P::Packed;
   using C = typename P::Accumulator;
   constexpr int lanes = kLanes<T>, outputs = TileConfig<B>::kOutputs, width = MV * lanes;
@@ -81,13 +118,17 @@ SPARSENET_INLINE void multiply_run(const typename P::Packed* x, const typename P
     if constexpr (depth < 4) {
       for (int k = 0; k < depth; ++k) step(k);
     } else {
-      for (int k = 0; k < depth; k += 2) {
+      Lines lines = fetch.take();
+      for (int k = 0; k < depth; k += 4) {
         __builtin_prefetch(next + k * outputs * int(sizeof(T)), 0, 3);
-        __builtin_prefetch(coming.at, 1, 3);
-        coming.at += coming.stride;
         step(k);
         step(k + 1);
+        __builtin_prefetch(next + (k + 2) * outputs * int(sizeof(T)), 0, 3);
+        FetchQueue::fetch_one(lines);
+        step(k + 2);
+        step(k + 3);
       }
+      fetch.give_back(lines);
     }
   }
 #pragma GCC unroll 16
@@ -96,18 +137,15 @@ SPARSENET_INLINE void multiply_run(const typename P::Packed* x, const typename P
     for (int v = 0; v < MV; ++v) store(acc + r * width + v * lanes, c[r][v]);
 }
 
-// One block row: acc [B][MV * lanes] += its blocks times x. `y` are the lines of the output tile, one per row, of
-// elements of element_bytes.
+// One block row: acc [B][MV * lanes] += its blocks times x.
 template <class P, int B, int MV, bool kTransposed>
-void multiply_blocks(const typename P::Packed* x, const typename P::Packed* values, BlockRun run, ComingLines y,
-                     int element_bytes, typename P::Accumulator* acc) {
+void multiply_blocks(const typename P::Packed* x, const typename P::Packed* values, BlockRun run, FetchQueue& fetch,
+                     typename P::Accumulator* acc) {
   constexpr int width = MV * kLanes<typename P::Packed>;
   for (int64_t left = run.count; left > 0; left -= TileConfig<B>::kRunBlocks) {
     run.count = min_of(left, TileConfig<B>::kRunBlocks);
     for (int output = 0; output < B; output += TileConfig<B>::kOutputs)
-      multiply_run<P, B, MV, kTransposed>(x, values, run, output, {y.at + output * element_bytes, y.stride},
-                                          acc + output * width);
-    y.stride = 0; // the first run has fetched them
+      multiply_run<P, B, MV, kTransposed>(x, values, run, output, fetch, acc + output * width);
     run.features += run.count;
     if (run.blocks != nullptr) run.blocks += run.count;
     run.first += run.count;
@@ -118,7 +156,7 @@ void multiply_blocks(const typename P::Packed* x, const typename P::Packed* valu
 // acc[output][vector] += g[row][output] * x_v[row]: `outputs` columns of g, two vectors of x from two addresses.
 template <class P, int kOutputs>
 SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename P::Packed* x0,
-                                     const typename P::Packed* x1, int64_t stride, int64_t rows, ComingLines coming,
+                                     const typename P::Packed* x1, int64_t stride, int64_t rows, FetchQueue& fetch,
                                      typename P::Accumulator* acc0, typename P::Accumulator* acc1, int64_t acc_stride) {
   using T = typename P::Packed;
   Vec<typename P::Accumulator> c[kOutputs][2];
@@ -127,9 +165,7 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename
     c[r][0] = load(acc0 + r * acc_stride);
     c[r][1] = load(acc1 + r * acc_stride);
   }
-  for (int64_t m = 0; m < rows; ++m) {
-    __builtin_prefetch(coming.at, 0, 3);
-    coming.at += coming.stride;
+  const auto step = [&](int64_t m) __attribute__((always_inline)) {
     const Vec<T> a = load(x0 + m * stride), b = load(x1 + m * stride);
 #pragma GCC unroll 16
     for (int r = 0; r < kOutputs; ++r) {
@@ -137,7 +173,18 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename
       c[r][0] = P::multiply_add(c[r][0], w, a);
       c[r][1] = P::multiply_add(c[r][1], w, b);
     }
+  };
+  Lines lines = fetch.take();
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) {
+    FetchQueue::fetch_one(lines);
+    step(m);
+    step(m + 1);
+    step(m + 2);
+    step(m + 3);
   }
+  for (; m < rows; ++m) step(m);
+  fetch.give_back(lines);
 #pragma GCC unroll 16
   for (int r = 0; r < kOutputs; ++r) {
     store(acc0 + r * acc_stride, c[r][0]);

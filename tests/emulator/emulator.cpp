@@ -32,8 +32,8 @@ Emulator& Emulator::instance() {
 }
 
 void Emulator::fail(const std::string& what) const {
-  throw EmulatorError(text(kernel_, ", CTA ", block_index_, ", thread ", current_ == nullptr ? -1 : current_->index,
-                           ": ", what));
+  throw EmulatorError(
+      text(kernel_, ", CTA ", block_index_, ", thread ", current_ == nullptr ? -1 : current_->index, ": ", what));
 }
 
 // Scheduling --------------------------------------------------------------------------------------------------------
@@ -85,9 +85,8 @@ void Emulator::run_cta(int64_t cta, const std::function<void()>& body) {
     if (options.order == ThreadOrder::random) {
       pick = static_cast<size_t>(random_() % ready_.size());
     } else {
-      const auto by_index = options.order == ThreadOrder::forward
-                                ? std::min_element(ready_.begin(), ready_.end())
-                                : std::max_element(ready_.begin(), ready_.end());
+      const auto by_index = options.order == ThreadOrder::forward ? std::min_element(ready_.begin(), ready_.end())
+                                                                  : std::max_element(ready_.begin(), ready_.end());
       pick = static_cast<size_t>(by_index - ready_.begin());
     }
     const int next = ready_[pick];
@@ -142,7 +141,8 @@ void Emulator::report_deadlock() {
     if (thread->state == State::at_warp_operation) ++waiting_warp, at_warp = thread;
   }
   std::string message = text("barrier misuse: ", finished_, " of ", num_threads_, " threads have returned");
-  if (at_block != nullptr) message += text(", ", waiting_block, " wait at the block barrier of ", line_of(at_block->where));
+  if (at_block != nullptr)
+    message += text(", ", waiting_block, " wait at the block barrier of ", line_of(at_block->where));
   if (at_warp != nullptr)
     message += text(", ", waiting_warp, " wait in ", warps_[static_cast<size_t>(at_warp->index / 32)].kind, " of ",
                     line_of(at_warp->where));
@@ -197,7 +197,8 @@ void Emulator::sync_warp(const std::source_location& where) {
   WarpArgument mine;
   mine.kind = "sync_warp";
   warp_operation(
-      mine, [](Emulator& self, WarpArgument* const*) { ++self.warps_[static_cast<size_t>(self.current_->index / 32)].epoch; },
+      mine,
+      [](Emulator& self, WarpArgument* const*) { ++self.warps_[static_cast<size_t>(self.current_->index / 32)].epoch; },
       where);
 }
 
@@ -233,8 +234,8 @@ void Emulator::touch(uint32_t granule, bool write, int thread) {
       const bool same_warp = cell.reader >= 0 ? cell.reader / 32 == warp : cell.reader == kOneWarp - warp;
       const bool after_read = cell.reader == thread || (same_warp && cell.read_warp < warp_epoch);
       if (!after_read)
-        fail(text("race on shared offset ", granule * 2, ": thread ", thread,
-                  " writes what ", cell.reader >= 0 ? text("thread ", cell.reader) : std::string("several threads"),
+        fail(text("race on shared offset ", granule * 2, ": thread ", thread, " writes what ",
+                  cell.reader >= 0 ? text("thread ", cell.reader) : std::string("several threads"),
                   " read with no barrier between"));
     }
   }
@@ -327,7 +328,7 @@ void Emulator::async_wait(int pending_groups) {
 
 void Emulator::add_memory(const void* address, size_t bytes, bool writable, const std::string& name) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  ranges_.push_back({begin, begin + bytes, writable, name, std::vector<uint64_t>(bytes / 2 + 2, 0)});
+  ranges_.push_back({begin, begin + bytes, writable, name, std::vector<uint64_t>(writable ? bytes / 2 + 2 : 0, 0)});
   std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   last_range_ = nullptr;
 }
@@ -357,13 +358,13 @@ void Emulator::check_global(const void* pointer, size_t bytes, bool write, bool 
   Range* range = find_range(address);
   if (range == nullptr || address + bytes > range->end) {
     std::string near = "no registered array";
-    if (range != nullptr) near = text("the end of '", range->name, "'");
-    else if (last_range_ != nullptr)
-      near = text("byte ", static_cast<int64_t>(address - last_range_->begin), " from the start of '", last_range_->name,
-                  "', the array used last");
+    for (const Range& other : ranges_) // sorted: the last one that starts at or below the address
+      if (other.begin <= address)
+        near = text("byte ", address - other.begin, " of '", other.name, "', which has ", other.end - other.begin);
     fail(text("global memory out of bounds: ", write ? "write" : "read", " of ", bytes, " bytes at ", near));
   }
   if (write && !range->writable) fail(text("write to the input '", range->name, "'"));
+  if (!range->writable) return;
   const uint64_t mine = (static_cast<uint64_t>(launch_number_) << 32) | static_cast<uint64_t>(block_index_ + 1);
   const size_t first = (address - range->begin) / 2, last = (address - range->begin + bytes - 1) / 2;
   for (size_t i = first; i <= last && options.detect_races && !atomic; ++i) {

@@ -57,8 +57,8 @@ struct LaunchRecord {
 // What a lane hands to a warp-wide operation. `kind` names the operation; lanes of one warp must agree on it.
 struct WarpArgument {
   const char* kind = "";
-  uint64_t value = 0; // shuffles and ballot: in and out
-  int lane = 0;       // shuffles: source lane
+  uint64_t value = 0;  // shuffles and ballot: in and out
+  int lane = 0;        // shuffles: source lane
   uint32_t offset = 0; // ldmatrix: row address
   uint32_t* out = nullptr;
   const uint32_t* a = nullptr;
@@ -155,7 +155,7 @@ private:
     uintptr_t end;
     bool writable;
     std::string name;
-    std::vector<uint64_t> writers; // per 2 bytes: launch << 32 | cta + 1
+    std::vector<uint64_t> writers; // of outputs, per 2 bytes: launch << 32 | cta + 1
   };
 
   static void thread_main(void* thread);

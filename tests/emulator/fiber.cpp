@@ -7,9 +7,9 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#define SPARSENET_FIBER_ASAN 1
+  #include <sanitizer/asan_interface.h>
+  #include <sanitizer/common_interface_defs.h>
+  #define SPARSENET_FIBER_ASAN 1
 #endif
 
 namespace sparsenet::emulator {

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #ifndef __x86_64__
-#include <ucontext.h>
+  #include <ucontext.h>
 #endif
 
 namespace sparsenet::emulator {

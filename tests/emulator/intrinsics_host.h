@@ -45,8 +45,9 @@ inline float to_accumulator(float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t exponent = (value.bits >> 10) & 31u, mantissa = value.bits & 1023u;
   if (exponent == 31) return float_from_bits(sign | 0x7f800000u | (mantissa << 13));
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                        : std::ldexp(static_cast<float>(mantissa | 1024u), static_cast<int>(exponent) - 25);
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(mantissa), -24)
+                              : std::ldexp(static_cast<float>(mantissa | 1024u), static_cast<int>(exponent) - 25);
   return sign != 0 ? -magnitude : magnitude;
 }
 
@@ -59,6 +60,7 @@ inline float16 round_to_float16(float value) {
   const uint16_t sign = static_cast<uint16_t>((bits_of(value) >> 16) & 0x8000u);
   const float magnitude = std::fabs(value);
   if (value != value) return {static_cast<uint16_t>(0x7fff)};
+  if (magnitude == 0) return {sign};
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00u)};
   int exponent = 0;
   std::frexp(magnitude, &exponent);
@@ -71,13 +73,18 @@ inline float16 round_to_float16(float value) {
 
 template <typename T, typename Accumulator>
 inline T from_accumulator(Accumulator value) {
-  if constexpr (std::is_same_v<T, bfloat16>) return round_to_bfloat16(value);
-  else if constexpr (std::is_same_v<T, float16>) return round_to_float16(value);
-  else return static_cast<T>(value);
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return round_to_bfloat16(value);
+  else if constexpr (std::is_same_v<T, float16>)
+    return round_to_float16(value);
+  else
+    return static_cast<T>(value);
 }
 
 inline float exponential(float value) { return std::exp(value); }
 inline double exponential(double value) { return std::exp(value); }
+inline float divide(float a, float b) { return a / b; }
+inline double divide(double a, double b) { return a / b; }
 inline float error_function(float value) { return std::erf(value); }
 inline double error_function(double value) { return std::erf(value); }
 
@@ -211,7 +218,8 @@ void async_wait() {
   emulated().async_wait(kPendingGroups);
 }
 
-// Matrix instructions ---------------------------------------------------------------------------------------------------
+// Matrix instructions
+// ---------------------------------------------------------------------------------------------------
 template <bool kTransposed>
 void load_matrix(uint32_t (&r)[4], uint32_t offset, const Where& where) {
   emulator::WarpArgument mine;
@@ -283,7 +291,8 @@ inline void mma(const char* kind, float (&d)[4], const uint32_t (&a)[4], uint32_
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                   const Where& where = Where::current()) {
-  mma("mma_m16n8k16", d, a, b0, b1,
+  mma(
+      "mma_m16n8k16", d, a, b0, b1,
       [](emulator::Emulator&, emulator::WarpArgument* const* lanes) {
         multiply_tiles<16>(lanes, [](uint32_t word, int part) {
           return static_cast<double>(to_accumulator(T{static_cast<uint16_t>(word >> (16 * part))}));
@@ -298,12 +307,12 @@ inline uint32_t round_to_tf32(float value) {
 }
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                              const Where& where = Where::current()) {
-  mma("mma_m16n8k8_tf32", d, a, b0, b1,
+  mma(
+      "mma_m16n8k8_tf32", d, a, b0, b1,
       [](emulator::Emulator&, emulator::WarpArgument* const* lanes) {
         // The unit ignores the low 13 bits whether or not they were rounded away.
-        multiply_tiles<8>(lanes, [](uint32_t word, int) {
-          return static_cast<double>(float_from_bits(word & 0xffffe000u));
-        });
+        multiply_tiles<8>(lanes,
+                          [](uint32_t word, int) { return static_cast<double>(float_from_bits(word & 0xffffe000u)); });
       },
       where);
 }

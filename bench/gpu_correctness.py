@@ -1,0 +1,181 @@
+"""Correctness of every CUDA op and variant against float64, on random and adversarial patterns."""
+
+from __future__ import annotations
+
+import torch
+from gpu_ops import ACTIVATIONS, DEVICE, DTYPES, VARIANTS, Layer, address, make_pattern, scratch, stream
+
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+
+
+def excess(got: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, dtype, reduction: int) -> float:
+    """Largest error over what rounding explains; above 1, or NaN, is wrong."""
+    accumulate = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
+    bound = (2 * (reduction + 2) * accumulate + 3 * UNIT[dtype]) * (magnitude + 2.0**-14)
+    ratio = ((got.double() - expected).abs() / bound).max().item() if got.numel() else 0.0
+    return ratio if ratio == ratio else float("inf")
+
+
+def derivative(saved: torch.Tensor, activation: str) -> torch.Tensor:
+    """d activation at `saved`, float64."""
+    if activation == "none":
+        return torch.ones_like(saved)
+    if activation == "relu":
+        return (saved > 0).double()
+    saved = saved.detach().requires_grad_()
+    getattr(torch.nn.functional, activation)(saved).sum().backward()
+    return saved.grad
+
+
+def check_layer(layer: Layer) -> dict:
+    """Errors of forward and backward in units of the rounding bound, and whether a second run gives the same bits."""
+    p, dtype = layer.pattern, layer.dtype
+    outputs = (layer.y, layer.pre, layer.grad_x, layer.grad_values, layer.grad_bias)
+
+    def run():
+        for tensor in outputs:
+            tensor.fill_(float("nan"))
+        layer.forward(pre=True)
+        layer.backward()
+        return [tensor.clone() for tensor in outputs]
+
+    first, second = run(), run()
+    x, weight = layer.x.double(), p.dense(layer.values)
+    shift = layer.bias.double() if layer.bias is not None else torch.zeros(p.rows, dtype=torch.float64, device=DEVICE)
+    z, size = x @ weight.T + shift, x.abs() @ weight.abs().T + shift.abs()
+    apply = {
+        "none": lambda t: t,
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "silu": torch.nn.functional.silu,
+    }
+    exact = layer.grad_y.double() * derivative(layer.saved.double(), layer.activation)
+    grad_z = exact if layer.activation == "none" else exact.to(dtype).double()
+    loose = 1.0 if layer.activation == "none" else 4.0  # grad_z itself is rounded once
+    errors = {
+        "pre_activation": excess(first[1], z, size, dtype, p.cols),
+        "y": excess(first[0], apply[layer.activation](z), 1.2 * size, dtype, p.cols),
+        "grad_x": excess(first[2], grad_z @ weight, loose * (grad_z.abs() @ weight.abs()), dtype, p.rows),
+        "grad_bias": excess(first[4], grad_z.sum(0), loose * grad_z.abs().sum(0), dtype, layer.batch),
+    }
+    if p.num_blocks:
+        errors["grad_values"] = excess(
+            first[3], p.blocks_of(grad_z.T @ x), loose * p.blocks_of(grad_z.abs().T @ x.abs()), dtype, layer.batch
+        )
+    same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True))
+    return {"errors": errors, "repeats": same}
+
+
+def check_norms(ops, layer: Layer) -> dict:
+    """Squared norms of the dense gradient's blocks, and candidate gradients at the pattern's own places."""
+    p, dtype = layer.pattern, layer.dtype
+    norms = torch.full(p.shape, float("nan"), device=DEVICE)
+    call = (
+        DTYPES[dtype],
+        p.block,
+        layer.batch,
+        address(layer.x),
+        p.cols,
+        layer.x.stride(0),
+        address(layer.grad_y),
+        p.rows,
+        layer.grad_y.stride(0),
+    )
+    ops.gradient_norms(*call, 0, p.shape[0], address(norms), stream())
+    gradient = layer.grad_y.double().T @ layer.x.double()
+    b = p.block
+    full = torch.zeros(p.shape[0] * b, p.shape[1] * b, dtype=torch.float64, device=DEVICE)
+    full[: p.rows, : p.cols] = gradient
+    expected = full.view(p.shape[0], b, p.shape[1], b).square().sum((1, 3))
+    relative = ((norms.double() - expected).abs() / (expected + 1e-6 * expected.mean())).max().item()
+    errors = {"norms": relative / 1e-4 if relative == relative else float("inf")}
+    if p.num_blocks:
+        grads = torch.full((p.num_blocks, b, b), float("nan"), dtype=dtype, device=DEVICE)
+        space = scratch(ops.candidate_gradients_workspace_bytes(DTYPES[dtype], b, layer.batch, p.num_blocks))
+        ops.candidate_gradients(
+            *call,
+            address(p.arrays[2]),
+            address(p.arrays[1]),
+            p.num_blocks,
+            address(grads),
+            address(space),
+            space.numel(),
+            stream(),
+        )
+        size = p.blocks_of(layer.grad_y.double().abs().T @ layer.x.double().abs())
+        errors["candidates"] = excess(grads, p.blocks_of(gradient), size, dtype, layer.batch)
+    return {"errors": errors, "repeats": True}
+
+
+def check_pattern(ops, shape: tuple, density: float) -> dict:
+    """Canonical indices, the transpose and ranking against torch."""
+    p = make_pattern(ops, "random", *shape, 1, density, torch.float32)
+    crow, col, row, _, t_row, t_block = p.arrays
+    n, key = p.num_blocks, row.long() * shape[1] + col.long()
+    transposed = torch.argsort(col[:n].long() * shape[0] + row[:n].long())
+    scores = torch.randint(-50, 50, (max(n, 1),), device=DEVICE).float()
+    selected, k = torch.empty(max(n // 3, 1), dtype=torch.int32, device=DEVICE), n // 3
+    ops.select_scores(
+        address(scores), n, k, True, address(selected), address(p.workspace), p.workspace.numel(), stream()
+    )
+    wrong = {
+        "sorted": not bool((key[: n - 1] < key[1:n]).all()),
+        "pointers": not torch.equal(
+            crow.long(), torch.searchsorted(row[:n].long(), torch.arange(shape[0] + 1, device=DEVICE))
+        ),
+        "transpose": not (torch.equal(t_block[:n].long(), transposed) and torch.equal(t_row[:n], row[:n][transposed])),
+        "ranking": not torch.equal(selected[:k].long(), torch.argsort(-scores[:n], stable=True)[:k]),
+    }
+    return {"errors": {name: float("inf") if bad else 0.0 for name, bad in wrong.items()}, "repeats": True}
+
+
+def correctness(ops, small: bool) -> dict:
+    """Every op, variant, dtype and block size on random and adversarial patterns."""
+    cases, worst, failures = 0, {}, []
+
+    def record(name: str, result: dict) -> None:
+        nonlocal cases
+        cases += 1
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        for output, error in result["errors"].items():
+            variant = name.split()[0]
+            worst[f"{variant} {output}"] = max(worst.get(f"{variant} {output}", 0.0), error)
+            if not error <= 1:
+                failures.append(f"{name}: {output} is {error:.3g} times its rounding bound")
+        if not result["repeats"]:
+            failures.append(f"{name}: two runs differ in their bits")
+
+    kinds = ("random", "full_row") if small else ("random", "power_law", "empty_rows", "full_row", "none", "dense")
+    for variant in ("simt", "sm80"):
+        ops.force_variant(VARIANTS[variant])
+        blocks = (4, 16, 32, 64, 128) if variant == "simt" else (16, 32, 64, 128)
+        dtypes = (torch.float32, torch.bfloat16) if variant == "simt" else (torch.bfloat16, torch.float16)
+        for number, (block, kind) in enumerate(
+            (b, k) for b in ((1, 8, *blocks) if variant == "simt" and not small else blocks) for k in kinds
+        ):
+            for dtype in dtypes[: 1 if small else 2]:
+                batch = (8, 33, 130, 517)[number % (3 if small else 4)]
+                if small:
+                    rows, cols = 2 * block + 19, 3 * block + 8
+                else:
+                    rows, cols = max(8 * block + 21, 150), max(9 * block + 13, 170)
+                pattern = make_pattern(
+                    ops, kind, rows, cols, block, 0.3, dtype, seed=number, split=(None, 3)[number % 2]
+                )
+                layer = Layer(
+                    pattern,
+                    batch,
+                    dtype,
+                    list(ACTIVATIONS)[number % 4],
+                    number % 2 == 0,
+                    (-cols % 8, -rows % 8),
+                    seed=number,
+                )
+                name = f"{variant} {kind} b={block} batch={batch} {rows}x{cols} {str(dtype)[6:]}"
+                record(name, check_layer(layer))
+                record(name, check_norms(ops, layer))
+    ops.force_variant(0)
+    for shape, density in (((70, 90), 0.5),) if small else (((70, 90), 0.5), ((1500, 1700), 0.3), ((3, 4000), 0.9)):
+        record(f"pattern {shape}", check_pattern(ops, shape, density))
+    return {"cases": cases, "failures": failures, "worst_over_bound": worst, "passed": not failures}

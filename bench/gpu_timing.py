@@ -1,0 +1,223 @@
+"""Times of the CUDA kernels, of their rivals, and of the machine itself."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+
+import torch
+from gpu_ops import DTYPES, Layer, address, make_pattern, scratch, stream
+
+
+def time_us(run, repeats: int = 12, calls: int = 4) -> dict:
+    """Median and quartiles of one call in microseconds; `run(i)` takes the i-th set of buffers."""
+    for i in range(3):
+        run(i)
+    samples = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for i in range(calls):
+            run(i)
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1000 / calls)
+    quartiles = statistics.quantiles(samples, n=4)
+    return {"median_us": statistics.median(samples), "low_us": quartiles[0], "high_us": quartiles[2]}
+
+
+def ceilings() -> dict:
+    """Copy bandwidth, bandwidth of a copy that stays in L2, and the rate of large dense products."""
+    large = [torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    small = torch.empty(8 * 2**20, dtype=torch.uint8, device="cuda")
+    small_target = torch.empty_like(small)
+    copy = time_us(lambda i: large[1].copy_(large[0]))["median_us"]
+    cached = time_us(lambda i: small_target.copy_(small), calls=50)["median_us"]
+    large.clear()
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        n = 8192 if dtype == torch.bfloat16 else 4096
+        a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        rates[str(dtype)[6:]] = 2 * n**3 / time_us(lambda i, a=a, b=b: a @ b, repeats=8, calls=2)["median_us"] / 1e6
+    return {
+        "copy_gb_per_s": 2 * 2**30 / copy / 1e3,
+        "l2_copy_gb_per_s": 2 * small.numel() / cached / 1e3,
+        "dense_tflop_per_s": rates,
+    }
+
+
+def rivals(layer: Layer, density: float) -> dict:
+    """Dense cuBLAS (the yardstick), torch BSR, cuSPARSE and a dense layer with as many parameters, where they run."""
+    p, dtype = layer.pattern, layer.dtype
+    weight, x, grad_y = p.dense(layer.values).to(dtype), layer.x.contiguous(), layer.grad_y.contiguous()
+    narrow = weight[: max(8, int(p.rows * density) // 8 * 8)].contiguous()
+    runs = {
+        "dense_forward": lambda i: torch.nn.functional.linear(x, weight),
+        "dense_grad_input": lambda i: grad_y @ weight,
+        "dense_grad_weight": lambda i: grad_y.T @ x,
+        "equal_parameters_forward": lambda i: torch.nn.functional.linear(x, narrow),
+    }
+    result = {name: time_us(run, repeats=8) for name, run in runs.items()}
+    try:
+        bsr = weight.to_sparse_bsr((p.block, p.block))
+        result["torch_bsr_forward"] = time_us(lambda i: torch.nn.functional.linear(x, bsr), repeats=6)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        result["torch_bsr_forward"] = {"error": str(error).splitlines()[0][:200]}
+    try:
+        import cupy
+        from cupyx.scipy import sparse
+
+        with contextlib.suppress(AttributeError):
+            cupy.cuda.ExternalStream(stream()).use()
+        matrix = sparse.csr_matrix(cupy.from_dlpack(weight.float()))
+        columns = cupy.asfortranarray(cupy.from_dlpack(x.float().T.contiguous()))
+        result["cusparse_csr_float32_forward"] = time_us(lambda i: matrix @ columns, repeats=4, calls=2)
+    except Exception as error:  # another program's failure is a result here, not ours
+        result["cusparse_csr_float32_forward"] = {"error": f"{type(error).__name__}: {error}"[:200]}
+    return result
+
+
+def bench_case(ops, rows, cols, batch, density, block, dtype, kind, with_rivals, dense: dict) -> dict:
+    """Times of one layer: each pass, the growth norms, and the rates per active FLOP against dense."""
+    pattern = make_pattern(ops, kind, rows, cols, block, density, dtype, seed=1)
+    layers = [
+        Layer(pattern, batch, dtype, bias=False, seed=i) for i in range(2 if batch * (rows + cols) > 2**24 else 4)
+    ]
+
+    def cycle(call):
+        return lambda i: call(layers[i % len(layers)])
+
+    norms = torch.empty(pattern.shape, device="cuda")
+
+    def growth(layer):
+        ops.gradient_norms(
+            DTYPES[dtype],
+            block,
+            batch,
+            address(layer.x),
+            cols,
+            layer.x.stride(0),
+            address(layer.grad_y),
+            rows,
+            layer.grad_y.stride(0),
+            0,
+            pattern.shape[0],
+            address(norms),
+            stream(),
+        )
+
+    passes = {
+        "forward": cycle(Layer.forward),
+        "grad_input": cycle(lambda layer: layer.backward("x")),
+        "grad_weight": cycle(lambda layer: layer.backward("w")),
+        "gradient_norms": cycle(growth),
+    }
+    times = {name: time_us(run) for name, run in passes.items()}
+    kernels = [
+        ops.choose_linear_forward(pattern.handle, DTYPES[dtype], batch, *layers[0].operands),
+        *ops.choose_linear_backward(*layers[0].backward_call("xw")),
+    ]
+    key = (rows, cols, batch, str(dtype))
+    if with_rivals or key not in dense:
+        dense[key] = {**dense.get(key, {}), **rivals(layers[0], density)}
+    real = pattern.num_blocks * block * block / (rows * cols)
+    flop = 2 * batch * pattern.num_blocks * block * block
+    eff = {
+        name: real * dense[key][f"dense_{name}"]["median_us"] / times[name]["median_us"]
+        for name in ("forward", "grad_input", "grad_weight")
+    }
+    return {
+        "rows": rows,
+        "cols": cols,
+        "batch": batch,
+        "density": density,
+        "block": block,
+        "dtype": str(dtype)[6:],
+        "pattern": kind,
+        "kernels": kernels,
+        "times": times,
+        "rivals": dict(dense[key]),
+        "eff": eff,
+        "norms_over_dense_grad_weight": times["gradient_norms"]["median_us"]
+        / dense[key]["dense_grad_weight"]["median_us"],
+        "active_tflop_per_s": {n: flop / times[n]["median_us"] / 1e6 for n in eff},
+    }
+
+
+def bench_rewire(ops) -> dict:
+    """A rewire of a 16,384^2 layer at 5 %, scores given: rank, update, gather the values, new work lists."""
+    block, side, dtype = 32, 16384, torch.bfloat16
+    p = make_pattern(ops, "random", side, side, block, 0.05, dtype, seed=3)
+    values = torch.randn(p.num_blocks, block, block, device="cuda").to(dtype)
+    k, free = p.num_blocks // 10, p.shape[0] * p.shape[1] - p.num_blocks
+    drop_scores, grow_scores = torch.rand(p.num_blocks, device="cuda"), torch.rand(free, device="cuda")
+    places = [torch.empty(free, dtype=torch.int32, device="cuda") for _ in range(2)]
+    dropped, grown = (torch.empty(k, dtype=torch.int32, device="cuda") for _ in range(2))
+    arrays = [torch.empty_like(a) for a in p.arrays]
+    source, out = torch.empty(p.num_blocks, dtype=torch.int32, device="cuda"), torch.empty_like(values)
+    space = scratch(ops.pattern_workspace_bytes(max(free, p.num_blocks + k), *p.shape))
+    tail = (address(space), space.numel(), stream())
+
+    def rewire(_):
+        ops.select_scores(address(drop_scores), p.num_blocks, k, False, address(dropped), *tail)
+        ops.inactive_places(p.handle, *map(address, places), stream())
+        ops.select_scores(address(grow_scores), free, k, True, address(grown), *tail)
+        chosen = [place[grown.long()] for place in places]
+        ops.update_pattern(
+            p.handle,
+            address(dropped),
+            k,
+            *map(address, chosen),
+            k,
+            *map(address, arrays),
+            p.num_blocks,
+            address(source),
+            *tail,
+        )
+        ops.gather_blocks(address(values), address(source), address(out), p.num_blocks, block * block * 2, stream())
+        p.work(arrays[0], p.shape[0], 4, lambda *a: None)
+        p.work(arrays[3], p.shape[1], 4, lambda *a: None)
+
+    return {"side": side, "density": 0.05, "block": block, **time_us(rewire, repeats=8, calls=2)}
+
+
+def bench_cases():
+    """(rows, cols, batch, density, block, dtype, pattern, rivals), the most telling first."""
+    bf16, f32 = torch.bfloat16, torch.float32
+    for block in (32, 64, 128, 16):
+        for density in (0.1, 0.05, 0.2, 0.02, 0.5):
+            yield 4096, 4096, 2048, density, block, bf16, "random", density == 0.1
+    for batch in (1, 16, 128, 512, 8192):
+        for block in (32, 64):
+            yield 4096, 4096, batch, 0.1, block, bf16, "random", False
+    for rows, cols in ((4096, 1024), (11008, 4096), (3072, 768), (16384, 16384)):
+        yield rows, cols, 2048, 0.1, 32, bf16, "random", True
+    for kind in ("power_law", "full_row", "empty_rows"):
+        yield 4096, 4096, 2048, 0.05, 32, bf16, kind, False
+    for block in (32, 64):
+        yield 4096, 4096, 512, 0.1, block, f32, "random", True
+    for block in (32, 64, 128, 16):
+        for density in (0.01, 1.0):
+            yield 4096, 4096, 2048, density, block, bf16, "random", False
+            yield 8192, 8192, 2048, min(density * 5, 0.5), block, bf16, "random", False
+
+
+def table(results: list[dict]) -> str:
+    """The benches as a table: microseconds and, in brackets, the fraction of dense speed per active FLOP."""
+    lines = [
+        "| shape | batch | density | block | dtype | pattern | forward | grad_input | grad_weight | norms / dense "
+        "| dense forward |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        cells = [
+            f"{r['times'][n]['median_us']:.0f} ({r['eff'][n]:.2f})" for n in ("forward", "grad_input", "grad_weight")
+        ]
+        lines.append(
+            f"| {r['rows']}x{r['cols']} | {r['batch']} | {r['density']:.0%} | {r['block']} | {r['dtype']} "
+            f"| {r['pattern']} | "
+            + " | ".join(cells)
+            + f" | {r['norms_over_dense_grad_weight']:.2f} | "
+            f"{r['rivals']['dense_forward']['median_us']:.0f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,12 @@
+#include "block_sparse_linear_sm80.cuh"
+
+#include "block_sparse_linear_small_sm80.cuh"
+
+namespace sparsenet::cuda {
+
+template void launch_product_sm80<bfloat16, false>(const Product<bfloat16>&, Stream);
+template void launch_product_sm80<float16, false>(const Product<float16>&, Stream);
+template void launch_product_small_sm80<bfloat16>(const Product<bfloat16>&, Stream);
+template void launch_product_small_sm80<float16>(const Product<float16>&, Stream);
+
+} // namespace sparsenet::cuda

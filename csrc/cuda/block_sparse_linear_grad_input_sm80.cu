@@ -1,0 +1,8 @@
+#include "block_sparse_linear_sm80.cuh"
+
+namespace sparsenet::cuda {
+
+template void launch_product_sm80<bfloat16, true>(const Product<bfloat16>&, Stream);
+template void launch_product_sm80<float16, true>(const Product<float16>&, Stream);
+
+} // namespace sparsenet::cuda

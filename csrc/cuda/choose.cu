@@ -1,0 +1,111 @@
+#include "choose.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "launch.h"
+
+namespace sparsenet::cuda {
+
+namespace {
+
+std::atomic<Variant> forced{Variant::automatic};
+
+constexpr int64_t kSmallBatch = 32;   // up to here forward streams the weights as the M side of the instruction
+constexpr int64_t kSplitRows = 256;   // the least batch rows that are worth a split of their own
+constexpr int32_t kTileColumns = 128; // output columns of an sm_80 CTA
+
+// Asynchronous copies move 16 bytes: rows must start on a 16-byte boundary.
+bool rows_aligned(const Matrix& matrix, DType dtype) {
+  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride * element_bytes(dtype) % 16 == 0;
+}
+
+bool tensor_cores_serve(DType dtype, int32_t block_size) {
+  return device_properties().arch >= 80 && (dtype == DType::bfloat16 || dtype == DType::float16) && block_size >= 16;
+}
+
+void refuse_forced(const char* op) {
+  fail(op, ": variant must be able to serve this call, got sm80 (it needs compute capability 8.0, bfloat16 or float16, "
+           "blocks of 16 or more, and rows that start on 16-byte boundaries)");
+}
+
+} // namespace
+
+void force_variant(Variant variant) {
+  SPARSENET_CHECK(variant >= Variant::automatic && variant <= Variant::sm80,
+                  "force_variant: variant must be automatic, simt or sm80, got ", static_cast<int32_t>(variant));
+  forced = variant;
+}
+Variant forced_variant() { return forced; }
+
+ProductKernel choose_product(DType dtype, int32_t block_size, int64_t batch, const Matrix& a, const void* values,
+                             bool transposed) {
+  const bool sm80 = forced != Variant::simt && tensor_cores_serve(dtype, block_size) && rows_aligned(a, dtype) &&
+                    reinterpret_cast<uintptr_t>(values) % 16 == 0;
+  if (forced == Variant::sm80 && !sm80) refuse_forced("block_sparse_linear");
+  if (!sm80) return block_size < 16 ? ProductKernel::rows_simt : ProductKernel::simt;
+  return batch <= kSmallBatch && !transposed ? ProductKernel::small_sm80 : ProductKernel::sm80;
+}
+
+OuterKernel choose_outer(DType dtype, int32_t block_size, const Matrix& g, const Matrix& x) {
+  const bool sm80 = forced != Variant::simt && tensor_cores_serve(dtype, block_size) && rows_aligned(g, dtype) &&
+                    rows_aligned(x, dtype);
+  if (forced == Variant::sm80 && !sm80) refuse_forced("block_gradient");
+  if (sm80) return OuterKernel::sm80;
+  return block_size < 16 ? OuterKernel::small_simt : OuterKernel::simt;
+}
+
+int32_t rows_per_group(ProductKernel kernel, int32_t block_size) {
+  return kernel == ProductKernel::sm80 ? kTileColumns / block_size : 1;
+}
+
+int32_t preferred_rows_per_group(DType dtype, int32_t block_size) {
+  check_dtype("preferred_rows_per_group", dtype);
+  check_block_size("preferred_rows_per_group", block_size);
+  const bool sm80 = forced != Variant::simt && tensor_cores_serve(dtype, block_size);
+  return rows_per_group(sm80 ? ProductKernel::sm80 : ProductKernel::simt, block_size);
+}
+
+int32_t batch_splits(int64_t num_places, int32_t block_size, int64_t batch) {
+  const int64_t tiles = std::max<int64_t>(1, num_places * ceil_div(block_size, 64) * ceil_div(block_size, 64));
+  const int64_t wanted = ceil_div(2 * device_properties().num_multiprocessors, tiles);
+  return static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, batch / kSplitRows)));
+}
+
+std::string name_of(ProductKernel kernel, bool transposed) {
+  const std::string pass = transposed ? "grad_input" : "forward";
+  switch (kernel) {
+  case ProductKernel::simt:
+    return pass + "_simt";
+  case ProductKernel::rows_simt:
+    return pass + "_rows_simt";
+  case ProductKernel::sm80:
+    return pass + "_sm80";
+  default:
+    return pass + "_small_sm80";
+  }
+}
+
+std::string name_of(OuterKernel kernel, const char* op) {
+  switch (kernel) {
+  case OuterKernel::simt:
+    return std::string(op) + "_simt";
+  case OuterKernel::small_simt:
+    return std::string(op) + "_small_simt";
+  default:
+    return std::string(op) + "_sm80";
+  }
+}
+
+void check_dtype(const char* op, DType dtype) {
+  SPARSENET_CHECK(dtype >= DType::float32 && dtype <= DType::float64, op,
+                  ": dtype must be float32, bfloat16, float16 or float64, got code ", static_cast<int32_t>(dtype));
+}
+
+void check_block_size(const char* op, int32_t block_size) {
+  for (const int32_t allowed : {1, 4, 8, 16, 32, 64, 128})
+    if (block_size == allowed) return;
+  fail(op, ": block_size must be 1, 4, 8, 16, 32, 64 or 128, got ", block_size);
+}
+
+} // namespace sparsenet::cuda

@@ -1,0 +1,10 @@
+#include "outer_product_sm80.cuh"
+
+namespace sparsenet::cuda {
+
+template void launch_grad_weight_sm80<bfloat16>(const OuterProduct<bfloat16>&, Stream);
+template void launch_grad_weight_sm80<float16>(const OuterProduct<float16>&, Stream);
+template void launch_gradient_norms_sm80<bfloat16>(const OuterProduct<bfloat16>&, Stream);
+template void launch_gradient_norms_sm80<float16>(const OuterProduct<float16>&, Stream);
+
+} // namespace sparsenet::cuda

@@ -1,0 +1,70 @@
+// The test module: every CUDA op as in `_C.cuda`, run by the emulator, plus the emulator's own controls and the kernels
+// with planted bugs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/bindings_cuda.h"
+#include "cuda/launch.h"
+#include "emulator.h"
+#include "planted.h"
+
+namespace py = pybind11;
+using sparsenet::emulator::Emulator;
+using sparsenet::emulator::EmulatorError;
+
+PYBIND11_MODULE(MODULE_NAME, module) {
+  py::register_exception<EmulatorError>(module, "EmulatorError", PyExc_RuntimeError);
+  sparsenet::register_cuda(module);
+
+  module.def(
+      "configure",
+      [](uint64_t seed, const std::string& order, bool detect_races, bool count_bank_conflicts) {
+        using sparsenet::emulator::ThreadOrder;
+        Emulator::instance().options = {.seed = seed,
+                                        .order = order == "forward"    ? ThreadOrder::forward
+                                                 : order == "backward" ? ThreadOrder::backward
+                                                                       : ThreadOrder::random,
+                                        .detect_races = detect_races,
+                                        .count_bank_conflicts = count_bank_conflicts};
+      },
+      py::arg("seed") = 0, py::arg("order") = "random", py::arg("detect_races") = true,
+      py::arg("count_bank_conflicts") = false);
+  module.def(
+      "set_device",
+      [](int arch, int num_multiprocessors, int64_t shared_bytes_per_cta) {
+        sparsenet::cuda::emulated_device() = {arch, num_multiprocessors, shared_bytes_per_cta};
+      },
+      py::arg("arch") = 90, py::arg("num_multiprocessors") = 4, py::arg("shared_bytes_per_cta") = 227 * 1024);
+  module.def(
+      "add_memory",
+      [](std::uintptr_t address, size_t bytes, bool writable, const std::string& name) {
+        Emulator::instance().add_memory(reinterpret_cast<const void*>(address), bytes, writable, name);
+      },
+      py::arg("address"), py::arg("bytes"), py::arg("writable"), py::arg("name"));
+  module.def("clear_memory", [] { Emulator::instance().clear_memory(); });
+  module.def("launches", [] {
+    py::list result;
+    for (const auto& launch : Emulator::instance().launches) {
+      py::dict entry;
+      entry["kernel"] = launch.kernel;
+      entry["ctas"] = launch.ctas;
+      entry["threads"] = launch.threads;
+      entry["shared_bytes"] = launch.shared_bytes;
+      entry["instructions"] = launch.banks.instructions;
+      entry["wavefronts"] = launch.banks.wavefronts;
+      entry["conflicts"] = launch.banks.conflicts;
+      entry["unmatched"] = launch.banks.unmatched;
+      result.append(entry);
+    }
+    Emulator::instance().launches.clear();
+    return result;
+  });
+  module.def(
+      "run_planted",
+      [](const std::string& name, std::uintptr_t input, std::uintptr_t output, int count) {
+        sparsenet::emulator::run_planted(
+            name, {reinterpret_cast<const float*>(input), reinterpret_cast<float*>(output), count});
+      },
+      py::arg("name"), py::arg("input"), py::arg("output"), py::arg("count"));
+  module.def("planted_names", &sparsenet::emulator::planted_names);
+}

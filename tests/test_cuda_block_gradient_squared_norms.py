@@ -1,0 +1,199 @@
+"""Gradient norms and candidate gradients on CUDA, emulated, against float64."""
+
+from __future__ import annotations
+
+import cuda_emulated as emulated
+import numpy as np
+import pytest
+from cuda_emulated import fetched, pointer, rounded, stored, tolerance
+
+
+@pytest.fixture(scope="module")
+def module():
+    return emulated.load()
+
+
+@pytest.fixture(autouse=True)
+def defaults(module):
+    module.configure(seed=0)
+    module.set_device()
+    module.force_variant(0)
+    module.launches()
+    yield
+    module.force_variant(0)
+    module.set_device()
+
+
+def blocks(dense: np.ndarray, b: int) -> np.ndarray:
+    """[block_rows, block_cols, b, b] of a matrix, zeros outside it."""
+    rows, cols = -(-dense.shape[0] // b), -(-dense.shape[1] // b)
+    padded = np.zeros((rows * b, cols * b))
+    padded[: dense.shape[0], : dense.shape[1]] = dense
+    return padded.reshape(rows, b, cols, b).transpose(0, 2, 1, 3)
+
+
+def check_norms(module, dtype, block, batch, rows, cols, pads=(0, 0), seed=0, row_range=None):
+    rng = np.random.default_rng(seed)
+    x, g = rounded(rng.standard_normal((batch, cols)), dtype), rounded(rng.standard_normal((batch, rows)), dtype)
+    xs, gs = stored(x, dtype, pads[0]), stored(g, dtype, pads[1])
+    block_rows, block_cols = -(-rows // block), -(-cols // block)
+    begin, end = row_range or (0, block_rows)
+    norms = emulated.empty((end - begin, block_cols), "float32")
+    with emulated.memory(module, {"x": xs, "grad_z": gs}, {"norms": norms}):
+        module.gradient_norms(
+            emulated.DTYPE_CODES[dtype],
+            block,
+            batch,
+            pointer(xs),
+            cols,
+            cols + pads[0],
+            pointer(gs),
+            rows,
+            rows + pads[1],
+            begin,
+            end,
+            pointer(norms),
+            0,
+        )
+    gradient = blocks(g.T @ x, block)[begin:end]
+    # Every element's error enters its square as 2 |G| e + e^2; the squares are then added in fp32.
+    error = blocks(tolerance("float32", batch, np.abs(g).T @ np.abs(x)), block)[begin:end]
+    bound = (2 * np.abs(gradient) * error + error**2).sum((2, 3)) + (gradient**2).sum((2, 3)) * 2.0**-22 * (block + 8)
+    assert (np.abs(norms - (gradient**2).sum((2, 3))) <= bound).all()
+    return [launch["kernel"] for launch in module.launches()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("block", [1, 4, 8, 16, 32, 64, 128])
+def test_norms_simt(module, dtype, block):
+    module.force_variant(1)
+    module.configure(seed=block)
+    assert check_norms(module, dtype, block, 37, 70 + block // 2, 2 * block + 67, (1, 2), block) == [
+        "gradient_norms_simt"
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("batch", [5, 130])
+def test_norms_sm80(module, dtype, block, batch):
+    module.force_variant(2)
+    module.configure(seed=batch)
+    rows, cols = 150, 2 * block + 77
+    kernels = check_norms(module, dtype, block, batch, rows, cols, (-cols % 8, -rows % 8), batch)
+    assert kernels == ["gradient_norms_sm80"]
+
+
+@pytest.mark.parametrize("dtype,block", [("float32", 16), ("bfloat16", 16), ("bfloat16", 128), ("float32", 1)])
+def test_norms_of_a_range_of_block_rows(module, dtype, block):
+    rows = 4 * block + (block + 1) // 2
+    for row_range in ((1, 3), (2, 2), (3, 5)):
+        check_norms(module, dtype, block, 20, rows, 3 * block, (0, -rows % 8), row_range=row_range)
+
+
+def test_norms_of_an_empty_batch_are_zero(module):
+    for dtype in ("float32", "bfloat16"):
+        check_norms(module, dtype, 16, 0, 40, 48)
+
+
+def check_candidates(module, dtype, block, batch, rows, cols, pads=(0, 0), seed=0, count=7):
+    rng = np.random.default_rng(seed)
+    x, g = rounded(rng.standard_normal((batch, cols)), dtype), rounded(rng.standard_normal((batch, rows)), dtype)
+    xs, gs = stored(x, dtype, pads[0]), stored(g, dtype, pads[1])
+    gradient = blocks(g.T @ x, block)
+    bound = blocks(tolerance(dtype, batch, np.abs(g).T @ np.abs(x)), block)
+    chosen = rng.permutation(gradient.shape[0] * gradient.shape[1])[:count]  # any order
+    place_rows, place_cols = (
+        (chosen // gradient.shape[1]).astype(np.int32),
+        (chosen % gradient.shape[1]).astype(np.int32),
+    )
+    code = emulated.DTYPE_CODES[dtype]
+    grads = emulated.empty((count, block, block), dtype)
+    workspace = emulated.aligned((module.candidate_gradients_workspace_bytes(code, block, batch, count),), np.uint8)
+    with emulated.memory(
+        module,
+        {"x": xs, "grad_z": gs, "rows": place_rows, "cols": place_cols},
+        {"grads": grads, "workspace": workspace},
+    ):
+        module.candidate_gradients(
+            code,
+            block,
+            batch,
+            pointer(xs),
+            cols,
+            cols + pads[0],
+            pointer(gs),
+            rows,
+            rows + pads[1],
+            pointer(place_rows),
+            pointer(place_cols),
+            count,
+            pointer(grads),
+            pointer(workspace),
+            workspace.nbytes,
+            0,
+        )
+    got = fetched(grads, dtype, block)
+    assert (np.abs(got - gradient[place_rows, place_cols]) <= bound[place_rows, place_cols]).all()
+    return [launch["kernel"] for launch in module.launches()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("block", [1, 4, 8, 16, 32, 64])
+def test_candidates_simt(module, dtype, block):
+    module.force_variant(1)
+    kernels = check_candidates(module, dtype, block, 35, 5 * block + 1, 4 * block + 3, (1, 0), block)
+    assert kernels == ["grad_weight_small_simt" if block < 16 else "grad_weight_simt"]
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("count", [1, 7])
+def test_candidates_sm80(module, block, count):
+    module.force_variant(2)
+    rows, cols = 4 * block + 5, 3 * block + 3
+    kernels = check_candidates(module, "bfloat16", block, 70, rows, cols, (-cols % 8, -rows % 8), block, count)
+    assert kernels == ["grad_weight_sm80"]
+
+
+def test_candidates_split_the_batch(module):
+    module.set_device(num_multiprocessors=64)
+    for dtype in ("float32", "bfloat16"):
+        assert check_candidates(module, dtype, 32, 600, 96, 96)[1:] == ["reduce_splits"]
+
+
+def test_no_candidates(module):
+    assert check_candidates(module, "float32", 16, 8, 32, 32, count=0) == []
+
+
+def test_refusals(module):
+    with pytest.raises(ValueError, match=r"block rows must be a range within 0..3, got 1..5"):
+        module.gradient_norms(0, 16, 4, 0, 32, 32, 0, 48, 48, 1, 5, 0, 0)
+    with pytest.raises(ValueError, match="workspace must have at least"):
+        module.set_device(num_multiprocessors=64)
+        module.candidate_gradients(0, 16, 600, 0, 32, 32, 0, 48, 48, 0, 0, 3, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="block_gradient_squared_norms: block_size must be 1, 4, 8"):
+        module.gradient_norms(0, 3, 4, 0, 32, 32, 0, 48, 48, 0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("variant,batch", [(1, 17), (2, 17)])
+def test_rows_that_start_past_element_2_to_the_31(module, variant, batch):
+    module.force_variant(variant)
+    stride, size = 2**31 // (batch - 1) // 8 * 8 + 8, 32
+    rng = np.random.default_rng(0)
+    operands, arrays = [], []
+    for _ in range(2):
+        operands.append(rounded(rng.standard_normal((batch, size)), "bfloat16"))
+        arrays.append(emulated.reserved((batch - 1) * stride + size, np.uint16))
+        view = np.lib.stride_tricks.as_strided(arrays[-1], (batch, size), (2 * stride, 2), writeable=True)
+        view[:] = stored(operands[-1], "bfloat16")
+    gradient = blocks(operands[1].T @ operands[0], 16)
+    norms = emulated.empty((2, 2), "float32")
+    place = np.array([1], np.int32)
+    grads = emulated.empty((1, 16, 16), "bfloat16")
+    call = (1, 16, batch, pointer(arrays[0]), size, stride, pointer(arrays[1]), size, stride)
+    inputs = {"x": arrays[0], "grad_z": arrays[1], "place": place}
+    with emulated.memory(module, inputs, {"norms": norms, "grads": grads}):
+        module.gradient_norms(*call, 0, 2, pointer(norms), 0)
+        module.candidate_gradients(*call, pointer(place), pointer(place), 1, pointer(grads), 0, 0, 0)
+    np.testing.assert_allclose(norms, (gradient**2).sum((2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(fetched(grads, "bfloat16", 16)[0], gradient[1, 1], rtol=2**-8, atol=1e-4)

@@ -1,0 +1,179 @@
+"""Break the real kernels in one place each, and require that the op tests notice: are the tests any good?"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import cuda_emulated as emulated
+import pytest
+
+LINEAR, NORMS, PATTERN = (
+    "test_cuda_block_sparse_linear",
+    "test_cuda_block_gradient_squared_norms",
+    "test_cuda_block_pattern",
+)
+
+# name: (file, the line's text, what stands there instead, tests that must fail, what the emulator or the test says)
+MUTANTS = {
+    "sm80 without its pipeline barrier": (
+        "block_sparse_linear_sm80.cuh",
+        "sync_block(); // the stage is complete for all, and the stage read last is free again",
+        "",
+        f"{LINEAR}.py::test_forward_sm80",
+        "race on shared|cp.async that was not waited|nobody wrote",
+    ),
+    "sm80 waits for one group too few": (
+        "block_sparse_linear_sm80.cuh",
+        "async_wait<Config::kStages - 2>();",
+        "async_wait<Config::kStages - 1>();",
+        f"{LINEAR}.py::test_forward_sm80",
+        "cp.async that was not waited for",
+    ),
+    "sm80 with another swizzle in its copies": (
+        "block_sparse_linear_sm80.cuh",
+        "async_copy_16(a_s + row * Config::kDepth + ((chunk ^ (row & 7)) * 8), source",
+        "async_copy_16(a_s + row * Config::kDepth + ((chunk ^ (row & 3)) * 8), source",
+        f"{LINEAR}.py::test_forward_sm80",
+        "assert|nobody wrote",
+    ),
+    "sm80 reads its staged result too early": (
+        "block_sparse_linear_sm80.cuh",
+        "      }\n    }\n    sync_block();\n  }",
+        "      }\n    }\n  }",
+        f"{LINEAR}.py::test_forward_sm80",
+        "race on shared|nobody wrote",
+    ),
+    "sm80 reads one batch row too many": (
+        "block_sparse_linear_sm80.cuh",
+        "const bool inside = m0 + row < p.batch && columns > 0;",
+        "const bool inside = m0 + row <= p.batch && columns > 0;",
+        f"{LINEAR}.py::test_forward_sm80",
+        "out of bounds",
+    ),
+    "sm80 forgets the ragged columns": (
+        "block_sparse_linear_sm80.cuh",
+        "source, inside ? 2 * columns : 0);",
+        "source, inside ? 16 : 0);",
+        f"{LINEAR}.py::test_forward_sm80",
+        "out of bounds|assert",
+    ),
+    "pieces of a split line overlap": (
+        "block_sparse_linear_sm80.cuh",
+        "      begin = first;\n",
+        "",
+        f"{LINEAR}.py::test_forward_splits_long_rows",
+        "assert",
+    ),
+    "simt without the barrier before a tile is overwritten": (
+        "block_sparse_linear_simt.cuh",
+        "sync_block(); // the last step's tiles have been read",
+        "",
+        f"{LINEAR}.py::test_forward_simt",
+        "race on shared",
+    ),
+    "simt tile off by one": (
+        "block_sparse_linear_simt.cuh",
+        "if (m0 + m < p.batch && k_global < p.k_size)",
+        "if (m0 + m < p.batch && k_global <= p.k_size)",
+        f"{LINEAR}.py::test_forward_simt",
+        "assert|out of bounds",
+    ),
+    "small batch kernel without its barrier": (
+        "block_sparse_linear_small_sm80.cuh",
+        "  sync_block();\n  for (int i = thread_index()",
+        "  for (int i = thread_index()",
+        f"{LINEAR}.py::test_forward_small_sm80",
+        "race on shared|nobody wrote",
+    ),
+    "partial sums added from the wrong slot": (
+        "block_sparse_linear.cuh",
+        "(item.slot + piece) * p.batch * params.width",
+        "item.slot * p.batch * params.width",
+        f"{LINEAR}.py::test_forward_splits_long_rows",
+        "assert",
+    ),
+    "column sums without their barrier": (
+        "activation_simt.cuh",
+        "  partial[thread_index()] = sum;\n  sync_block();",
+        "  partial[thread_index()] = sum;",
+        f"{LINEAR}_backward.py::test_backward_simt",
+        "race on shared|nobody wrote",
+    ),
+    "outer product reads past its split": (
+        "outer_product_sm80.cuh",
+        "const bool g_inside = m < end_row && g_valid > 0",
+        "const bool g_inside = m <= end_row && g_valid > 0",
+        f"{LINEAR}_backward.py::test_backward_sm80",
+        "out of bounds|assert",
+    ),
+    "outer product without its pipeline barrier": (
+        "outer_product_sm80.cuh",
+        "sync_block(); // the stage is complete for all, and the stage read last is free again",
+        "",
+        f"{NORMS}.py::test_norms_sm80",
+        "race on shared|cp.async that was not waited|nobody wrote",
+    ),
+    "norms of the neighbouring block": (
+        "outer_product_sm80.cuh",
+        "col = col0 + (k_part + k) / kBlock;",
+        "col = col0 + (k_part + k) / kBlock + 1;",
+        f"{NORMS}.py::test_norms_sm80",
+        "assert|race on global|out of bounds",
+    ),
+    "radix sort clears counts that are still read": (
+        "radix_sort.cuh",
+        "sync_block(); // the counts are cleared next",
+        "",
+        f"{PATTERN}.py",
+        "race on shared",
+    ),
+    "radix sort that is not stable": (
+        "radix_sort.cuh",
+        "const int rank = count_bits(peers & ((1u << lane_index()) - 1));",
+        "const int rank = count_bits(peers & ~((2u << lane_index()) - 1));",
+        f"{PATTERN}.py",
+        "AssertionError|assert",
+    ),
+    "scan uses its scratch again too early": (
+        "radix_sort.cuh",
+        "sync_block(); // scratch may be used again",
+        "",
+        f"{PATTERN}.py",
+        "race on shared",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("SPARSENET_EMULATOR_FLAVOUR") == "asan", reason="one flavour is enough")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name, tmp_path):
+    file, text, instead, tests, said = MUTANTS[name]
+    emulated.load()  # the objects that the mutant shares
+    shutil.copytree(emulated.ROOT / "csrc" / "cuda", tmp_path / "csrc" / "cuda")
+    for header in ("types.h", "check.h"):
+        shutil.copy(emulated.ROOT / "csrc" / header, tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / file
+    assert source.read_text().count(text) == 1, f"the line to break is not in {file} exactly once"
+    source.write_text(source.read_text().replace(text, instead))
+    folder = tmp_path / "build" / "release"
+    folder.mkdir(parents=True)
+    for built in (emulated.BUILD / "release").glob("*.o"):
+        (folder / built.name).symlink_to(built)
+    done = emulated.run_child(
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{tests}",
+        SPARSENET_EMULATOR_CSRC=str(tmp_path / "csrc"),
+        SPARSENET_EMULATOR_BUILD=str(tmp_path / "build"),
+    )
+    assert done.returncode == 1 and "1 failed" in done.stdout, f"survived:\n{(done.stdout + done.stderr)[-3000:]}"
+    assert re.search(said, done.stdout), done.stdout[-3000:]

@@ -1,0 +1,140 @@
+"""Every .cu compiles for sm_80 and sm_90a; the matrix kernels spill nothing and use tensor cores. Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
+ARCHS = ("80", "90a")
+MATRIX = re.compile(r"product_\w*kernel|grad_weight_\w*kernel|gradient_norms_\w*kernel")
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<symbol>\S+)' for '(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="needs nvcc")]
+
+
+def demangled(symbols: list[str]) -> list[str]:
+    """Readable names where binutils are there, else the symbols."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return symbols
+    names = subprocess.run(
+        [tool], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [
+        re.sub(r"\((?:\w+::)*(?:Product|OuterProduct|FixupParams|\w+)<?.*", "", n.replace("sparsenet::cuda::", ""))
+        for n in names
+    ]
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, of the nvidia-cuda-cuobjdump package, or of Triton."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    for folder in sys.path:
+        for pattern in ("nvidia/*/bin/cuobjdump", "triton/backends/nvidia/bin/cuobjdump"):
+            for candidate in Path(folder or ".").glob(pattern):
+                return str(candidate)
+    return None
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """{stem: (object, ptxas report)}"""
+    folder = tmp_path_factory.mktemp("nvcc")
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS] + ["-gencode=arch=compute_80,code=compute_80"]
+
+    def compile_one(source: Path):
+        target = folder / f"{source.stem}.o"
+        done = subprocess.run(
+            [
+                NVCC,
+                "-std=c++20",
+                "-O3",
+                *targets,
+                "-Xptxas",
+                "-v",
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden,-Wall",
+                "-c",
+                str(source),
+                "-o",
+                str(target),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{source.name}:\n{done.stderr[-4000:]}"
+        return source.stem, (target, done.stderr)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(pool.map(compile_one, sorted(CUDA.glob("*.cu"))))
+
+
+def test_no_spills_in_the_matrix_kernels(compiled):
+    rows = [match.groupdict() for _, report in compiled.values() for match in ENTRY.finditer(report)]
+    names = demangled([row["symbol"] for row in rows])
+    lines, spilled = ["| kernel | arch | registers | spill bytes |", "|---|---|---|---|"], []
+    for row, name in sorted(zip(rows, names, strict=True), key=lambda pair: (pair[1], pair[0]["arch"])):
+        bytes_spilled = int(row["stores"]) + int(row["loads"])
+        lines.append(f"| {name} | {row['arch']} | {row['registers']} | {bytes_spilled} |")
+        if bytes_spilled and MATRIX.search(name):
+            spilled.append(lines[-1])
+    report = ROOT / "build" / "nvcc_report.md"
+    report.parent.mkdir(exist_ok=True)
+    report.write_text("\n".join(lines) + "\n")
+    assert len(rows) > 100 and {row["arch"] for row in rows} == {f"sm_{a}" for a in ARCHS}
+    assert not spilled, spilled
+
+
+def test_no_warnings(compiled):
+    for stem, (_, report) in compiled.items():
+        assert "warning" not in report, f"{stem}:\n{report[-2000:]}"
+
+
+def test_the_tensor_core_kernels_use_tensor_cores_and_asynchronous_copies(compiled):
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("needs cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
+    environment = {"PATH": f"{Path(tool).parent}:/usr/bin:/bin"}
+    kernels = 0
+    for stem, (target, _) in compiled.items():
+        if not stem.endswith("_sm80"):
+            continue
+        sass = subprocess.run(
+            [tool, "-sass", str(target)], capture_output=True, text=True, check=True, env=environment
+        ).stdout
+        for section in sass.split("Function : ")[1:]:
+            name = section.split(maxsplit=1)[0]
+            if not MATRIX.search(name):
+                continue
+            kernels += 1
+            assert "HMMA.16816.F32" in section, name
+            assert "LDL" not in section and "STL" not in section, f"{name} uses local memory"
+            if "small" not in name:
+                assert "LDGSTS" in section and "LDSM" in section, name
+    # Per arch and 16-bit type: 8 forward, 12 small-batch forward, 8 grad_input, 4 grad_weight, 4 norms.
+    assert kernels == len(ARCHS) * 2 * (8 + 12 + 8 + 4 + 4)
+
+
+def test_no_symbol_but_the_ops_leaves_the_objects(compiled):
+    """No framework, and nothing of the runtime linked twice: the objects need only cudart and libstdc++."""
+    tool = shutil.which("nm")
+    if tool is None:
+        pytest.skip("needs nm")
+    for target, _ in compiled.values():
+        undefined = subprocess.run([tool, "-u", str(target)], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"torch|c10|at::|Py", undefined)

@@ -1,0 +1,381 @@
+"""``sparsenet reproduce density``: Tessera and Rosman's experiments and the acceptance checks A1 to A7.
+
+Each part writes its numbers to ``<out>/<part>.json`` as soon as it is done and is not run again while that file is
+there, so a killed run goes on where it was; ``--parts`` runs some. The tables print the published or required value
+beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from sparsenet import data as datasets
+from sparsenet.architecture.estimators import compare_estimators
+from sparsenet.architecture.samplers import RandomSampler, StudySampler, random_parameters
+from sparsenet.architecture.search import load_dataset, retrain, search, write_report
+from sparsenet.architecture.search_space import Architecture, SearchSpace
+from sparsenet.architecture.search_workers import SearchConfig, open_study
+from sparsenet.architecture.trials import TrialConfig, TrialData, effective_gradient_flow, train_trial
+
+__all__ = ["PARTS", "add_arguments", "run"]
+
+WIDTHS = (5, 10, 25, 50, 75, 95)  # dense hidden units; the sparse twin has 100 at density units / 100
+DEPTHS = (1, 2, 4, 8, 16, 32)
+SEEDS = (0, 1, 2)
+MODES = {
+    "plain": {"norm": "none"},
+    "small init": {"norm": "none", "init": "small", "gradient_flow_samples": 0},
+    "modern": {"norm": "batch", "residual": True},
+}
+# Digitised from the poster (METHODS 1.8): mean over all epochs at 100 % of MNIST's training data, not the last epoch's.
+POSTER_SPARSE = {3970: 86.5, 7940: 92.5, 19850: 95.6, 39700: 96.7, 59550: 97.06, 75430: 97.14}
+POSTER_DEPTHS = {1: 96.6, 2: 96.4, 4: 95.6, 8: 91.6, 16: 13.4, 32: 11.3}
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What the parts share: data folder, output folder, how much to run.
+
+    ``scale`` < 1 shrinks training sets, trials and seeds for a quick look; targets are stated for 1.
+    """
+
+    out: Path
+    data_dir: str | None = None
+    workers: int = 2
+    scale: float = 1.0
+
+    def load(self, name: str) -> datasets.Dataset:
+        """A data set, with a share of its training examples where ``scale`` asks for it."""
+        folder = self.data_dir
+        inside = folder is not None and Path(folder, name).is_dir()
+        dataset = load_dataset(name, folder if inside else None, fallback=False)
+        if self.scale < 1 and len(dataset.train_y) * self.scale > 200:
+            kept, _ = datasets.split(dataset.train_y, 1 - self.scale)
+            dataset = replace(dataset, train_x=dataset.train_x[kept], train_y=dataset.train_y[kept])
+        return dataset
+
+    @cached_property
+    def fashion(self) -> datasets.Dataset:
+        """Fashion-MNIST."""
+        return self.load("fashion-mnist")
+
+    @cached_property
+    def mnist(self) -> datasets.Dataset:
+        """MNIST."""
+        return self.load("mnist")
+
+    def count(self, full: int, least: int = 2) -> int:
+        """``full``, scaled."""
+        return full if self.scale >= 1 else max(least, round(full * self.scale**0.5))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of every point."""
+        return SEEDS if self.scale >= 1 else SEEDS[:1]
+
+
+# --- A1, A7: counts and formulas ---
+
+
+def exact_counts(task: Reproduction) -> dict:
+    """A1: N = 794 u for W = 100, u = 5..95; two full hidden layers have 89,400. Counted in the built layers."""
+    rows = []
+    for units in range(5, 100, 5):
+        architecture = Architecture(784, 10, 100, (units / 100, units / 100))
+        rows.append([units, 794 * units, architecture.active_weights, architecture.build().active_weights()])
+    full = Architecture(784, 10, 100, (1.0, 1.0, 1.0)).build().active_weights()
+    blocks = Architecture(784, 10, 100, (0.35, 0.35)).build(block_size=16).active_weights()
+    exact = all(row[1] == row[2] == row[3] for row in rows) and full == 89400 and blocks == 794 * 35
+    return {"rows": rows, "two_full_layers": full, "u35_in_blocks_of_16": blocks, "exact": exact}
+
+
+def gradient_flow_formula(task: Reproduction) -> dict:
+    """A7: EGF against its closed form on a two-layer linear network, where dC/dW2 = e h^T and dC/dW1 = W2^T e x^T."""
+    model = Architecture(6, 3, 5, (0.5, 0.6), linear=(True,)).build(seed=1)
+    x, target = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    model = model.double()
+    loss = 0.5 * (model(x) - target).square().sum()
+    loss.backward()
+    weights = [layer.weight_dense().detach() for layer in model.linears]
+    masks = model.masks()
+    hidden = x @ weights[0].t() + model.linears[0].bias.detach()
+    error = hidden @ weights[1].t() + model.linears[1].bias.detach() - target
+    gradients = [(error @ weights[1]).t() @ x * masks[0], error.t() @ hidden * masks[1]]
+    worst = 0.0
+    for p in (1.0, 2.0):
+        for normalise in (None, "active"):
+            norms = [float(g.flatten().norm(p)) for g in gradients]
+            if normalise == "active":
+                norms = [n / int(m.sum()) for n, m in zip(norms, masks, strict=True)]
+            closed = sum(norms) / 2
+            worst = max(worst, abs(effective_gradient_flow(model, p, normalise) / closed - 1))
+    return {"largest_relative_error": worst}
+
+
+# --- A2, A6: dense against sparse ---
+
+
+def equal_capacity(task: Reproduction, dataset: datasets.Dataset, epochs: int) -> dict:
+    """A2: one hidden layer; dense ``u`` units against 100 units at density u / 100; three random patterns each."""
+    data = TrialData.from_dataset(dataset, validation=0)
+    plain = {"norm": "none", "learning_rate": 1e-3, "schedule": "constant", "weight_decay": 0.0}  # Adam, as calibrated
+    config = TrialConfig(epochs=task.count(epochs), **plain)
+    rows = []
+    for units in WIDTHS:
+        for kind in ("sparse", "dense"):
+            width, density = (100, units / 100) if kind == "sparse" else (units, 1.0)
+            for seed in task.seeds:
+                architecture = Architecture(
+                    data.features, data.num_classes, width, (density, density), pattern_seed=seed
+                )
+                result = train_trial(architecture, data, replace(config, seed=seed))
+                rows.append({"active": result.active_weights, "kind": kind, "seed": seed, **_figures(result)})
+    return {"rows": rows, "epochs": config.epochs}
+
+
+def depths(task: Reproduction, dataset: datasets.Dataset, epochs: int) -> dict:
+    """A6: 1 to 32 hidden layers, dense 75 against sparse W = 100 (.75; .5625; .75); from 8 layers also modern.
+
+    ``plain`` starts with He's variance; ``small init`` with nn.Linear's default, a sixth of it, with which 32 layers
+    collapse as published; ``modern`` is BatchNorm and residual connections. The last two with one seed.
+    """
+    data = TrialData.from_dataset(dataset, validation=0)
+    rows = []
+    for depth in DEPTHS if task.scale >= 1 else DEPTHS[:3]:
+        for mode in ("plain", "small init", "modern") if depth >= 8 else ("plain",):
+            extra = MODES[mode]
+            config = TrialConfig(epochs=epochs, learning_rate=1e-3, **extra)
+            for kind in ("sparse", "dense"):
+                width = 100 if kind == "sparse" else 75
+                densities = (0.75, *[0.5625] * (depth - 1), 0.75) if kind == "sparse" else (1.0,) * (depth + 1)
+                for seed in task.seeds if mode == "plain" else task.seeds[:1]:
+                    architecture = Architecture(data.features, data.num_classes, width, densities, pattern_seed=seed)
+                    result = train_trial(architecture, data, replace(config, seed=seed))
+                    rows.append({"depth": depth, "mode": mode, "kind": kind, "seed": seed, **_figures(result)})
+    return {"rows": rows, "epochs": epochs}
+
+
+def _figures(result) -> dict:
+    curve = [a for _, _, a in result.curve]
+    return {
+        "accuracy": 100 * result.accuracy,
+        "loss": result.loss,
+        "mean_accuracy": 100 * sum(curve) / len(curve),
+        "flow": result.gradient_flow,
+        "seconds": result.seconds,
+    }
+
+
+# --- A3: the searches ---
+
+
+def headline(task: Reproduction, dataset: datasets.Dataset, sampler: str) -> dict:
+    """A3: 30 trials under ASHA inside W <= 512, depth <= 3, N <= 60,000; the winner retrained with three seeds."""
+    data = TrialData.from_dataset(dataset)
+    limit = 60000
+    space = SearchSpace(data.features, data.num_classes, max_depth=3, max_width=512, max_active=limit)
+    trial = TrialConfig(epochs=task.count(12), train_fraction=0.34)  # a third of the examples ranks nearly as well (A4)
+    config = SearchConfig(trials=task.count(30, 6), sampler=sampler, workers=task.workers, trial=trial)
+    folder = task.out / f"search_{dataset.name}_{sampler}"
+    report = search(space, data, config, folder=folder, progress=True)
+    best = report.best()
+    finals = retrain(report.architecture(best), dataset, trial, task.seeds)
+    write_report(report, finals, folder)
+    states = [t.state for t in report.trials]
+    return {
+        "active": best.active_weights,
+        "depth": best.depth,
+        "densities": best.densities,
+        "accuracy": [100 * f.accuracy for f in finals],
+        "loss": [f.loss for f in finals],
+        "finished": states.count("finished"),
+        "pruned": states.count("pruned"),
+        "search_seconds": report.seconds,
+    }
+
+
+# --- A4, A5: estimators and samplers ---
+
+
+def estimators(task: Reproduction) -> dict:
+    """A4: rank correlation of every estimator with full training, 16 architectures over capacity, Fashion-MNIST."""
+    data = TrialData.from_dataset(task.fashion)
+    space = SearchSpace(784, 10, max_depth=3, max_width=256, min_density=0.02, max_active=80000)
+    count = 16 if task.scale >= 1 else 4
+    architectures = []
+    for i in range(count):  # sizes from 4,000 to 80,000, shapes at random
+        shape = RandomSampler(space, seed=100 + i).ask().architecture
+        target = round(4000 * 20 ** (i / (count - 1)))
+        scaled = shape if shape.active_weights <= target else shape.scaled_to(target)
+        if shape.active_weights < target:
+            low, high = 1.0, 50.0
+            for _ in range(40):
+                middle = (low + high) / 2
+                tried = replace(shape, densities=tuple(min(1.0, d * middle) for d in shape.densities))
+                low, high = (middle, high) if tried.active_weights <= target else (low, middle)
+            scaled = replace(shape, densities=tuple(min(1.0, d * low) for d in shape.densities))
+        architectures.append(scaled)
+    config = TrialConfig(epochs=task.count(6))
+    rows, truth = compare_estimators(architectures, data, config, report=print)
+    return {
+        "rows": [vars(row) for row in rows],
+        "truth": truth,
+        "active": [a.active_weights for a in architectures],
+        "epochs": config.epochs,
+    }
+
+
+TABLE_LEVELS = (0.02, 0.06, 0.15, 0.4, 1.0)
+
+
+def regret(task: Reproduction) -> dict:
+    """A5: TPE and GP against random search, 30 evaluations, 10 repeats, on a cached table of real (short) trainings.
+
+    The table holds depth 1 and 2 with densities on 5 levels; a proposal is read at the nearest level. The objective is
+    error + 0.2 * active / largest, so that neither the densest nor the sparsest network wins.
+    """
+    space = SearchSpace(784, 10, max_depth=2, max_width=64, min_density=TABLE_LEVELS[0], pattern_seeds=1)
+    data = TrialData.from_dataset(task.fashion)
+    config = TrialConfig(epochs=2, train_fraction=min(1.0, 0.15 / task.scale), gradient_flow_samples=0)
+    table: dict[str, float] = {}
+    largest = Architecture(784, 10, 64, (1.0, 1.0, 1.0)).active_weights
+
+    def value(architecture: Architecture) -> float:
+        levels = tuple(min(TABLE_LEVELS, key=lambda v: abs(v / d - 1)) if d else 0.0 for d in architecture.densities)
+        key = repr(levels)
+        if key not in table:
+            result = train_trial(Architecture(784, 10, 64, levels), data, config)
+            table[key] = 1 - result.accuracy + 0.2 * result.active_weights / largest
+        return table[key]
+
+    evaluations, repeats = (30, 10) if task.scale >= 1 else (12, 2)
+    curves: dict[str, list[list[float]]] = {}
+    for kind in ("random", "tpe", "gp"):
+        for seed in range(repeats if kind != "gp" else max(2, repeats // 2)):
+            sampler = RandomSampler(space, seed) if kind == "random" else StudySampler(space, kind, seed)
+            best, curve = float("inf"), []
+            for _ in range(evaluations):
+                proposal = sampler.ask()
+                result = value(proposal.architecture)
+                sampler.tell(proposal, result)
+                best = min(best, result)
+                curve.append(best)
+            curves.setdefault(kind, []).append(curve)
+    optimum = min(table.values())
+    mean = {k: statistics.fmean(c[-1] - optimum for c in v) for k, v in curves.items()}
+    return {"mean_regret": mean, "optimum": optimum, "table_entries": len(table), "curves": curves}
+
+
+def same_seed(task: Reproduction) -> dict:
+    """Same seed, same trials: two TPE searches told the same losses propose the same parameters."""
+    space = SearchSpace(784, 10, max_depth=3, max_width=128)
+    runs = []
+    for _ in range(2):
+        sampler, asked = StudySampler(space, "tpe", seed=5), []
+        for _ in range(14):
+            proposal = sampler.ask()
+            sampler.tell(proposal, abs(proposal.parameters["density_0"] - 0.3))
+            asked.append(proposal.parameters)
+        runs.append(asked)
+    return {"same": runs[0] == runs[1], "random": random_parameters(space, 5, 3) == random_parameters(space, 5, 3)}
+
+
+def workers(task: Reproduction) -> dict:
+    """Trials per minute of one and of two worker processes, one thread each, from the first start to the last end."""
+    data = TrialData.from_dataset(task.fashion)
+    space = SearchSpace(784, 10, max_depth=1, max_width=128, min_density=0.3, max_density=0.4)
+    rates = {}
+    for count in (1, 2):
+        trial = TrialConfig(epochs=2, train_fraction=min(1.0, 0.5 / task.scale))
+        config = SearchConfig(trials=task.count(12, 4), sampler="random", pruner="none", workers=count, trial=trial)
+        folder = task.out / f"workers_{count}_{time.time_ns()}"
+        search(space, data, config, folder=folder)
+        done = open_study(space, config, folder / "search.db").get_trials(deepcopy=False)
+        seconds = (max(t.datetime_complete for t in done) - min(t.datetime_start for t in done)).total_seconds()
+        rates[count] = 60 * len(done) / seconds
+    return {"trials_per_minute": rates, "ratio": rates[2] / rates[1], "load": os.getloadavg()[0]}
+
+
+PARTS: dict[str, Callable[[Reproduction], dict]] = {
+    "a1_counts": exact_counts,
+    "a7_gradient_flow": gradient_flow_formula,
+    "a3_mnist_random": lambda task: headline(task, task.mnist, "random"),
+    "a3_mnist_tpe": lambda task: headline(task, task.mnist, "tpe"),
+    "a3_fashion_random": lambda task: headline(task, task.fashion, "random"),
+    "a3_fashion_tpe": lambda task: headline(task, task.fashion, "tpe"),
+    "a2_fashion": lambda task: equal_capacity(task, task.fashion, 10),
+    "a6_fashion": lambda task: depths(task, task.fashion, 3),
+    "a4_estimators": estimators,
+    "a5_regret": regret,
+    "a2_mnist": lambda task: equal_capacity(task, task.mnist, 6),
+    "a6_mnist": lambda task: depths(task, task.mnist, 1),
+    "same_seed": same_seed,
+    "workers": workers,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``sparsenet reproduce density``."""
+    parser.add_argument("--data-dir", help="folder with mnist/ and fashion-mnist/; default: as sparsenet.data.load")
+    parser.add_argument("--out", default="reproduce-density", help="folder of numbers, tables and figures")
+    parser.add_argument("--parts", default="all", help=f"comma-separated, of {', '.join(PARTS)}")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the searches, one thread each")
+    parser.add_argument("--scale", type=float, default=1.0, help="below 1: fewer examples, trials, seeds; a quick look")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the parts that are missing, prints the tables, draws the figures.
+
+    Raises ValueError for an unknown part or a scale outside (0, 1].
+    """
+    names = list(PARTS) if args.parts == "all" else args.parts.split(",")
+    unknown = [n for n in names if n not in PARTS]
+    if unknown:
+        raise ValueError(f"reproduce density: parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if not 0 < args.scale <= 1:
+        raise ValueError(f"reproduce density: scale must lie in (0, 1], got {args.scale}")
+    task = Reproduction(Path(args.out), args.data_dir, args.workers, args.scale)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+    try:
+        run_parts(names, PARTS, task, task.out)
+    finally:
+        torch.set_num_threads(threads)
+    from sparsenet.architecture import density_tables
+
+    numbers = read_parts(task.out, PARTS)
+    print(density_tables.tables(numbers))
+    density_tables.figures(numbers, task.out)
+    return 0
+
+
+def run_parts(names: list[str], parts: dict[str, Callable], task, out: Path) -> None:
+    """Runs the named parts that have no file yet, each into ``<out>/<part>.json`` with its seconds."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        file = out / f"{name}.json"
+        if file.exists():
+            continue
+        print(f"[{time.strftime('%H:%M:%S')}] {name} ...", flush=True)
+        started, cpu = time.perf_counter(), time.process_time()
+        numbers = parts[name](task)
+        numbers |= {"wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        part = out / f".{name}.{os.getpid()}.part"
+        part.write_text(json.dumps(numbers, indent=1))
+        os.replace(part, file)
+        print(f"[{time.strftime('%H:%M:%S')}] {name}: {numbers['wall_seconds']:.0f} s", flush=True)
+
+
+def read_parts(out: Path, parts: dict[str, Callable]) -> dict[str, dict]:
+    """The numbers of every part that has been run."""
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in parts if (out / f"{name}.json").exists()}

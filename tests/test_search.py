@@ -1,0 +1,337 @@
+"""Density search: exact counts, samplers, storage that survives a kill, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsenet.architecture.search_space import Architecture, SearchSpace
+from sparsenet.architecture.trials import TrialConfig, TrialData, evaluate
+
+optuna = pytest.importorskip("optuna")
+
+from sparsenet.architecture.pruners import PRUNERS, make_pruner  # noqa: E402
+from sparsenet.architecture.samplers import (  # noqa: E402
+    GridSampler,
+    RandomSampler,
+    StudySampler,
+    architecture_of,
+    make_sampler,
+    random_parameters,
+)
+from sparsenet.architecture.search import SearchConfig, retrain, search, write_report  # noqa: E402
+from sparsenet.architecture.search_workers import only_search, open_study, requeue_lost  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def two_moons(n=400, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 8, generator=g) * 2 - 1
+    y = (x[:, 0] * x[:, 1] + 0.5 * x[:, 2] > 0).long()
+    return TrialData.from_arrays(x, y)
+
+
+SMALL = SearchSpace(8, 2, max_depth=3, max_width=16, min_density=0.05, max_active=200)
+QUICK = TrialConfig(epochs=2, batch_size=64)
+
+
+# --- bad input ---
+
+
+def test_data_nothing_can_be_learned_from():
+    x = torch.randn(50, 4)
+    with pytest.raises(ValueError, match="labels must have 2 classes or more, got 1"):
+        TrialData.from_arrays(x, torch.zeros(50, dtype=torch.int64))
+    labels = torch.zeros(50)
+    labels[7] = float("nan")
+    with pytest.raises(ValueError, match="labels must be class indices, got nan at 7"):
+        TrialData.from_arrays(x, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (TrialConfig, {"epochs": 0}, "epochs and batch_size must be at least 1, got 0, 128"),
+        (TrialConfig, {"train_fraction": 0.0}, r"train_fraction must lie in \(0, 1\], got 0.0"),
+        (TrialConfig, {"init": "xavier"}, "init must be he or small, got 'xavier'"),
+        (TrialConfig, {"schedule": "step"}, "schedule must be cosine or constant, got 'step'"),
+        (SearchConfig, {"trials": 0}, "trials must be an integer >= 1, got 0"),
+        (SearchConfig, {"workers": True}, "workers must be an integer >= 1, got True"),
+        (SearchConfig, {"multi_objective": True}, "pruner must be none with several objectives, got 'halving'"),
+    ],
+)
+def test_bad_settings(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**change)
+
+
+def test_bad_names_of_samplers_and_pruners():
+    with pytest.raises(ValueError, match="sampler must be one of random, tpe, gp, nsga2, got 'grid'"):
+        make_sampler("grid", SMALL)
+    with pytest.raises(ValueError, match="pruner must be one of none, halving"):
+        make_pruner("asha", 5)
+
+
+def test_without_optuna_one_line_says_how(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sparsenet\[search\]'"):
+        search(SMALL, two_moons())
+    assert RandomSampler(SMALL, 0).ask().number == 0  # random search by itself needs none
+
+
+def test_data_and_space_must_fit():
+    with pytest.raises(ValueError, match="data must have the space's 9 features and 2 classes, got 8 features"):
+        search(replace(SMALL, in_features=9), two_moons())
+
+
+def test_several_workers_need_a_folder():
+    with pytest.raises(ValueError, match="folder must be given with several workers"):
+        search(SMALL, two_moons(), SearchConfig(workers=2))
+
+
+# --- samplers ---
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe", "gp", "nsga2"])
+def test_ask_and_tell_conformance(kind):
+    if kind == "gp":
+        pytest.importorskip("scipy")
+    space = replace(SMALL, allow_linear=True, activations=("relu", "silu"))
+    runs = []
+    for _ in range(2):
+        sampler, seen = make_sampler(kind, space, seed=3), []
+        for number in range(10):
+            proposal = sampler.ask()
+            assert proposal.number == number
+            assert proposal.architecture.active_weights <= 200
+            assert all(d == 0 or d > 0 for d in proposal.architecture.densities)
+            assert 1 <= proposal.architecture.depth <= 3
+            sampler.tell(proposal, float(proposal.parameters["density_out"]))
+            seen.append(proposal.parameters)
+        runs.append(seen)
+    assert runs[0] == runs[1]  # same seed, same trials
+    assert runs[0] != [make_sampler(kind, space, seed=4).ask().parameters for _ in range(10)]
+
+
+def test_tpe_learns_and_random_does_not():
+    space = replace(SMALL, max_active=None)
+
+    def last_losses(sampler):
+        losses = []
+        for _ in range(40):
+            proposal = sampler.ask()
+            losses.append(abs(proposal.parameters["density_out"] - 0.1))
+            sampler.tell(proposal, losses[-1])
+        return sum(losses[20:]) / 20
+
+    assert last_losses(StudySampler(space, "tpe", 0)) < 0.5 * last_losses(RandomSampler(space, 0))
+
+
+def test_multi_objective_finds_small_networks():
+    sampler = StudySampler(replace(SMALL, max_active=None), "tpe", 0, multi_objective=True)
+    for _ in range(12):
+        proposal = sampler.ask()
+        sampler.tell(proposal, 1.0 / proposal.architecture.active_weights)
+    assert len(sampler.study.best_trials) >= 6  # every size is a trade-off here
+
+
+def test_a_diverged_trial_is_told_as_failed():
+    sampler = StudySampler(SMALL, "tpe", 0)
+    sampler.tell(sampler.ask(), float("nan"))
+    assert sampler.study.trials[0].state == optuna.trial.TrialState.FAIL
+    proposal = sampler.ask()
+    sampler.tell(proposal, 1.0)
+    with pytest.raises(ValueError, match="proposal must be open, got number 1"):
+        sampler.tell(proposal, 1.0)
+
+
+def test_grid_covers_depths_and_levels():
+    sampler = GridSampler(SearchSpace(8, 2, max_depth=2, max_width=10, min_density=0.2), levels=3)
+    points = []
+    with pytest.raises(StopIteration):
+        while True:
+            proposal = sampler.ask()
+            sampler.tell(proposal, 0.0)
+            points.append((proposal.architecture.depth, round(proposal.architecture.densities[-1], 2)))
+    assert points == [(1, 0.2), (1, 0.6), (1, 1.0), (2, 0.2), (2, 0.6), (2, 1.0)]
+
+
+def test_random_parameters_stay_inside_the_space():
+    for number in range(200):
+        p = random_parameters(SMALL, 0, number)
+        assert 1 <= p["depth"] <= 3 and 0 <= p["pattern_seed"] < 4
+        assert all(0.05 <= p[k] <= 1 for k in p if k.startswith("density"))
+
+
+# --- the search ---
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_search_with_every_pruner(pruner, tmp_path):
+    config = SearchConfig(trials=6, sampler="random", pruner=pruner, trial=replace(QUICK, epochs=4))
+    report = search(SMALL, two_moons(), config, folder=tmp_path / "s")
+    assert len(report.trials) == 6
+    assert report.best().loss == min(t.loss for t in report.finished())
+    front = report.pareto()
+    assert [t.accuracy for t in front] == sorted(t.accuracy for t in front)
+    again = search(SMALL, two_moons(), config)
+    assert [t.parameters for t in again.trials] == [t.parameters for t in report.trials]
+
+
+def test_search_goes_on_and_refuses_another(tmp_path):
+    config = SearchConfig(trials=2, sampler="tpe", pruner="none", trial=QUICK)
+    search(SMALL, two_moons(), config, folder=tmp_path)
+    more = search(SMALL, two_moons(), replace(config, trials=4), folder=tmp_path)
+    assert [t.number for t in more.trials] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="storage must hold a search of the same space"):
+        search(replace(SMALL, max_width=32), two_moons(), config, folder=tmp_path)
+    with only_search(tmp_path / "search.db"), pytest.raises(OSError, match="in use by another search"):
+        search(SMALL, two_moons(), config, folder=tmp_path)
+
+
+def test_multi_objective_search_and_inheritance(tmp_path):
+    config = SearchConfig(trials=4, sampler="nsga2", pruner="none", multi_objective=True, trial=QUICK)
+    assert len(search(SMALL, two_moons(), config).finished()) == 4
+    config = SearchConfig(trials=4, sampler="random", pruner="none", inherit=True, trial=QUICK)
+    report = search(SMALL, two_moons(), config, folder=tmp_path)
+    assert len(list((tmp_path / "weights").glob("trial_*.safetensors"))) == len(report.finished()) == 4
+
+
+def test_a_diverging_trial_fails_and_the_search_goes_on():
+    config = SearchConfig(
+        trials=3, sampler="random", pruner="none", trial=replace(QUICK, learning_rate=1e30, norm="none")
+    )
+    report = search(SMALL, two_moons(), config)
+    assert [t.state for t in report.trials] == ["failed"] * 3
+    with pytest.raises(ValueError, match="at least one trial must finish, got none of 3"):
+        report.best()
+
+
+def test_lost_trials_are_queued_again_first(tmp_path):
+    config = SearchConfig(trials=4, sampler="random", pruner="none", trial=QUICK)
+    study = open_study(SMALL, config, tmp_path / "search.db")
+    from sparsenet.architecture.samplers import distributions
+
+    lost = study.ask(distributions(SMALL))  # as if killed while it ran
+    assert requeue_lost(study) == 1
+    report = search(SMALL, two_moons(), config, folder=tmp_path)
+    assert report.trials[0].state == "lost"
+    assert report.trials[1].parameters == lost.params and report.trials[1].state == "finished"
+    straight = search(SMALL, two_moons(), config)  # no kill: the same four trials
+    done = [t.parameters for t in report.finished()]
+    assert done == [t.parameters for t in straight.trials]
+
+
+KILLED = """
+import sys
+import torch
+from dataclasses import replace
+sys.path.insert(0, {tests!r})
+import test_search as t
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    config = t.SearchConfig(trials=60, sampler="tpe", pruner="none", workers={workers},
+                            trial=replace(t.QUICK, epochs={epochs}))
+    t.search(t.SMALL, t.two_moons(), config, folder={folder!r})
+"""
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_search_loses_at_most_the_running_trials(tmp_path, workers):
+    folder, script = tmp_path / "s", tmp_path / "killed.py"
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), epochs=8, workers=workers))
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+    config = SearchConfig(trials=60, sampler="tpe", pruner="none", trial=replace(QUICK, epochs=8))
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
+            if (folder / "search.db").exists():
+                try:
+                    trials = open_study(SMALL, config, folder / "search.db").get_trials(deepcopy=False)
+                except Exception:
+                    continue  # the tables are being made
+                if sum(t.state.name == "COMPLETE" for t in trials) >= 2:
+                    break
+        assert process.poll() is None, "the search ended before it could be killed"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    study = open_study(SMALL, config, folder / "search.db")
+    before = {t.number: t.params for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"}
+    running = sum(t.state.name == "RUNNING" for t in study.get_trials(deepcopy=False))
+    assert running <= workers
+    report = search(SMALL, two_moons(), replace(config, trials=len(before) + 2), folder=folder)
+    after = {t.number: t.parameters for t in report.finished()}
+    assert all(after[n] == p for n, p in before.items())
+    assert len(after) == len(before) + 2
+    assert sum(t.state == "lost" for t in report.trials) == report.requeued == running
+
+
+def test_two_workers_share_the_trials(tmp_path):
+    config = SearchConfig(trials=5, sampler="random", pruner="none", workers=2, trial=QUICK)
+    report = search(SMALL, two_moons(), config, folder=tmp_path)
+    assert sorted(t.number for t in report.finished()) == [0, 1, 2, 3, 4]
+    alone = search(SMALL, two_moons(), replace(config, workers=1))
+    assert {t.number: t.loss for t in report.trials} == {t.number: t.loss for t in alone.trials}
+
+
+def test_plots_and_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    config = SearchConfig(trials=5, sampler="random", trial=replace(QUICK, epochs=3))
+    report = search(SMALL, two_moons(), config)
+    write_report(report, [], tmp_path)
+    for name in ("accuracy_against_weights.png", "parallel_coordinates.png", "best_so_far.png", "report.json"):
+        assert (tmp_path / name).stat().st_size > 500
+
+
+def test_retrain_uses_every_example_and_another_pattern_per_seed():
+    from sparsenet.data import Dataset
+
+    data = two_moons()
+    dataset = Dataset("toy", data.train_x, data.train_y, data.eval_x, data.eval_y, 2, "here")
+    results = retrain(Architecture(8, 2, 16, (0.5, 0.5)), dataset, replace(QUICK, train_fraction=0.1), (0, 1))
+    assert [r.active_weights for r in results] == [80, 80]
+    assert results[0].curve != results[1].curve
+
+
+def test_command_line(tmp_path, capsys):
+    import argparse
+
+    from sparsenet.architecture import search as command
+
+    pytest.importorskip("sklearn")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    line = ["--data", "digits", "--max-depth", "2", "--max-width", "32", "--max-active", "1500", "--trials", "3"]
+    line += ["--epochs", "2", "--sampler", "random", "--final-seeds", "1", "--out", str(tmp_path), "--block-size", "4"]
+    assert command.run(parser.parse_args(line)) == 0
+    printed = capsys.readouterr().out
+    assert "3 trials" in printed and "Pareto front" in printed and "test, seed 0" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    network = command.load_network(tmp_path / "network.safetensors")
+    assert network.active_weights() == report["best"]["active_weights"] <= 1500
+    dataset = command.load_dataset("digits", None)
+    _, accuracy = evaluate(network, TrialData.from_dataset(dataset, validation=0))
+    assert accuracy == report["final"][0]["accuracy"]
+    with pytest.raises(ValueError, match="must be a network of sparsenet search"):
+        command.load_network(tmp_path / "report.json")
+
+
+def test_architecture_of_ignores_densities_beyond_the_depth():
+    parameters = random_parameters(SMALL, 0, 0) | {"depth": 1}
+    assert architecture_of(SMALL, parameters).densities[1:3] == (0.0, 0.0)

@@ -1,0 +1,224 @@
+"""Search space and trials: exact counts, bounds, gradient flow, training, inheritance."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsenet.architecture.search_space import Architecture, SearchSpace
+from sparsenet.architecture.trials import (
+    TrialConfig,
+    TrialData,
+    effective_gradient_flow,
+    evaluate,
+    inherit_,
+    learning_rate_at,
+    train_trial,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def two_moons(n=400, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 8, generator=g) * 2 - 1
+    y = (x[:, 0] * x[:, 1] + 0.5 * x[:, 2] > 0).long()
+    return TrialData.from_arrays(x, y)
+
+
+SMALL = SearchSpace(8, 2, max_depth=3, max_width=16, min_density=0.05, max_active=200)
+QUICK = TrialConfig(epochs=2, batch_size=64)
+
+
+# --- A1: exact counts ---
+
+
+@pytest.mark.parametrize("units", range(5, 100, 5))
+def test_counts_of_the_poster_are_exact(units):
+    architecture = Architecture(784, 10, 100, (units / 100, units / 100))
+    assert architecture.active_weights == 794 * units
+    assert architecture.build().active_weights() == 794 * units
+
+
+def test_two_full_hidden_layers_have_89400_weights():
+    assert Architecture(784, 10, 100, (1.0, 1.0, 1.0)).build().active_weights() == 89400
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16, 32])
+def test_counts_are_exact_in_every_block_size(block_size):
+    architecture = Architecture(50, 7, 33, (0.37, 0.21, 0.9))
+    model = architecture.build(block_size=block_size)
+    masks = model.masks()
+    assert [int(m.sum()) for m in masks] == architecture.active_per_layer == [610, 229, 208]
+    assert [list(m.shape) for m in masks] == [[33, 50], [33, 33], [7, 33]]
+    for mask, layer in zip(masks, model.linears, strict=True):
+        dense = layer.weight_dense() if hasattr(layer, "weight_dense") else layer.weight
+        assert torch.equal(dense != 0, mask)
+
+
+def test_masked_weights_stay_zero_while_training():
+    data = two_moons()
+    models = []
+    train_trial(
+        Architecture(8, 2, 20, (0.3, 0.3, 0.5)), data, replace(QUICK, block_size=4, norm="none"), model_out=models
+    )
+    model = models[0]
+    assert model.active_weights() == 48 + 120 + 20
+    for mask, layer in zip(model.masks(), model.linears, strict=True):
+        assert torch.all(layer.weight_dense()[~mask] == 0)
+
+
+def test_a_layer_of_density_zero_is_skipped():
+    architecture = Architecture(12, 3, 10, (0.5, 0.0, 0.2, 0.4), linear=(False, False, True))
+    assert architecture.depth == 2
+    assert [shape for shape, _, _ in architecture.layers] == [(10, 12), (10, 10), (3, 10)]
+    assert [activation for _, _, activation in architecture.layers] == ["relu", "none", "none"]
+    assert Architecture(12, 3, 10, (0.0, 0.5)).build()(torch.randn(4, 12)).shape == (4, 3)
+
+
+def test_patterns_of_one_seed_are_nested():
+    low, high = (Architecture(30, 5, 20, (d, d), pattern_seed=3).build().masks() for d in (0.2, 0.6))
+    assert all(torch.all(b[a]) for a, b in zip(low, high, strict=True))
+    other = Architecture(30, 5, 20, (0.2, 0.2), pattern_seed=4).build().masks()
+    assert not torch.equal(low[0], other[0])
+
+
+def test_live_widths_count_neurons_with_input_and_output():
+    model = Architecture(4, 2, 3, (1 / 12, 1 / 6)).build()
+    first, last = model.masks()
+    expected = int((first.any(1) & last.any(0)).sum())
+    assert model.live_widths() == [expected]
+    assert Architecture(4, 2, 3, (1.0, 1.0)).build().live_widths() == [3]
+
+
+def test_architectures_are_scaled_to_the_limit():
+    space = SearchSpace(784, 10, max_depth=3, max_width=512, max_active=60000)
+    architecture = space.architecture((1.0, 0.5, 0.0, 1.0))
+    assert 59990 <= architecture.active_weights <= 60000
+    assert architecture.depth == 2
+    small = space.architecture((0.01, 0.0, 0.0, 0.05))
+    assert small.densities == (0.01, 0.0, 0.0, 0.05)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_depth": 0}, "max_depth must be an integer >= 1, got 0"),
+        ({"min_depth": 4}, "min_depth must be at most max_depth 3, got 4"),
+        ({"min_density": 0.5, "max_density": 0.1}, "0 < min_density <= max_density <= 1, got 0.5 and 0.1"),
+        ({"min_density": float("nan")}, "0 < min_density <= max_density <= 1, got nan"),
+        ({"max_active": 5}, "max_active must be at least 8, the weights of the smallest network .* got 5"),
+        ({"activations": ("tanh",)}, "activations must be some of relu, silu, gelu"),
+    ],
+)
+def test_contradictory_bounds(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"densities": (0.5, 0.0)}, r"densities must lie in \[0, 1\], the output layer's above 0"),
+        ({"densities": (1.5, 0.5)}, r"densities must lie in \[0, 1\]"),
+        ({"densities": (0.5, 0.5), "linear": (True, False)}, "linear must have 1 entries"),
+        ({"densities": (0.5, 0.5), "activation": "tanh"}, "activation must be one of relu, silu, gelu, got 'tanh'"),
+    ],
+)
+def test_bad_architectures(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Architecture(8, 2, 16, **arguments)
+
+
+def test_bad_norm():
+    with pytest.raises(ValueError, match="norm must be none or batch, got 'layer'"):
+        Architecture(8, 2, 16, (0.5, 0.5)).build(norm="layer")
+
+
+# --- gradient flow (A7) ---
+
+
+def test_effective_gradient_flow_by_hand():
+    model = Architecture(2, 1, 2, (1.0,), activation="relu").build()  # one full layer: y = w x + b
+    x = torch.tensor([[3.0, 4.0]])
+    model(x).sum().backward()
+    assert effective_gradient_flow(model, 2) == pytest.approx(5.0)
+    assert effective_gradient_flow(model, 1) == pytest.approx(7.0)
+    assert effective_gradient_flow(model, 1, "active") == pytest.approx(3.5)
+
+
+def test_effective_gradient_flow_counts_masked_gradients_only():
+    torch.manual_seed(0)
+    model = Architecture(12, 4, 8, (0.3, 0.5), linear=(True,)).build(block_size=4).double()
+    x, target = torch.randn(6, 12, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    (0.5 * (model(x) - target).square().sum()).backward()
+    w1, w2 = (layer.weight_dense().detach() for layer in model.linears)
+    m1, m2 = model.masks()
+    h = x @ w1.t() + model.linears[0].bias.detach()
+    e = h @ w2.t() + model.linears[1].bias.detach() - target
+    closed = ((((e @ w2).t() @ x * m1).norm() + (e.t() @ h * m2).norm()) / 2).item()
+    assert effective_gradient_flow(model) == pytest.approx(closed, rel=1e-6)
+
+
+def test_effective_gradient_flow_refuses():
+    model = Architecture(2, 1, 2, (1.0,)).build()
+    with pytest.raises(ValueError, match="model must have gradients, got none"):
+        effective_gradient_flow(model)
+    with pytest.raises(ValueError, match="normalise must be None or active, got 'weights'"):
+        effective_gradient_flow(model, normalise="weights")
+
+
+# --- trials ---
+
+
+def test_a_trial_learns_and_repeats_itself():
+    data, config = two_moons(), TrialConfig(epochs=25, batch_size=32)
+    architecture = Architecture(8, 2, 24, (0.6, 0.6))
+    first, second = (train_trial(architecture, data, config) for _ in range(2))
+    assert first.accuracy > 0.8
+    assert first.curve == second.curve
+    assert len(first.curve) == 25 and first.gradient_flow > 0
+
+
+def test_train_fraction_and_constant_schedule():
+    result = train_trial(
+        Architecture(8, 2, 8, (0.5, 0.5)), two_moons(), replace(QUICK, train_fraction=0.2, schedule="constant")
+    )
+    assert 0 <= result.accuracy <= 1
+    assert [learning_rate_at(QUICK, s, 100) for s in (0, 4, 99)] == pytest.approx([0.2, 1.0, 0.0], abs=1e-3)
+
+
+def test_inherited_weights_are_the_donors():
+    donor = Architecture(30, 5, 20, (0.2, 0.3), pattern_seed=3).build(seed=1)
+    model = Architecture(30, 5, 20, (0.4, 0.3), pattern_seed=3).build(seed=2)
+    assert inherit_(model, donor) == 120 + 30
+    old, new = donor.linears[0].weight_dense(), model.linears[0].weight_dense()
+    mask = donor.masks()[0]
+    torch.testing.assert_close(new[mask], old[mask] * 0.5**0.5)  # twice the fan-in: the variance stays
+    torch.testing.assert_close(model.linears[1].weight_dense(), donor.linears[1].weight_dense())
+
+
+def test_inheriting_between_dense_and_sparse_and_other_shapes():
+    dense = Architecture(30, 5, 20, (1.0, 1.0)).build(seed=1)
+    sparse = Architecture(30, 5, 20, (0.2, 0.3)).build(seed=2)
+    assert inherit_(sparse, dense) == 120 + 30
+    assert torch.equal(
+        sparse.linears[0].weight_dense()[sparse.masks()[0]], dense.linears[0][0].weight[sparse.masks()[0]]
+    )
+    assert inherit_(dense, sparse) == 150
+    assert inherit_(Architecture(30, 5, 10, (0.5, 0.5)).build(), sparse) == 0
+
+
+def test_evaluate_leaves_the_mode():
+    model = Architecture(8, 2, 8, (0.5, 0.5)).build(norm="batch").train()
+    loss, accuracy = evaluate(model, two_moons())
+    assert model.training and loss > 0 and 0 <= accuracy <= 1

@@ -3,12 +3,20 @@
 //   norms[i][j] = || sum_m dz[m][i-th block of outputs]^T x[m][j-th block of inputs] ||_F^2
 //
 // The dense gradient's blocks are made two at a time in L1, squared, summed and forgotten. A task packs a range of
-// block columns of x for the whole batch (at most kStripsBytes, at least one strip), then walks the block rows past it.
+// block columns of x for the whole batch (at most kNormStripsBytes, at least one strip), then walks the block rows past
+// it.
+//
+// Where the batch is small against b^2 the norms come from Gram matrices instead: gram_norms.h.
 #include "grad_values.h"
+#include "gram_norms.h"
 #include "isa.h"
 
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
+
+// The whole batch of a range of x: it streams from the outer cache, 2 b flops per element of it. Narrower ranges would
+// pack grad_z more often.
+constexpr int64_t kNormStripsBytes = int64_t(4) << 20;
 
 template <typename C> float squared_norm(const C* block, int64_t elements) {
   Vec<C> sum = {};
@@ -26,7 +34,7 @@ template <class P, typename S> void norms_with(const GradientNorms& op, int thre
   using C = typename P::Accumulator;
   const int64_t b = op.block_size, bb = b * b, in_blocks = ceil_div(op.x.cols, b), group = max_of(1, kLanes<C> / b);
   const int64_t rows = ceil_div(max_of(op.x.rows, 1), 16) * 16, strip_bytes = strips_bytes<P>(1, b, rows);
-  const int64_t fitting = max_of(1, kStripsBytes / strip_bytes);
+  const int64_t fitting = max_of(1, kNormStripsBytes / strip_bytes);
   const int64_t ranges = max_of(ceil_div(in_blocks, fitting), min_of(threads, in_blocks));
   const int64_t widest = ceil_div(in_blocks, ranges);
   threads = int(min_of(threads, ranges));
@@ -71,6 +79,12 @@ template <class P, typename S> void norms_with(const GradientNorms& op, int thre
 }
 
 template <typename S> void norms_for(const GradientNorms& op, int threads) {
+  const int64_t b = op.block_size;
+  const int64_t out_blocks = ceil_div(op.grad_z.cols, b), in_blocks = ceil_div(op.x.cols, b);
+  // By the whole matrix, whatever rows are asked for: slices add up to the same norms bit for bit.
+  if (gram_work(op.x.rows, out_blocks, in_blocks, b) <
+      0.8 * double(op.x.rows) * double(out_blocks * b) * double(op.x.cols))
+    return gram_norms<S>(op, rows_of<S>(op.grad_z), rows_of<S>(op.x), threads);
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(S) == 2)
     if (op.block_size >= kLanes<float>) return norms_with<Pair, S>(op, threads);

@@ -55,12 +55,6 @@ void pack_strips(const Rows<S>& source, const Strips<P>& strips, int64_t feature
   }
 }
 
-template <typename S> Rows<S> columns_from(Rows<S> rows, int64_t first) {
-  rows.data += first;
-  if (rows.saved != nullptr) rows.saved += first;
-  return rows;
-}
-
 constexpr int64_t kLineBytes = 64;
 
 template <class P, int B>
@@ -73,8 +67,9 @@ SPARSENET_INLINE void sum_wide_block(const typename P::Packed* g, const typename
   for (int64_t m = 0; m < rows; m += chunk)
     for (int output = 0; output < B; output += outputs)
       for (int k = 0; k < B; k += 2 * lanes)
-        outer_products<P, outputs>(g + m * B + output, x + m * B + k, x + m * B + k + lanes, B, min_of(chunk, rows - m),
-                                   fetch, acc + output * B + k, acc + output * B + k + lanes, B);
+        outer_products<P, outputs>(g + m * B + output, B, x + m * B + k, x + m * B + k + lanes, B,
+                                   min_of(chunk, rows - m), fetch, acc + output * B + k, acc + output * B + k + lanes,
+                                   B);
 }
 
 // acc0 and acc1 [B][B] += the panel's part of two blocks of the same block row (acc1 may be null: one block only).
@@ -94,7 +89,7 @@ void sum_blocks(const typename P::Packed* g, const typename P::Packed* x0, const
     constexpr int outputs = kRegisters == 32 ? 8 : 4;
     typename P::Accumulator unused[B * lanes] = {};
     for (int output = 0; output < B; output += outputs)
-      outer_products<P, outputs>(g + output, x0, acc1 != nullptr ? x1 : x0, B, panel_rows / P::kDepth, fetch,
+      outer_products<P, outputs>(g + output, B, x0, acc1 != nullptr ? x1 : x0, B, panel_rows / P::kDepth, fetch,
                                  acc0 + output * B, (acc1 != nullptr ? acc1 : unused) + output * B, B);
   } else {
     sum_wide_block<P, B>(g, x0, panel_rows, fetch, acc0);

@@ -48,6 +48,12 @@ template <typename S> struct Rows {
   }
 };
 
+template <typename S> Rows<S> columns_from(Rows<S> rows, int64_t first) {
+  rows.data += first;
+  if (rows.saved != nullptr) rows.saved += first;
+  return rows;
+}
+
 SPARSENET_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SPARSENET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 SPARSENET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

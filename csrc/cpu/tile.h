@@ -155,7 +155,7 @@ void multiply_blocks(const typename P::Packed* x, const typename P::Packed* valu
 
 // acc[output][vector] += g[row][output] * x_v[row]: `outputs` columns of g, two vectors of x from two addresses.
 template <class P, int kOutputs>
-SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename P::Packed* x0,
+SPARSENET_INLINE void outer_products(const typename P::Packed* g, int64_t g_stride, const typename P::Packed* x0,
                                      const typename P::Packed* x1, int64_t stride, int64_t rows, FetchQueue& fetch,
                                      typename P::Accumulator* acc0, typename P::Accumulator* acc1, int64_t acc_stride) {
   using T = typename P::Packed;
@@ -169,7 +169,7 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, const typename
     const Vec<T> a = load(x0 + m * stride), b = load(x1 + m * stride);
 #pragma GCC unroll 16
     for (int r = 0; r < kOutputs; ++r) {
-      const T w = g[m * stride + r];
+      const T w = g[m * g_stride + r];
       c[r][0] = P::multiply_add(c[r][0], w, a);
       c[r][1] = P::multiply_add(c[r][1], w, b);
     }

@@ -7,13 +7,21 @@ if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a synt
 
 import torch  # first: its OpenMP runtime is the one the kernels share
 
-from sparsenet import data, distributed, functional, library, reference
+from sparsenet import architecture, data, distributed, functional, library, reference
+from sparsenet.architecture.folding import fold_depth
+from sparsenet.architecture.gates import TriStateReLU, architecture_penalty
+from sparsenet.checkpoint import Checkpoint, load, save
+from sparsenet.compaction import CompactionError, CompactionReport, compact
 from sparsenet.layers import SparseLinear, densify_, sparsify_
+from sparsenet.memory import MemoryBudget, measure_peak
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import BlockPattern
+from sparsenet.plans import BudgetError, MemoryPlan, plan
 from sparsenet.policies import GMP, SET, Policy, RigL, Static
 from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
+from sparsenet.train_config import TrainConfig
+from sparsenet.trainer import Evaluation, Examples, FitResult, Trainer
 
 __version__ = functional.native_build_info()["version"]
 
@@ -32,12 +40,21 @@ __all__ = [
     "GMP",
     "SET",
     "BlockPattern",
+    "BudgetError",
+    "Checkpoint",
+    "CompactionError",
+    "CompactionReport",
     "Constant",
     "Cosine",
     "Cubic",
+    "Evaluation",
+    "Examples",
     "Exponential",
+    "FitResult",
     "LayerUpdate",
     "Linear",
+    "MemoryBudget",
+    "MemoryPlan",
     "Piecewise",
     "Policy",
     "Polynomial",
@@ -46,13 +63,24 @@ __all__ = [
     "SparseMLP",
     "Sparsifier",
     "Static",
+    "TrainConfig",
+    "Trainer",
+    "TriStateReLU",
     "Update",
+    "architecture",
+    "architecture_penalty",
     "build_info",
+    "compact",
     "data",
     "densify_",
     "distributed",
+    "fold_depth",
     "functional",
     "library",
+    "load",
+    "measure_peak",
+    "plan",
     "reference",
+    "save",
     "sparsify_",
 ]

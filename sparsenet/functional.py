@@ -8,13 +8,15 @@ Kernels read indices only from memory that a :class:`PatternIndex` validated and
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
@@ -23,14 +25,23 @@ except ImportError as error:  # pragma: no cover - exercised by a child process 
     raise ImportError(
         f"sparsenet: the native module is missing or does not load ({error}); build it: pip install --force-reinstall ."
     ) from error
+_NATIVE = (
+    *("Pattern", "linear_forward", "linear_backward", "gradient_norms", "candidate_gradients", "compact_blocks"),
+    *("row_order", "select_extreme", "build_info", "workspace_bytes", "trim_workspace"),
+)
+if _absent := [name for name in _NATIVE if not hasattr(_C, name)]:
+    raise ImportError(
+        f"sparsenet: the native module is older than the package, it has no {', '.join(_absent)}; "
+        "build it: pip install --force-reinstall ."
+    )
 
-
-__all__ = ["block_gradient_squared_norms", "block_sparse_linear", "candidate_gradients"]
+__all__ = ["block_gradient_squared_norms", "block_sparse_linear", "candidate_gradients", "compact_blocks"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NOT_TWICE = "block_sparse_linear: cannot be differentiated twice; sparsenet.reference.block_sparse_linear can"
 
 Observer = Callable[[Tensor, Tensor], None]
 
@@ -73,23 +84,39 @@ class PatternIndex:
         device = torch.device(device)
         if self.col.device == device or (self.col.device.type == device.type and device.index is None):
             return self
+        if device.type == "meta":  # layers without data keep their indices
+            return self
         return PatternIndex(self.crow.to(device), self.col.to(device), self.shape, self.block_size)
 
     def row_indices(self) -> Tensor:
         """int32 [num_blocks]: the block row of each block."""
         return torch.from_numpy(self.native.row).to(self.col.device)
 
+    def retire(self) -> None:
+        """Marks the pattern as replaced: calls that still use it raise, by ``col`` too (compiled graphs keep only that)."""
+        self.retired = True
+        _RETIRED_COL[self.col] = self.label
+
     def raise_retired(self) -> None:
         """Raises the error of a stale forward or backward."""
-        raise StaleTopologyError(f"{self.label}: the layer was rewired since this forward; run the forward again")
+        raise StaleTopologyError(_STALE.format(self.label))
 
 
+_STALE = "{}: the layer was rewired since this forward; run the forward again"
 # Finds the index behind the tensors that a compiled graph passes; the tensors are private to their PatternIndex.
 _INDEX_OF_COL = WeakTensorKeyDictionary()
+_RETIRED_COL = WeakTensorKeyDictionary()  # col -> label: outlives the index, as long as a graph keeps col
 
 
 def index_from(crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int) -> PatternIndex:
-    """The PatternIndex that owns ``col``, else a new, validated one (exported programs, direct callers)."""
+    """The PatternIndex that owns ``col``, else a new, validated one (exported programs, direct callers).
+
+    Raises:
+        StaleTopologyError: a rewire replaced the pattern, even if its index is gone.
+    """
+    label = _RETIRED_COL.get(col)
+    if label is not None:
+        raise StaleTopologyError(_STALE.format(label))
     found = _INDEX_OF_COL.get(col)
     index = found() if found is not None else None
     if index is None or index.shape != shape or index.block_size != block_size:
@@ -112,11 +139,12 @@ def check_linear(x: Tensor, values: Tensor, index: PatternIndex, bias: Tensor | 
     b = index.block_size
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"{name}: x must have {in_features} columns, got {list(x.shape)}")
-    if values.dim() != 3 or values.shape[0] != index.num_blocks or values.shape[1] != b or values.shape[2] != b:
-        raise ValueError(f"{name}: values must have shape {[index.num_blocks, b, b]}, got {list(values.shape)}")
+    n = index.col.shape[0]  # not num_blocks: torch.compile takes a tensor's size as dynamic, an attribute as constant
+    if values.dim() != 3 or values.shape[0] != n or values.shape[1] != b or values.shape[2] != b:
+        raise ValueError(f"{name}: values must have shape {[n, b, b]}, got {list(values.shape)}")
     if values.dtype != x.dtype:
         raise TypeError(f"{name}: values must have the dtype of x, {x.dtype}, got {values.dtype}")
-    if values.device != x.device or index.col.device != x.device:
+    if values.device != x.device or (index.col.device != x.device and not x.is_meta):
         other = values.device if values.device != x.device else index.col.device
         raise ValueError(f"{name}: values and pattern must be on the device of x, {x.device}, got {other}")
     if bias is not None:
@@ -152,9 +180,36 @@ def _check_gradient_operands(name: str, x: Tensor, grad_output: Tensor, block_si
 
 def _rows(t: Tensor, columns: int) -> Tensor:
     """``t`` as [M, columns] with contiguous columns."""
+    t = t.resolve_neg()
     if t.dim() != 2:
         t = t.reshape(t.numel() // columns if columns else t.shape[:-1].numel(), columns)
     return t if t.stride(1) == 1 or columns == 1 else t.contiguous()
+
+
+# Torch reads a tensor's storage without the GIL: another thread may not swap it (see layers.replace_data) meanwhile.
+storage_lock = threading.Lock()
+os.register_at_fork(
+    before=storage_lock.acquire, after_in_parent=storage_lock.release, after_in_child=storage_lock.release
+)
+
+
+def snapshot(values: Tensor) -> Tensor:
+    """A differentiable alias of ``values``: it keeps the memory that ``values`` has now, whatever other threads do."""
+    if torch.compiler.is_compiling():
+        return values
+    with storage_lock:
+        return values.view_as(values)
+
+
+def held(values: Tensor) -> Tensor:
+    """The same, detached. Take it before looking whether the pattern was retired, then both belong together."""
+    with storage_lock:
+        return values.detach()
+
+
+def _packed(t: Tensor) -> Tensor:
+    """``t`` in one piece. Callers keep it: an address alone does not keep a copy alive."""
+    return t.resolve_neg().contiguous()
 
 
 def _native(device: torch.device):
@@ -171,7 +226,8 @@ def forward(
     out_features, in_features = index.shape
     rows = _rows(x, in_features)
     batch = rows.shape[0]
-    values = values.contiguous()
+    values = _packed(values)
+    bias = None if bias is None else _packed(bias)
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
     pre = torch.empty_like(y) if keep and activation in NEEDS_PRE_ACTIVATION else None
     if y.numel():
@@ -183,7 +239,7 @@ def forward(
             rows.stride(0),
             batch,
             values.data_ptr(),
-            0 if bias is None else bias.contiguous().data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             0 if pre is None else pre.data_ptr(),
             torch.get_num_threads(),
@@ -211,6 +267,7 @@ def backward(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, values and bias; None where not wanted. Tells the observer, if one watches."""
+    values = held(values)
     if index.retired:
         index.raise_retired()
     out_features, in_features = index.shape
@@ -223,6 +280,8 @@ def backward(
         )
         activation, saved = "none", None
         index.observer(rows, g)
+    values = _packed(values)
+    saved = None if saved is None else _packed(saved)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     grad_values = torch.empty(values.shape, dtype=values.dtype, device=values.device) if need_values else None
     grad_bias = torch.empty(out_features, dtype=x.dtype, device=x.device) if need_bias else None
@@ -236,7 +295,7 @@ def backward(
         rows.data_ptr(),
         rows.stride(0),
         rows.shape[0],
-        values.contiguous().data_ptr(),
+        values.data_ptr(),
         0 if grad_x is None else grad_x.data_ptr(),
         0 if grad_values is None else grad_values.data_ptr(),
         0 if grad_bias is None else grad_bias.data_ptr(),
@@ -251,7 +310,7 @@ class _BlockSparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, index, activation):
         """Y [..., out]."""
-        data = values.detach()  # holds this storage even if another thread rewires the layer from here on
+        data = held(values)
         if index.retired:
             index.raise_retired()
         y, pre = forward(x, data, bias, index, activation, keep=True)
@@ -260,13 +319,76 @@ class _BlockSparseLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
         """Gradients of x, values and bias."""
         if ctx.index.retired:
             ctx.index.raise_retired()
         x, values, saved = ctx.saved_tensors
-        return (*backward(grad_y, saved, x, values, ctx.index, ctx.activation, ctx.needs_input_grad[:3]), None, None)
+        with torch.no_grad():
+            grads = backward(grad_y, saved, x, values, ctx.index, ctx.activation, ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _refuse_second_derivatives(grads)
+        return (*grads, None, None)
+
+
+def _refuse_second_derivatives(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The same gradients; differentiating them raises.
+
+    ``once_differentiable`` would not where grad_y is a constant, as in a gradient penalty.
+    """
+    raising = torch._C._functions.DelayedError(_NOT_TWICE.encode(), len(grads))
+    return raising(*(None if g is None else g.detach().requires_grad_() for g in grads))
+
+
+def save_for_library_backward(ctx, inputs, output) -> None:
+    """Keeps what :func:`library_backward` needs of a call of the library operation."""
+    x, values, _bias, crow, col, *constants = inputs
+    y, pre = output
+    ctx.constants = constants
+    ctx.save_for_backward(x, values, y if constants[-1] == "relu" else pre, crow, col)
+
+
+def library_backward(ctx, grad_y, _grad_pre):
+    """Gradients of x, values and bias by the library's backward operation."""
+    x, values, saved, crow, col = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    transformed = torch._C._are_functorch_transforms_active()
+    op = _TransformedBackward.apply if transformed else torch.ops.sparsenet.block_sparse_linear_backward
+    grads = op(grad_y, saved, x, values, crow, col, *ctx.constants, need[0], need[1], need[2])
+    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=False)), *[None] * 6)
+
+
+class _Transformed(torch.autograd.Function):
+    """Door for functorch transforms, which refuse the autograd formula of a library operation. No jvp: it raises."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(save_for_library_backward)
+    backward = staticmethod(library_backward)
+
+    @staticmethod
+    def forward(*arguments):
+        """The library operation's two outputs."""
+        return torch.ops.sparsenet.block_sparse_linear(*arguments)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The backward of :class:`_Transformed`; differentiating it raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        """The library's backward operation."""
+        return torch.ops.sparsenet.block_sparse_linear_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps nothing."""
+
+    @staticmethod
+    def backward(ctx, *_):
+        """Always raises."""
+        raise RuntimeError(_NOT_TWICE)
 
 
 def _goes_through_library(x: Tensor, values: Tensor) -> bool:
@@ -274,6 +396,7 @@ def _goes_through_library(x: Tensor, values: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or type(values) not in _PLAIN
+        or x.is_meta
         or torch._C._are_functorch_transforms_active()
     )
 
@@ -313,16 +436,15 @@ def block_sparse_linear(
         torch.Size([8, 64])
     """
     index = pattern.index
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, values, bias = _autocast(x.device.type, x, values, bias)
     check_linear(x, values, index, bias, activation)
     if _goes_through_library(x, values):
-        y, _ = torch.ops.sparsenet.block_sparse_linear(
-            x, values, bias, index.crow, index.col, *index.shape, index.block_size, activation
-        )
-        return y
-    if not torch.is_grad_enabled():
-        data = values.detach()
+        transformed = torch._C._are_functorch_transforms_active()
+        op = _Transformed.apply if transformed else torch.ops.sparsenet.block_sparse_linear
+        return op(x, values, bias, index.crow, index.col, *index.shape, index.block_size, activation)[0]
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        data = held(values)
         if index.retired:
             index.raise_retired()
         return forward(x, data, bias, index, activation, keep=False)[0]
@@ -426,17 +548,84 @@ def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tens
     return grads
 
 
+# --- gathering rows and columns -------------------------------------------------------------------------------------
+
+
+def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tensor, new_pattern) -> list[Tensor]:
+    """Rows and columns of a block-sparse matrix gathered into another pattern: values and every moment in one pass.
+
+    Element (i, j) of the new matrix is element ``(rows[i], cols[j])`` of the old one: a subset leaves units out, a
+    permutation moves them, both at once re-block what is left.
+
+    Args:
+        tensors: each [num_blocks, b, b] for ``pattern``: values, optimizer moments, masks; any dtypes.
+        pattern: the :class:`~sparsenet.BlockPattern` they are on.
+        rows: int [new out], the old row of each new one; ``cols``: int [new in], the old column of each new one.
+        new_pattern: of shape (new out, new in) and the same block size. Old blocks that it does not cover are lost.
+
+    Returns:
+        For each tensor a new one, [new num_blocks, b, b]: bit for bit what was there, zero where ``pattern`` has no
+        block and outside the matrix.
+
+    Raises:
+        ValueError: shapes, devices or indices do not fit; TypeError: indices that are not integers.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> old = sn.BlockPattern([0, 1, 2], [1, 0], shape=(8, 8), block_size=4)
+        >>> new = sn.BlockPattern([0, 1], [0], shape=(4, 4), block_size=4)
+        >>> values = torch.arange(32.0).reshape(2, 4, 4)
+        >>> sn.functional.compact_blocks([values], old, torch.arange(4), torch.arange(4, 8), new)[0].equal(values[:1])
+        True
+    """
+    name, index, new_index = "compact_blocks", pattern.index, new_pattern.index
+    if index.block_size != new_index.block_size:
+        raise ValueError(f"{name}: block_size must stay {index.block_size}, got {new_index.block_size}")
+    b = index.block_size
+    for t in tensors:
+        if list(t.shape) != [index.num_blocks, b, b]:
+            raise ValueError(f"{name}: tensors must have shape {[index.num_blocks, b, b]}, got {list(t.shape)}")
+        if t.device != index.col.device:
+            raise ValueError(f"{name}: tensors must be on the device of pattern, {index.col.device}, got {t.device}")
+    picked = []
+    for label, chosen, new, old in zip(("rows", "cols"), (rows, cols), new_index.shape, index.shape, strict=True):
+        if chosen.dtype.is_floating_point or chosen.dtype == torch.bool or chosen.dtype.is_complex:
+            raise TypeError(f"{name}: {label} must be integers, got {chosen.dtype}")
+        if list(chosen.shape) != [new]:
+            raise ValueError(f"{name}: {label} must have shape [{new}], got {list(chosen.shape)}")
+        if new and (int(chosen.min()) < 0 or int(chosen.max()) >= old):
+            raise ValueError(f"{name}: {label} must lie in [0, {old}), got {int(chosen.min())} to {int(chosen.max())}")
+        picked.append(np.ascontiguousarray(chosen.numpy(force=True), dtype=np.int32))
+    sources = [t.detach().contiguous() for t in tensors]
+    targets = [torch.empty(new_index.num_blocks, b, b, dtype=t.dtype, device=t.device) for t in tensors]
+    if new_index.num_blocks and sources:
+        addresses = ([t.data_ptr() for t in group] for group in (sources, targets))
+        sizes = [t.element_size() for t in sources]
+        _native(index.col.device).compact_blocks(
+            index.native, new_index.native, *picked, *addresses, sizes, torch.get_num_threads()
+        )
+    return targets
+
+
 # --- pattern arithmetic ---------------------------------------------------------------------------------------------
 
 
 def row_order(rows: Tensor, cols: Tensor) -> Tensor:
     """int64 permutation that sorts places (block row, block column) by row, then column; equal places are refused."""
+    if rows.dim() != 1 or rows.shape != cols.shape:
+        raise ValueError(f"row_order: rows and cols must be of one length, got {list(rows.shape)}, {list(cols.shape)}")
+    for t in (rows, cols):
+        if t.dtype == torch.int64 and t.numel() and not -(2**31) <= int(t.min()) <= int(t.max()) < 2**31:
+            raise ValueError(f"row_order: places must fit in int32, got {int(t.min())} to {int(t.max())}")
     order = _C.row_order(*(np.ascontiguousarray(t.numpy(force=True), dtype=np.int32) for t in (rows, cols)))
     return torch.from_numpy(order).to(rows.device, torch.int64)
 
 
 def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
     """int64 [k], ascending: where the k smallest or largest scores are; ties go to the smaller index, NaN refused."""
+    if scores.dtype == torch.float64:  # float32 would make ties of close scores: pass their ranks on
+        unique, ranks = scores.unique(return_inverse=True)
+        scores = torch.where(scores.isnan(), torch.nan, ranks) if len(unique) < 2**24 else scores
     picked = _C.select_extreme(np.ascontiguousarray(scores.float().numpy(force=True)), k, largest)
     return torch.from_numpy(picked).to(scores.device)
 

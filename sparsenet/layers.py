@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from sparsenet import functional
 from sparsenet.densities import distribute
-from sparsenet.functional import StaleTopologyError
 from sparsenet.pattern import BlockPattern, carried_from
 
 __all__ = ["SparseLinear", "densify_", "sparsify_"]
@@ -67,8 +68,9 @@ class SparseLinear(nn.Module):
         self.out_features = out_features
         self.activation = _check_activation(activation)
         pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
-        self._pattern = pattern.to(device if device is not None else torch.get_default_device())
-        b, factory = pattern.block_size, {"device": self._pattern.device, "dtype": dtype}
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        self._pattern = pattern.to(device)
+        b, factory = pattern.block_size, {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(pattern.num_blocks, b, b, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self._element_mask = None if element_mask is None else self._checked_mask(element_mask, self._pattern)
@@ -78,6 +80,8 @@ class SparseLinear(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws values and bias anew; parts of edge blocks outside the matrix become zero."""
+        if self.values.is_meta:
+            return
         fan_in = self.active_fan_in()
         gain = 6.0 if self.activation != "none" else 1.0
         bound = (gain / fan_in.clamp(min=1)).sqrt()
@@ -93,9 +97,13 @@ class SparseLinear(nn.Module):
                 _uniform_(self.bias, generator).mul_((fan_in > 0) / fan_in.clamp(min=1).sqrt())
 
     def active_fan_in(self) -> Tensor:
-        """float32 [out_features]: how many inputs reach each output."""
-        pattern = self._pattern
+        """float32 [out_features]: how many inputs reach each output, masked elements not counted."""
+        pattern, mask = self._pattern, self._element_mask
         b = pattern.block_size
+        if mask is not None:
+            fan = torch.zeros(pattern.block_rows, b, device=pattern.device)
+            fan.index_add_(0, pattern.row_indices.long(), mask.sum(2).to(fan))
+            return fan.flatten()[: self.out_features]
         widths = torch.full((pattern.block_cols,), float(b), device=pattern.device)
         if pattern.block_cols:
             widths[-1] = self.in_features - (pattern.block_cols - 1) * b
@@ -130,7 +138,7 @@ class SparseLinear(nn.Module):
         """Active weights inside the matrix: the part of edge blocks outside it and masked elements are not counted."""
         if self._element_mask is not None:
             return int(self._element_mask.sum())
-        return int(self.active_fan_in().sum())
+        return int(self.active_fan_in().sum(dtype=torch.float64))  # float32 is exact to 2^24 only
 
     def extra_repr(self) -> str:
         """Sizes, density and block size."""
@@ -146,13 +154,20 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         while True:
-            pattern = self._pattern
-            values = self.values if self._element_mask is None else self.values * self._element_mask
+            pattern, mask = self._pattern, self._element_mask  # in the reverse of the order in which they are replaced
             try:
+                values = self.values if mask is None else functional.snapshot(self.values) * mask
                 return functional.block_sparse_linear(x, values, pattern, self.bias, self.activation)
-            except (StaleTopologyError, ValueError):
-                if pattern is self._pattern:  # else another thread rewired meanwhile: take the new pattern
+            except (RuntimeError, ValueError, TypeError):  # half old, half new: another thread is rewiring
+                if not (pattern.index.retired and self._was_rewired(pattern)):
                     raise
+
+    def _was_rewired(self, pattern: BlockPattern) -> bool:
+        """Whether another thread, which has begun to replace ``pattern``, is done; waits up to a second."""
+        until = time.monotonic() + 1.0
+        while self._pattern is pattern and time.monotonic() < until:
+            time.sleep(1e-5)
+        return self._pattern is not pattern
 
     # --- changing the pattern ---
 
@@ -184,22 +199,25 @@ class SparseLinear(nn.Module):
                 f"SparseLinear: values must have shape {[pattern.num_blocks, *self.values.shape[1:]]}, "
                 f"got {list(values.shape)}"
             )
+        else:
+            values = values.detach().to(self.values, copy=True, memory_format=torch.contiguous_format)
         if element_mask is None and self._element_mask is not None:
             element_mask = take_blocks(self._element_mask, carried, True)
-        self._install(fresh, values.to(self.values.dtype), element_mask)
+        self._install(fresh, values, element_mask)
         return carried
 
     def _install(self, pattern: BlockPattern, values: Tensor, element_mask: Tensor | None) -> None:
-        """Takes pattern, values and mask together. Whatever can fail is done before the first change."""
+        """Takes pattern, values (as their owner) and mask together. Whatever can fail comes before the first change."""
         if element_mask is not None:
             element_mask = self._checked_mask(element_mask, pattern)
             values = values * element_mask
+        zero_outside(values, pattern)
         pattern.index.label = self._pattern.index.label
-        self._pattern.index.retired = True  # first: whoever reads the new values with the old pattern will notice
+        self._pattern.index.retire()  # first: whoever reads the new values with the old pattern will notice
         replace_data(self.values, values)
-        self._pattern = pattern
-        self.values.grad = None
         self._element_mask = element_mask
+        self._pattern = pattern  # last: whoever reads it before the others reads nothing older
+        self.values.grad = None
         if element_mask is not None:
             _keep_masked_zero(self)
 
@@ -228,9 +246,9 @@ class SparseLinear(nn.Module):
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
         )
-        linear.weight = nn.Parameter(self.weight_dense().detach().clone())
+        linear.weight = nn.Parameter(self.weight_dense().detach().clone(), self.values.requires_grad)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear
 
     @classmethod
@@ -257,8 +275,10 @@ class SparseLinear(nn.Module):
         )
         with torch.no_grad():
             layer.values.copy_(dense_blocks(linear.weight, layer.pattern))
+            layer.values.requires_grad_(linear.weight.requires_grad)
             if linear.bias is not None:
                 layer.bias.copy_(linear.bias)
+                layer.bias.requires_grad_(linear.bias.requires_grad)
         layer.train(linear.training)
         return layer
 
@@ -281,6 +301,11 @@ class SparseLinear(nn.Module):
         if twin._element_mask is not None:
             _keep_masked_zero(twin)
         return twin
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self._element_mask is not None:
+            _keep_masked_zero(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -374,10 +399,11 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     Autograd's gradient accumulator remembers the old size for as long as an old loss is alive. Assigning data of
     another dtype first makes autograd drop it (it checks the dtype, not the size).
     """
-    if parameter.shape != data.shape:
-        other = torch.float64 if data.dtype != torch.float64 else torch.float32
-        parameter.data = torch.empty(0, dtype=other, device=data.device)
-    parameter.data = data
+    with functional.storage_lock:
+        if parameter.shape != data.shape:
+            other = torch.float64 if data.dtype != torch.float64 else torch.float32
+            parameter.data = torch.empty(0, dtype=other, device=data.device)
+        parameter.data = data
 
 
 def zero_outside(blocks: Tensor, pattern: BlockPattern) -> None:
@@ -392,9 +418,10 @@ def zero_outside(blocks: Tensor, pattern: BlockPattern) -> None:
 
 def take_blocks(blocks: Tensor, carried: Tensor, fill) -> Tensor:
     """``blocks[carried]`` along the first dimension, ``fill`` where carried is -1."""
-    taken = blocks.new_full((len(carried), *blocks.shape[1:]), fill)
-    stays = carried >= 0
-    taken[stays] = blocks[carried[stays]]
+    if not len(blocks):
+        return blocks.new_full((len(carried), *blocks.shape[1:]), fill)
+    taken = blocks.index_select(0, carried.clamp(min=0))
+    taken[carried < 0] = fill
     return taken
 
 
@@ -407,12 +434,13 @@ def dense_blocks(weight: Tensor, pattern: BlockPattern) -> Tensor:
 
 
 _masked_layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
+_step_hooks: list[RemovableHandle] = []  # at most one, from the first masked layer on
 
 
 def _keep_masked_zero(layer: SparseLinear) -> None:
     """From now on zeroes the layer's masked elements after every optimizer step, of whatever optimizer."""
-    if not _masked_layers:
-        register_optimizer_step_post_hook(_zero_masked_elements)
+    if not _step_hooks:
+        _step_hooks.append(register_optimizer_step_post_hook(_zero_masked_elements))
     _masked_layers.add(layer)
 
 
@@ -421,6 +449,24 @@ def _zero_masked_elements(*_) -> None:
         for layer in _masked_layers:
             if layer._element_mask is not None:
                 layer.values.mul_(layer._element_mask)
+
+
+def refuse_unfit_state(model: nn.Module, state_dict, prefix: str, *_) -> None:
+    """Pre-hook of ``load_state_dict`` on a whole model: no layer is touched unless all sparse layers' states fit.
+
+    Raises:
+        RuntimeError: naming each layer whose indices, sizes or mask do not fit, and why.
+    """
+    wrong = []
+    for name, layer in sparse_layers(model).items():
+        path = f"{prefix}{name}." if name else prefix
+        if all(path + key in state_dict for key in ("values", "crow_indices", "col_indices")):
+            try:
+                layer.read_state(state_dict, path)
+            except (ValueError, TypeError) as error:
+                wrong.append(f"{path[:-1]}: {error}")
+    if wrong:
+        raise RuntimeError("load_state_dict: nothing was loaded:\n\t" + "\n\t".join(wrong))
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
@@ -468,7 +514,10 @@ def sparsify_(
         layer = SparseLinear.from_linear(linear, pattern=pattern)
         layer.pattern.index.label = f"block_sparse_linear ({name})"
         swapped[linear] = layer
-    return _swap(model, swapped)
+    model = _swap(model, swapped)
+    if swapped and not isinstance(model, SparseLinear):
+        model.register_load_state_dict_pre_hook(refuse_unfit_state)
+    return model
 
 
 def densify_(model: nn.Module) -> nn.Module:

@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsenet.functional import NEEDS_PRE_ACTIVATION, backward, check_linear, forward, index_from
+from sparsenet.functional import (
+    NEEDS_PRE_ACTIVATION,
+    backward,
+    check_linear,
+    forward,
+    held,
+    index_from,
+    library_backward,
+    save_for_library_backward,
+)
 
 
 @torch.library.custom_op("sparsenet::block_sparse_linear", mutates_args=())
@@ -25,6 +34,7 @@ def _linear_op(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     index = index_from(crow, col, (out_features, in_features), block_size)
+    values = held(values)
     if index.retired:
         index.raise_retired()
     check_linear(x, values, index, bias, activation)
@@ -55,7 +65,18 @@ def _linear_backward_op(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     index = index_from(crow, col, (out_features, in_features), block_size)
+    values = held(values)
+    if index.retired:
+        index.raise_retired()
+    check_linear(x, values, index, None, activation)
     kept = None if activation == "none" else saved
+    for name, tensor in (("grad_y", grad_y), ("saved", kept)):
+        expected = (*x.shape[:-1], out_features)
+        if tensor is not None and (tensor.shape != expected or tensor.dtype != x.dtype):
+            raise ValueError(
+                f"block_sparse_linear: {name} must be {x.dtype} {list(expected)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
     grads = backward(grad_y, kept, x, values, index, activation, (need_x, need_values, need_bias))
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
@@ -84,23 +105,7 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, values, _bias, crow, col, *constants = inputs
-    y, pre = output
-    ctx.constants = constants
-    ctx.save_for_backward(x, values, y if constants[-1] == "relu" else pre, crow, col)
-
-
-def _library_backward(ctx, grad_y, _grad_pre):
-    x, values, saved, crow, col = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    grads = torch.ops.sparsenet.block_sparse_linear_backward(
-        grad_y, saved, x, values, crow, col, *ctx.constants, need[0], need[1], need[2]
-    )
-    return (*(g if wanted else None for g, wanted in zip(grads, need, strict=False)), *[None] * 6)
-
-
-_linear_op.register_autograd(_library_backward, setup_context=_setup_context)
+_linear_op.register_autograd(library_backward, setup_context=save_for_library_backward)
 
 
 @_linear_op.register_vmap
@@ -112,3 +117,27 @@ def _(info, in_dims, x, values, bias, crow, col, out_features, in_features, bloc
         x, values, bias, crow, col, out_features, in_features, block_size, activation
     )
     return (y, pre), (0, 0 if activation in NEEDS_PRE_ACTIVATION else None)
+
+
+@_linear_backward_op.register_vmap
+def _(info, in_dims, grad_y, saved, x, values, *rest):
+    """Gradients of each sample: one call of the operation per sample."""
+    if any(d is not None for d in in_dims[3:]):
+        raise RuntimeError("block_sparse_linear: vmap runs over x only; values, bias and pattern must not be batched")
+
+    def sample(tensor: Tensor, dim: int | None, i: int) -> Tensor:
+        return tensor if dim is None else tensor.select(dim, i)
+
+    tensors = tuple(zip((grad_y, saved, x), in_dims[:3], strict=True))
+    grads = [
+        torch.ops.sparsenet.block_sparse_linear_backward(*(sample(t, d, i) for t, d in tensors), values, *rest)
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(g) for g in zip(*grads, strict=True)), (0, 0, 0)
+
+
+# The number of blocks changes with the density: torch.compile must take it as dynamic from the start, though values is
+# a Parameter, whose sizes it takes as constant.
+if hasattr(torch.compiler.config, "dynamic_sources"):
+    _names = [torch.compiler.config.dynamic_sources, r".*\._parameters\['values'\]:0", r".*\._pattern\.index\.col:0"]
+    torch.compiler.config.dynamic_sources = ",".join(filter(None, _names))

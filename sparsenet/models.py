@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet.densities import distribute
-from sparsenet.layers import SparseLinear
+from sparsenet.layers import SparseLinear, refuse_unfit_state
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["SparseMLP"]
@@ -83,6 +83,7 @@ class SparseMLP(nn.Sequential):
             layers[-1].pattern.index.label = f"block_sparse_linear ({i})"
         super().__init__(*layers)
         self.sizes = tuple(sizes)
+        self.register_load_state_dict_pre_hook(refuse_unfit_state)
 
     def __getitem__(self, index):
         """A layer, or for a slice an ``nn.Sequential`` of layers."""

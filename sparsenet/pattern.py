@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ def _check_shape(shape, block_size: int) -> tuple[int, int]:
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
         raise ValueError(f"BlockPattern: block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
     try:
-        out_features, in_features = (int(n) for n in shape)
+        out_features, in_features = (operator.index(n) for n in shape)  # 4.5 is refused, not cut
     except (TypeError, ValueError):
-        raise ValueError(f"BlockPattern: shape must be (out, in), got {shape!r}") from None
+        raise ValueError(f"BlockPattern: shape must be two integers (out, in), got {shape!r}") from None
     if not (0 <= out_features <= _INT32_MAX and 0 <= in_features <= _INT32_MAX):
         raise ValueError(f"BlockPattern: shape must have sizes from 0 to {_INT32_MAX}, got {tuple(shape)}")
     return out_features, in_features
@@ -36,7 +37,10 @@ def _check_density(density: float) -> float:
 
 def _as_int32(name: str, indices) -> Tensor:
     """``indices`` as a new int32 tensor; floats and bools are a TypeError, what does not fit a ValueError."""
-    indices = torch.as_tensor(indices)
+    if isinstance(indices, (list, tuple)) and not indices:
+        indices = torch.empty(0, dtype=torch.int32, device="cpu")  # torch would make it float
+    if not isinstance(indices, Tensor):
+        indices = torch.as_tensor(indices, device="cpu")  # whatever the default device
     if indices.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"BlockPattern: {name} must be integers, got {indices.dtype}")
     if indices.dim() != 1:
@@ -275,22 +279,23 @@ def _block_norms(weight: Tensor, b: int) -> Tensor:
 def _random_places(block_rows: int, block_cols: int, count: int, generator: torch.Generator | None) -> Tensor:
     """``count`` distinct linear places, uniform but for a first one in every block row and column if they suffice."""
     places = block_rows * block_cols
+    where = {"device": "cpu" if generator is None else generator.device}  # whatever the default device
     if count == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, **where)
     longest = max(block_rows, block_cols)
-    steps = torch.arange(min(longest, count))
-    rows = torch.randperm(block_rows, generator=generator)[steps % block_rows]
-    cols = torch.randperm(block_cols, generator=generator)[steps % block_cols]
+    steps = torch.arange(min(longest, count), **where)
+    rows = torch.randperm(block_rows, generator=generator, **where)[steps % block_rows]
+    cols = torch.randperm(block_cols, generator=generator, **where)[steps % block_cols]
     chosen = rows * block_cols + cols
     if count > places // 2:  # choose what stays out instead: at most as many as stay in
-        rest = torch.ones(places, dtype=torch.bool)
+        rest = torch.ones(places, dtype=torch.bool, **where)
         rest[chosen] = False
         free = rest.nonzero().flatten()
-        more = free[torch.randperm(len(free), generator=generator)[: count - len(chosen)]]
+        more = free[torch.randperm(len(free), generator=generator, **where)[: count - len(chosen)]]
         return torch.cat([chosen, more])
     while len(chosen) < count:
         missing = count - len(chosen)
-        draw = torch.randint(places, (missing + missing // 4 + 16,), generator=generator)
+        draw = torch.randint(places, (missing + missing // 4 + 16,), generator=generator, **where)
         draw = draw[~torch.isin(draw, chosen)]
         unique, first = _first_occurrences(draw)
         chosen = torch.cat([chosen, unique[first.argsort()][:missing]])
@@ -300,8 +305,8 @@ def _random_places(block_rows: int, block_cols: int, count: int, generator: torc
 def _first_occurrences(draw: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct entries of ``draw`` and where each first stands."""
     unique, inverse = draw.unique(return_inverse=True)
-    first = torch.full((len(unique),), len(draw), dtype=torch.int64)
-    return unique, first.scatter_reduce(0, inverse, torch.arange(len(draw)), "amin")
+    first = torch.full((len(unique),), len(draw), dtype=torch.int64, device=draw.device)
+    return unique, first.scatter_reduce(0, inverse, torch.arange(len(draw), device=draw.device), "amin")
 
 
 def blocks_for(shape: tuple[int, int], density: float, block_size: int) -> int:

@@ -6,11 +6,13 @@ Same signatures and results as :mod:`sparsenet.functional`, any device and dtype
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["block_gradient_squared_norms", "block_sparse_linear", "candidate_gradients"]
+__all__ = ["block_gradient_squared_norms", "block_sparse_linear", "candidate_gradients", "compact_blocks"]
 
 ACTIVATIONS = {"none": lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -27,7 +29,7 @@ def block_sparse_linear(
     """``activation(x @ W.T + bias)`` with W given by its active blocks. x [..., in] -> [..., out]."""
     out_features, in_features = pattern.shape
     b = pattern.block_size
-    flat = x.reshape(-1, in_features)
+    flat = x.reshape(x.shape[:-1].numel(), in_features)
     rows = pattern.row_indices.to(x.device, torch.int64)
     cols = pattern.col_indices.to(x.device, torch.int64)
     gathered = _blocked(flat, b)[:, cols]  # [M, num_blocks, b]
@@ -40,17 +42,37 @@ def block_sparse_linear(
     return ACTIVATIONS[activation](z).reshape(*x.shape[:-1], out_features)
 
 
-def block_gradient_squared_norms(x: Tensor, grad_output: Tensor, block_size: int) -> Tensor:
+def block_gradient_squared_norms(
+    x: Tensor, grad_output: Tensor, block_size: int, block_rows: tuple[int, int] | None = None
+) -> Tensor:
     """Squared Frobenius norm of every block of ``grad_output.T @ x``: [ceil(out / b), ceil(in / b)], float32."""
     gradient = torch.einsum(
         "mrn,msk->rsnk",
         _blocked(grad_output.reshape(-1, grad_output.shape[-1]), block_size),
         _blocked(x.reshape(-1, x.shape[-1]), block_size),
     )
-    return gradient.square().sum((2, 3)).float()
+    return gradient.square().sum((2, 3)).float()[slice(*block_rows) if block_rows is not None else slice(None)]
 
 
 def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tensor, block_size: int) -> Tensor:
     """Blocks (rows[i], cols[i]) of ``grad_output.T @ x``: [len(rows), b, b]."""
     g = _blocked(grad_output.reshape(-1, grad_output.shape[-1]), block_size)[:, rows.long()]
     return torch.einsum("min,mik->ink", g, _blocked(x.reshape(-1, x.shape[-1]), block_size)[:, cols.long()])
+
+
+def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tensor, new_pattern) -> list[Tensor]:
+    """Element (i, j) of each new matrix is element (rows[i], cols[j]) of the old: [new num_blocks, b, b] each."""
+    b = pattern.block_size
+    inside = torch.arange(b)
+    i = new_pattern.row_indices.long()[:, None, None] * b + inside[:, None]  # [new num_blocks, b, 1]
+    j = new_pattern.col_indices.long()[:, None, None] * b + inside  # [new num_blocks, 1, b]
+    exists = (i < new_pattern.shape[0]) & (j < new_pattern.shape[1])
+    # one more entry for what lies outside the new matrix
+    r, c = (F.pad(t.long(), (0, 1))[k.clamp(max=len(t))] for t, k in ((rows, i), (cols, j)))
+    places = pattern.row_indices.long() * pattern.block_cols + pattern.col_indices.long()  # ascending
+    wanted = r // b * pattern.block_cols + c // b
+    block = torch.searchsorted(places, wanted).clamp(max=max(len(places) - 1, 0))
+    if not len(places):
+        return [t.new_zeros(new_pattern.num_blocks, b, b) for t in tensors]
+    exists = exists & (places[block] == wanted)
+    return [torch.where(exists, t[block, r % b, c % b], torch.zeros((), dtype=t.dtype)) for t in tensors]

@@ -51,11 +51,15 @@ def tolerance(dtype: torch.dtype, terms: int, magnitude: Tensor, expected: Tenso
         accumulate = 2 * unit_roundoff(dtype)  # the float64 reference errs as well
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps  # half of it is lost below the normal numbers
-    return accumulate * (min(terms, 6 * terms**0.5) + 4) * magnitude + 1.01 * unit_roundoff(dtype) * expected.abs() + smallest
+    return (
+        accumulate * (min(terms, 6 * terms**0.5) + 4) * magnitude
+        + 1.01 * unit_roundoff(dtype) * expected.abs()
+        + smallest
+    )
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str) -> None:
-    """Raises AssertionError naming ``what`` and the worst element unless ``|actual - expected| <= bound`` everywhere."""
+    """Raises AssertionError naming ``what`` and the worst element unless ``|actual - expected| <= bound`` for all."""
     if actual.shape != expected.shape:
         raise AssertionError(f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}")
     excess = (actual.double() - expected).abs() - bound
@@ -73,10 +77,7 @@ def pattern_of_kind(kind: str, shape: tuple[int, int], block_size: int, generato
     rows, cols = (-(-n // block_size) for n in shape)
     chance = torch.rand(rows, cols, generator=generator)
     shares = {"none": 0.0, "few": 0.15, "half": 0.5, "dense": 1.0, "empty_lines": 0.6, "full_row": 0.1, "one": 0.0}
-    if kind == "power_law":
-        mask = chance < 0.5 ** torch.arange(rows).unsqueeze(1)
-    else:
-        mask = chance < shares[kind]
+    mask = chance < (0.5 ** torch.arange(rows).unsqueeze(1) if kind == "power_law" else shares[kind])
     if kind == "empty_lines":
         mask[::2] = False
         mask[:, 1::2] = False
@@ -241,9 +242,7 @@ def check_candidates(case: LinearCase) -> None:
     rows, cols = (torch.randint(n, (7,), generator=generator) for n in gradient.shape[:2])
     grads = functional.candidate_gradients(x, grad_y, rows, cols, case.block_size)
     exact = gradient[rows, cols]
-    assert_within(
-        grads, exact, tolerance(case.dtype, case.batch, size[rows, cols], exact), f"{case} candidates"
-    )
+    assert_within(grads, exact, tolerance(case.dtype, case.batch, size[rows, cols], exact), f"{case} candidates")
 
 
 def self_test(block_sizes=BLOCK_SIZES, dtypes=DTYPES, shapes=SHAPES) -> int:

@@ -215,9 +215,7 @@ def table(results: list[dict]) -> str:
         ]
         lines.append(
             f"| {r['rows']}x{r['cols']} | {r['batch']} | {r['density']:.0%} | {r['block']} | {r['dtype']} "
-            f"| {r['pattern']} | "
-            + " | ".join(cells)
-            + f" | {r['norms_over_dense_grad_weight']:.2f} | "
+            f"| {r['pattern']} | " + " | ".join(cells) + f" | {r['norms_over_dense_grad_weight']:.2f} | "
             f"{r['rivals']['dense_forward']['median_us']:.0f} |"
         )
     return "\n".join(lines)

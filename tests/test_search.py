@@ -279,7 +279,7 @@ def test_a_killed_search_loses_at_most_the_running_trials(tmp_path, workers):
     after = {t.number: t.parameters for t in report.finished()}
     assert all(after[n] == p for n, p in before.items())
     assert len(after) == len(before) + 2
-    assert sum(t.state == "lost" for t in report.trials) == report.requeued == running
+    assert sum(t.state == "lost" for t in report.trials) == report.requeued <= running
 
 
 def test_two_workers_share_the_trials(tmp_path):

@@ -130,15 +130,18 @@ def only_search(storage: str | Path | None) -> Iterator[None]:
 
 
 def requeue_lost(study: optuna.Study) -> int:
-    """Queues again, with the same parameters, what was running when the search was killed; returns how many."""
+    """Queues again, with the same parameters, what was running when the search was killed; returns how many.
+
+    A trial killed before it had its parameters has lost nothing and is not queued.
+    """
     import optuna
 
     lost = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
     for trial in lost:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        if set(trial.params) == set(trial.distributions) and trial.params:
+        if trial.params:
             study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-    return len(lost)
+    return sum(bool(trial.params) for trial in lost)
 
 
 def is_done(trial: optuna.trial.FrozenTrial) -> bool:

@@ -93,7 +93,7 @@ class PatternIndex:
         return torch.from_numpy(self.native.row).to(self.col.device)
 
     def retire(self) -> None:
-        """Marks the pattern as replaced: calls that still use it raise, by ``col`` too (compiled graphs keep only that)."""
+        """Marks the pattern as replaced: calls that still use it, or only ``col`` as compiled graphs do, raise."""
         self.retired = True
         _RETIRED_COL[self.col] = self.label
 

@@ -1,6 +1,8 @@
 """One gloo rank of the distributed tests: ``python distributed_worker.py CASE RANK WORLD STORE OUT``."""
 
+import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,23 +26,46 @@ def batches():
         yield x, (x @ teacher).argmax(1)
 
 
-def train(model, sparsifier, optimizer, rank, world):
+def train(model, sparsifier, optimizer, rank, world, first=0, after_step=lambda step: None):
     share = BATCH // world
-    for x, y in batches():
+    for step, (x, y) in enumerate(batches()):
+        if step < first:
+            continue
         part = slice(rank * share, (rank + 1) * share)
         loss = torch.nn.functional.cross_entropy(model(x[part]), y[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         sparsifier.step()
+        after_step(step + 1)
+
+
+def train_with_checkpoints(kind, rank, world, checkpoint):
+    """``dies``: rank 1 is gone after step 5, rank 0 has saved after step 4; ``resumes``: from there."""
+    module = make()
+    model = sn.distributed.DataParallel(module) if world > 1 else module
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    sparsifier = sn.Sparsifier(model, optimizer, policy("rigl"), every=3)
+    first = sn.load(checkpoint, module, optimizer, sparsifier).step if kind == "resumes" else 0
+
+    def after_step(step):
+        if kind == "dies" and rank == 0 and step % 4 == 0:
+            sn.save(checkpoint, module, optimizer, sparsifier, step=step)
+        if kind == "dies" and rank == 1 and step == 5:
+            os._exit(9)
+
+    train(model, sparsifier, optimizer, rank, world, first, after_step)
+    return module
 
 
 def policy(name):
     return {"rigl": sn.RigL(0.3), "set": sn.SET(0.3), "gmp": sn.GMP()}[name]
 
 
-def run(case, rank, world):
+def run(case, rank, world, checkpoint):
     kind, name = case.split("-")
+    if kind in ("dies", "resumes"):
+        return train_with_checkpoints(kind, rank, world, checkpoint)
     if kind == "diverged":
         model = make()
         if rank == 1:
@@ -74,7 +99,7 @@ def main():
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    module = run(case, rank, world)
+    module = run(case, rank, world, Path(out).with_name("checkpoint.safetensors"))
     torch.save(module.state_dict(), f"{out}.{rank}")
 
 

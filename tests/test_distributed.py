@@ -56,3 +56,19 @@ def test_plain_ddp_refuses_another_number_of_blocks(tmp_path):
     codes, errors, _ = launch("refused-gmp", 2, tmp_path)
     assert all(codes)
     assert "the number of blocks of layer 0 must not change under DistributedDataParallel" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_rank_dies_and_the_run_resumes_at_any_world_size(tmp_path):
+    """ROBUSTNESS 62."""
+    codes, errors, _ = launch("dies-x", 2, tmp_path)
+    assert codes[1] == 9 and codes[0] not in (0, None), errors
+    _, errors, (whole,) = launch("same-rigl", 1, tmp_path)
+    for world in (1, 2):
+        codes, errors, states = launch("resumes-x", world, tmp_path)
+        assert codes == [0] * world, errors
+        for key, expected in whole.items():
+            if key.endswith("indices"):
+                assert torch.equal(states[0][key], expected), key
+            else:
+                torch.testing.assert_close(states[0][key], expected, atol=2e-4, rtol=2e-3)

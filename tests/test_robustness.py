@@ -355,6 +355,36 @@ def test_a_large_layer_is_never_dense(run_child):
     assert grown < 8 * values + 40, (grown, values)
 
 
+@pytest.mark.slow
+def test_a_layer_whose_dense_form_takes_16_gib(run_child):
+    """65536 x 65536 at 0.5 %, AdamW and RigL: built, trained and rewired inside 1.1 GiB, torch itself included."""
+    child = run_child(
+        """
+        import torch, sparsenet as sn
+    """
+        + MEMORY.replace("\n    ", "\n        ")
+        + """
+        sn.memory.release_freed_memory()
+        layer = sn.SparseLinear(65536, 65536, density=0.005)
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+        sparsifier = sn.Sparsifier(layer, optimizer, sn.RigL(0.3), every=2)
+        x, losses, moved = torch.randn(64, 65536), [], 0
+        for step in range(4):
+            loss = layer(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            update = sparsifier.step()
+            losses.append(loss.item())
+            moved += 0 if update is None else update.grown
+        assert losses[-1] < losses[0] and moved == 2 * round(0.3 * layer.pattern.num_blocks), (losses, moved)
+        print(resident("VmHWM"))
+        """,
+        timeout=600,
+    )
+    assert float(child.stdout) < 1.1 * 1024
+
+
 def test_graphs_do_not_keep_old_patterns_alive():
     """What a rewire replaces is freed as soon as no graph needs it."""
     import weakref

@@ -12,6 +12,7 @@ from sparsenet.architecture.folding import fold_depth
 from sparsenet.architecture.gates import TriStateReLU, architecture_penalty
 from sparsenet.checkpoint import Checkpoint, load, save
 from sparsenet.compaction import CompactionError, CompactionReport, compact
+from sparsenet.compactor import Compactor
 from sparsenet.layers import SparseLinear, densify_, sparsify_
 from sparsenet.memory import MemoryBudget, measure_peak
 from sparsenet.models import SparseMLP
@@ -44,6 +45,7 @@ __all__ = [
     "Checkpoint",
     "CompactionError",
     "CompactionReport",
+    "Compactor",
     "Constant",
     "Cosine",
     "Cubic",

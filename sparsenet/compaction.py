@@ -103,6 +103,7 @@ def compact(
     *,
     criterion: Criterion | None = None,
     remove: Mapping[str, Sequence[int]] | None = None,
+    spare: Mapping[str, Sequence[int]] | None = None,
     copies: Iterable[nn.Module] = (),
     sparsifier=None,
     opaque: Iterable[str] = (),
@@ -119,6 +120,7 @@ def compact(
         optimizer: whose state goes along (one or several).
         criterion: more units to remove: called with a :class:`UnitView` of each layer, says which (bool [units]). See
             :mod:`sparsenet.unit_criteria`. ``remove``: layer name -> units.
+        spare: gate name -> units whose closed gate does not count: they may open again.
         copies: models of the same structure (an EMA, a best-so-far) that lose the same units.
         sparsifier: the :class:`Sparsifier` of this model, to learn of the new patterns.
         opaque: names of modules to leave whole; the units they read stay.
@@ -151,9 +153,11 @@ def compact(
     start = time.perf_counter()
     if fill_in not in ("masked", "trainable"):
         raise ValueError(f"compact: fill_in must be masked or trainable, got {fill_in!r}")
-    optimizers = _optimizers(optimizer)
+    optimizers = as_optimizers(optimizer)
     net = plain_model(model)
-    decision = _decide(net, tuple(opaque), zeros, inference, criterion, remove or {}, strict)
+    spared = {name: _spared(net, name, units) for name, units in (spare or {}).items()}
+    options = {"opaque": tuple(opaque), "zeros": zeros, "inference": inference, "spared": spared}
+    decision = _decide(net, options, criterion, remove or {}, strict)
     graph = decision.graph
     orders = UnitOrders(graph, decision.needed, optimizers, fill_in, permute)
     prepared = [prepare_stage(graph, stage, orders, net, optimizers, fill_in) for stage in graph.stages]
@@ -168,7 +172,7 @@ def compact(
     if isinstance(model, distributed.DataParallel):
         distributed.rebuild(model)
     if sparsifier is not None:
-        sparsifier._arm()
+        sparsifier.refresh()
     own = prepared[: len(graph.stages)]
     report = CompactionReport(
         layers=layers,
@@ -185,7 +189,8 @@ def compact(
     return report
 
 
-def _optimizers(optimizer) -> tuple[torch.optim.Optimizer, ...]:
+def as_optimizers(optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    """None, one or several as a tuple."""
     if optimizer is None:
         return ()
     return tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
@@ -238,27 +243,38 @@ class _Decision:
     needed: Tensor
 
 
-def _decide(
-    net: nn.Module, opaque, zeros: bool, inference: bool, criterion, remove: Mapping, strict: bool
-) -> _Decision:
+def _decide(net: nn.Module, options: Mapping, criterion, remove: Mapping, strict: bool) -> _Decision:
     """The units that must stay; nothing is changed."""
-    graph = UnitGraph(net, opaque, zeros=zeros, inference=inference)
+    graph = UnitGraph(net, **options)
     dead = _named(graph, criterion, remove)
     keeps = dict(graph.pins)
     shells: set[int] = set()
     if dead.any():
-        graph = UnitGraph(net, opaque, zeros=zeros, inference=inference, dead=dead)
+        graph = UnitGraph(net, **options, dead=dead)
     while (last := _last_unit(graph, needed := _needed(graph, keeps, shells))) is not None:
         keeps[last] = LAST
         if not dead[last]:
             shells.add(last)  # nothing depends on its value
         else:
             dead &= graph.classes != last
-            graph = UnitGraph(net, opaque, zeros=zeros, inference=inference, dead=dead)
+            graph = UnitGraph(net, **options, dead=dead)
             keeps = {**graph.pins, **keeps}
     if strict:
         _refuse_held_gates(graph, keeps)
     return _Decision(graph, dead, keeps, needed)
+
+
+def _spared(net: nn.Module, name: str, units: Sequence[int]) -> Tensor:
+    """Bool by unit of one gate."""
+    gate = dict(net.named_modules()).get(name)
+    if not hasattr(gate, "closed_units"):
+        raise CompactionError(f"compact: spare must name gates of the model, got {name!r}")
+    mask = torch.zeros(len(gate.closed_units()), dtype=torch.bool)
+    for unit in units:
+        if not 0 <= unit < len(mask):
+            raise CompactionError(f"compact: units of {name!r} must lie in [0, {len(mask)}), got {unit}")
+        mask[unit] = True
+    return mask
 
 
 def _named(graph: UnitGraph, criterion: Criterion | None, remove: Mapping[str, Sequence[int]]) -> Tensor:
@@ -324,7 +340,7 @@ def _refuse_held_gates(graph: UnitGraph, keeps: Mapping[int, str]) -> None:
                 held[name] = reason
     for node in graph.lost:
         module = graph.modules.get(node.target) if node.op == "call_module" else None
-        if hasattr(module, "closed_units") and bool(module.closed_units().any()):
+        if hasattr(module, "closed_units") and bool(graph.closed(node.target, module).any()):
             held[node.target] = graph.lost.get(node.all_input_nodes[0], "")
     for name, reason in held.items():
         raise CompactionError(
@@ -336,7 +352,7 @@ def _refuse_held_gates(graph: UnitGraph, keeps: Mapping[int, str]) -> None:
 def _closed(graph: UnitGraph) -> dict[str, Tensor]:
     """Gate name -> classes of its closed units."""
     return {
-        stage.name: graph.classes[stage.outputs.units[stage.module.closed_units().cpu()]]
+        stage.name: graph.classes[stage.outputs.units[graph.closed(stage.name, stage.module)]]
         for stage in graph.stages
         if hasattr(stage.module, "closed_units")
     }

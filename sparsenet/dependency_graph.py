@@ -9,7 +9,7 @@ the walk does not know pins the units it sees: they stay. Compaction asks this g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -130,6 +130,7 @@ class UnitGraph:
         opaque: names of modules to leave whole.
         zeros: whether weights that are exactly zero count as absent.
         inference: whether constants need hold outside of training only.
+        spared: gate name -> bool by unit, units whose closed gate does not count.
         dead: bool by unit id of an earlier graph of the same model: units to be seen as zero wherever they are read.
 
     Raises:
@@ -150,9 +151,11 @@ class UnitGraph:
         *,
         zeros: bool = True,
         inference: bool = False,
+        spared: Mapping[str, Tensor] | None = None,
         dead: Tensor | None = None,
     ):
         self.model, self.zeros, self.inference, self.dead = model, zeros, inference, dead
+        self.spared = spared or {}
         self.modules = dict(model.named_modules())
         for name in opaque:
             if name not in self.modules:
@@ -244,6 +247,11 @@ class UnitGraph:
     def seen(self, axis: Axis) -> Tensor:
         """float64 [n]: the constants that a reader of ``axis`` sees, dead units as zero."""
         return axis.constant if self.dead is None else torch.where(self.dead[axis.units], 0.0, axis.constant)
+
+    def closed(self, name: str, module: nn.Module) -> Tensor:
+        """Bool [n]: units that the gates of a module switch off for good."""
+        closed = module.closed_units().cpu()
+        return closed & ~self.spared[name] if name in self.spared else closed
 
     def own(self, name: str, module: nn.Module, outputs: Axis, inputs: Axis | None = None) -> Axis:
         """Records a module that has something per unit and is as wide as its input; returns ``outputs``."""

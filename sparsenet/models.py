@@ -82,8 +82,12 @@ class SparseMLP(nn.Sequential):
             )
             layers[-1].pattern.index.label = f"block_sparse_linear ({i})"
         super().__init__(*layers)
-        self.sizes = tuple(sizes)
         self.register_load_state_dict_pre_hook(refuse_unfit_state)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Feature counts, input first; compaction makes them smaller."""
+        return (self[0].in_features, *(layer.out_features for layer in self))
 
     def __getitem__(self, index):
         """A layer, or for a slice an ``nn.Sequential`` of layers."""

@@ -264,6 +264,12 @@ class Sparsifier:
             self._arm()
         return update
 
+    def refresh(self) -> None:
+        """Looks at the model again after something else changed its layers: compaction, folding."""
+        model = distributed.unwrap(self.model)
+        self.layers = _distinct_layers(model) if sparse_layers(model) else {}
+        self._arm()
+
     def _rewires_at(self, step: int) -> bool:
         inside = self.begin < step and (self.end is None or step <= self.end)
         return inside and (step - self.begin) % self.every == 0

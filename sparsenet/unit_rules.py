@@ -75,6 +75,9 @@ class Graph(Protocol):
     def pin_all(self, inputs: list, reason: str) -> None:
         """All units of all inputs stay."""
 
+    def closed(self, name: str, module: nn.Module) -> Tensor:
+        """Bool [n]: units that the gates of a module switch off for good."""
+
     def own(self, name: str, module: nn.Module, outputs: Axis, inputs: Axis | None = None) -> Axis:
         """Records a module that has something per unit and is as wide as its input; returns ``outputs``."""
 
@@ -94,7 +97,7 @@ def name_of(function) -> str:
 
 def gated(graph: Graph, name: str, module: nn.Module, x: Axis) -> Axis | None:
     """A gate per unit: those that are closed are zero."""
-    closed = module.closed_units().cpu()
+    closed = graph.closed(name, module)
     if x.spread or len(x.units) != len(closed) or not _dim_is(x, module.dim):
         return None
     out = replace(x, constant=torch.where(closed, 0.0, _elementwise(module, x.constant)))

@@ -292,6 +292,14 @@ def test_zeros_can_be_told_not_to_count():
     assert compact(model, zeros=False).layers["0"].after == 3
 
 
+def test_a_sparse_mlp_knows_its_new_sizes():
+    model = sn.SparseMLP([8, 12, 9, 3], density=1.0, block_size=1)
+    with torch.no_grad():
+        model[1].values[model[1].pattern.col_indices.long() == 5] = 0
+    compact(model)
+    assert model.sizes == (8, 11, 9, 3)
+
+
 # --- the last unit --------------------------------------------------------------------------------------------------
 
 

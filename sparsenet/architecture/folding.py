@@ -8,6 +8,7 @@ layer takes the product, and what stood before it becomes ``nn.Identity``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from sparsenet.architecture.folded_weights import FoldedWeight, fold_weights, replace_parameter
 from sparsenet.architecture.gates import HardConcreteGate, TriStateReLU
 from sparsenet.compact_modules import ConstantBranch
-from sparsenet.compaction import plain_model
+from sparsenet.compaction import as_optimizers, plain_model
 from sparsenet.dependency_graph import UnitGraph
 from sparsenet.layers import SparseLinear
 from sparsenet.unit_rules import Axis, name_of
@@ -25,6 +26,7 @@ __all__ = ["FoldReport", "FoldedPair", "fold_depth"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, SparseLinear)
 _ADDITIONS = ("add", "iadd", "add_")
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,17 @@ class _Pair:
     factor: Tensor | None
 
 
-def fold_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, always: bool = False) -> FoldReport:
+def fold_depth(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    *,
+    always: bool = False,
+) -> FoldReport:
     """Merges layers that have nothing non-linear between them, in place.
 
     Args:
         model: any module that ``torch.fx`` can trace.
-        optimizer: whose parameters it holds; merged parameters leave it, the product's moments start anew.
+        optimizer: whose parameters it holds (one or several); merged ones leave it, the product's moments start anew.
         always: also where the product has more elements than its factors.
 
     Returns:
@@ -98,9 +105,9 @@ def fold_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
           (2): Linear(in_features=10, out_features=5, bias=True)
         )
     """
-    net = plain_model(model)
+    net, optimizers = plain_model(model), as_optimizers(optimizer)
     report = FoldReport()
-    _drop_constant_branches(net, optimizer, report)
+    _drop_constant_branches(net, optimizers, report)
     while True:
         report.kept.clear()
         best: tuple[int, _Pair, FoldedWeight] | None = None
@@ -115,7 +122,7 @@ def fold_depth(model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
         if best is None:
             return report
         _, pair, product = best
-        _put(net, pair, product, optimizer)
+        _put(net, pair, product, optimizers)
         report.folded.append(FoldedPair(pair.first, pair.second, (product.before, product.elements)))
 
 
@@ -185,7 +192,7 @@ def _identity_factor(module: nn.Module) -> Tensor | str | None:
 # --- constant branches ----------------------------------------------------------------------------------------------
 
 
-def _drop_constant_branches(net: nn.Module, optimizer, report: FoldReport) -> None:
+def _drop_constant_branches(net: nn.Module, optimizers: Optimizers, report: FoldReport) -> None:
     """Replaces residual branches that are the same for every input."""
     graph = UnitGraph(net)
     for node in graph.graph.nodes:
@@ -195,7 +202,7 @@ def _drop_constant_branches(net: nn.Module, optimizer, report: FoldReport) -> No
             chain = _branch(graph, end, other)
             axis = graph.nodes.get(end)
             if chain and axis is not None and not axis.constant.isnan().any() and not axis.spread:
-                _replace_branch(net, graph, chain, axis, optimizer)
+                _replace_branch(net, graph, chain, axis, optimizers)
                 report.vanished.append(end.target)
                 break
 
@@ -212,7 +219,7 @@ def _branch(graph: UnitGraph, end: fx.Node, fork: fx.Node) -> list[fx.Node]:
     return [] if chain and isinstance(graph.modules[chain[0].target], ConstantBranch) else chain
 
 
-def _replace_branch(net: nn.Module, graph: UnitGraph, chain: list[fx.Node], axis: Axis, optimizer) -> None:
+def _replace_branch(net: nn.Module, graph: UnitGraph, chain: list[fx.Node], axis: Axis, optimizers: Optimizers) -> None:
     """The last module becomes the constant, its bias Parameter going on if it has one; the others the identity."""
     modules = [graph.modules[n.target] for n in chain]
     bias = None
@@ -224,13 +231,13 @@ def _replace_branch(net: nn.Module, graph: UnitGraph, chain: list[fx.Node], axis
     for module in modules[1:]:
         _swap(net, module, nn.Identity())
     _swap(net, modules[0], ConstantBranch(bias, -1 - axis.dim))
-    _forget(optimizer, [p for m in modules for p in m.parameters() if p is not bias])
+    _forget(optimizers, [p for m in modules for p in m.parameters() if p is not bias])
 
 
 # --- putting in place -----------------------------------------------------------------------------------------------
 
 
-def _put(net: nn.Module, pair: _Pair, product: FoldedWeight, optimizer) -> None:
+def _put(net: nn.Module, pair: _Pair, product: FoldedWeight, optimizers: Optimizers) -> None:
     """The second layer takes the product; the first and what stood between become the identity."""
     first, second = net.get_submodule(pair.first), net.get_submodule(pair.second)
     between = [net.get_submodule(name) for name in pair.between]
@@ -241,9 +248,9 @@ def _put(net: nn.Module, pair: _Pair, product: FoldedWeight, optimizer) -> None:
         _swap(net, second, merged)
     for module in (first, *between):
         _swap(net, module, nn.Identity())
-    _forget(optimizer, [p for p in gone if id(p) not in keep])
-    for parameter in product.fresh:
-        if optimizer is not None:
+    _forget(optimizers, [p for p in gone if id(p) not in keep])
+    for optimizer in optimizers:
+        for parameter in product.fresh:
             optimizer.state.pop(parameter, None)
 
 
@@ -254,12 +261,11 @@ def _swap(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def _forget(optimizer: torch.optim.Optimizer | None, parameters: list[nn.Parameter]) -> None:
-    """Takes parameters that no longer exist out of the optimizer."""
-    if optimizer is None:
-        return
+def _forget(optimizers: Optimizers, parameters: list[nn.Parameter]) -> None:
+    """Takes parameters that no longer exist out of the optimizers."""
     gone = {id(p) for p in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-    for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)

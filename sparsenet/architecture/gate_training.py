@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet.architecture.gates import architecture_penalty, gated_layers, parameter_groups
+from sparsenet.architecture.gates import architecture_penalty, gate_parameters, gated_layers, parameter_groups
+from sparsenet.compactor import Compactor, Interval
 from sparsenet.data import Dataset, Normalization
+from sparsenet.schedules import Linear
 
-__all__ = ["Images", "TrainingRun", "TrainingSettings", "accuracy", "prepare", "train"]
+__all__ = ["Images", "TrainingRun", "TrainingSettings", "evaluate", "prepare", "train"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class TrainingSettings:
         lr: of weights, SGD with momentum 0.9, falling as a half cosine. gate_lr: of gates, constant.
         lambda_1, lambda_3: see ``architecture_penalty``; lambda_2 and lambda_4 follow by the heuristics.
         depth_reward: lambda_4, where it shall not follow.
+        warmup: share of the training in which all of them rise from 0, so that the data speak first.
         weight_decay: of weights.
+        compact_every: steps between checks of a Compactor; 0: none. patience: of that Compactor.
     """
 
     images: int = 15_000
@@ -39,7 +44,10 @@ class TrainingSettings:
     lambda_1: float = 1e-4
     lambda_3: float = 1e-3
     depth_reward: float | None = None
+    warmup: float = 0.0
     weight_decay: float = 0.0
+    compact_every: int = 0
+    patience: int = 2
 
     def with_(self, **changes) -> TrainingSettings:
         """A copy with some of them changed."""
@@ -82,40 +90,43 @@ class TrainingRun:
     """What a run left behind.
 
     Attributes:
-        accuracy: on the test set, percent. loss: the last epoch's mean training loss, without the penalty.
+        accuracy: on the test set, percent. test_loss: there, mean, nats.
+        loss: the last epoch's mean training loss, without the penalty.
         steps: counted at these steps: open: open units per gated layer, linear: layers whose depth gate is 1.
-        seconds: of training, without evaluation.
+        intervals: of the Compactor, if there was one.
+        seconds: of training, without evaluation; cpu_seconds: of this process in that time.
     """
 
     accuracy: float = math.nan
+    test_loss: float = math.nan
     loss: float = math.nan
     steps: list[int] = field(default_factory=list)
     open: list[list[int]] = field(default_factory=list)
     linear: list[int] = field(default_factory=list)
+    intervals: list[Interval] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
-def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: int, after_step=None) -> TrainingRun:
+def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: int) -> TrainingRun:
     """Trains ``model`` (in place) by SGD with momentum; gates, where there are any, with their penalty.
 
     Args:
-        model: in channels_last memory format afterwards.
+        model: in channels_last memory format afterwards; smaller where ``settings`` asks for compaction.
         images: what to train and to test on.
         seed: of the order of images.
-        after_step: called with the step's number after each optimizer step: a Compactor's ``step``, say.
     """
     x, y = images.train_x[: settings.images], images.train_y[: settings.images]
     generator = torch.Generator().manual_seed(seed)
     model.to(memory_format=torch.channels_last).train()
-    gated = bool(gated_layers(model)) and any(
-        p.requires_grad for g in gated_layers(model).values() for p in g.parameters()
-    )
-    groups = parameter_groups(model, gate_lr=settings.gate_lr) if gated else [{"params": list(model.parameters())}]
-    groups = [g for g in groups if g["params"]]
-    optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+    optimizer = _optimizer(model, settings)
+    compactor = None
+    if settings.compact_every:
+        compactor = Compactor(model, optimizer, settings.compact_every, patience=settings.patience)
     run, per_epoch = TrainingRun(), len(x) // settings.batch
     total = round(settings.epochs * per_epoch)
-    began = time.perf_counter()
+    penalty = _penalty(settings, total)
+    began, cpu = time.perf_counter(), time.process_time()
     for step in range(total):
         if step % per_epoch == 0:
             order, losses = torch.randperm(len(x), generator=generator), []
@@ -125,20 +136,46 @@ def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: in
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x[rows]), y[rows])
         losses.append(loss.detach())
-        if gated:
-            loss = loss + architecture_penalty(
-                model, settings.lambda_3, settings.lambda_1, lambda_4=settings.depth_reward
-            )
-        loss.backward()
+        (loss + penalty(model, step)).backward()
         optimizer.step()
+        if compactor is not None:
+            compactor.step()
         if step % max(1, per_epoch // 4) == 0 or step + 1 == total:
             _note(run, model, step)
-        if after_step is not None:
-            after_step(optimizer, step)
-    run.seconds = time.perf_counter() - began
+    run.seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    run.intervals = compactor.intervals if compactor is not None else []
     run.loss = torch.stack(losses).mean().item()
-    run.accuracy = accuracy(model, images)
+    run.accuracy, run.test_loss = evaluate(model, images)
     return run
+
+
+def _learning_gates(model: nn.Module) -> bool:
+    return next(gate_parameters(model), None) is not None
+
+
+def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    if _learning_gates(model):
+        groups = parameter_groups(model, gate_lr=settings.gate_lr)
+    else:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+
+
+def _penalty(settings: TrainingSettings, total: int) -> Callable[[nn.Module, int], Tensor | float]:
+    """(model, step) -> what the gates cost; nothing once no gate learns."""
+    rise = max(1, round(settings.warmup * total))
+
+    def strength(full: float | None):
+        return None if full is None else Linear(0.0 if settings.warmup else full, full, rise)
+
+    three, one, four = (strength(v) for v in (settings.lambda_3, settings.lambda_1, settings.depth_reward))
+
+    def penalty(model: nn.Module, step: int) -> Tensor | float:
+        if not _learning_gates(model):
+            return 0.0
+        return architecture_penalty(model, three, one, lambda_4=four, step=step)
+
+    return penalty
 
 
 def _note(run: TrainingRun, model: nn.Module, step: int) -> None:
@@ -149,13 +186,14 @@ def _note(run: TrainingRun, model: nn.Module, step: int) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of test images that the model names right, in percent; in eval mode."""
+def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
+    """Share of test images that the model names right, in percent, and the mean cross-entropy; in eval mode."""
     training = model.training
     model.eval()
-    right = sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(images.test_x.split(1000), images.test_y.split(1000), strict=True)
-    )
+    right, loss = 0, 0.0
+    for x, y in zip(images.test_x.split(1000), images.test_y.split(1000), strict=True):
+        logits = model(x)
+        right += int((logits.argmax(1) == y).sum())
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
     model.train(training)
-    return 100.0 * right / len(images.test_y)
+    return 100.0 * right / len(images.test_y), loss / len(images.test_y)

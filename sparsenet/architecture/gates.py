@@ -14,6 +14,7 @@ small class each, listed in ``GATES``. :func:`sparsenet.compact` removes units w
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -86,6 +87,11 @@ class TriStateGate:
     def clip_(self, parameter: Tensor) -> None:
         """Brings the parameter back into its range after an optimizer step."""
         parameter.clamp_(0.0, 1.0)
+
+    def keep_one_(self, parameter: Tensor) -> None:
+        """Holds the strongest gate half open: a layer without units would pass nothing on and learn nothing more."""
+        half = self.initial(parameter.new_full((1,), 0.5))
+        parameter.scatter_reduce_(0, parameter.argmax().view(1), half, "amax")
 
     def close_(self, parameter: Tensor, units: Tensor) -> None:
         """Switches ``units`` (bool [n]) off."""
@@ -170,6 +176,9 @@ class SlimmingGate(TriStateGate):
     def clip_(self, parameter: Tensor) -> None:
         """No range."""
 
+    def keep_one_(self, parameter: Tensor) -> None:
+        """Nothing: a factor that the data needs is not zero."""
+
 
 GATES: dict[str, TriStateGate] = {
     "tri_state": TriStateGate(),
@@ -230,8 +239,9 @@ class TriStateReLU(nn.Module):
     Raises:
         ValueError: a size, kind or start out of range.
 
-    Gates are clipped to their range after every ``optimizer.step()``, of any ``torch.optim`` optimizer; with another
-    one call :func:`clip_gates_`. In backward the thresholds are straight-through.
+    Gates are clipped to their range after every ``optimizer.step()``, of any ``torch.optim`` optimizer, and the
+    strongest of a layer is held half open; with another optimizer call :func:`clip_gates_`. In backward the thresholds
+    are straight-through.
 
     Attributes:
         width_gate: Parameter [num_features]. depth_gate: Parameter [].
@@ -334,9 +344,13 @@ def _in_unit_range(argument: str, value: float) -> float:
 
 def _follow(layer: TriStateReLU) -> None:
     """From now on clips the layer's gates after every optimizer step, of whatever optimizer."""
-    if not _live_layers:
-        register_optimizer_step_post_hook(_clip_live_gates)
+    _hook_optimizers_once()
     _live_layers.add(layer)
+
+
+@functools.cache
+def _hook_optimizers_once() -> None:
+    register_optimizer_step_post_hook(_clip_live_gates)
 
 
 def _clip_live_gates(*_) -> None:
@@ -348,6 +362,7 @@ def _clip_live_gates(*_) -> None:
 def _clip(layer: TriStateReLU) -> None:
     if layer.width_gate.requires_grad:
         layer.kind.clip_(layer.width_gate)
+        layer.kind.keep_one_(layer.width_gate)
     if layer.depth_gate.requires_grad:
         layer.depth_gate.clamp_(0.0, 1.0)
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
@@ -118,6 +119,50 @@ void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const Indi
   cpu::compact_blocks(op, cpu::usable_threads(threads));
 }
 
+// What calls of these sizes would take, without indices or data: [bytes of each Workspace alive at a time].
+using WorkspaceSizes = std::array<int64_t, cpu::kWorkspaceDepth>;
+
+template <typename Call> WorkspaceSizes dry_run(const Call& call) {
+  const cpu::DryRun run;
+  call();
+  WorkspaceSizes sizes;
+  for (size_t depth = 0; depth < sizes.size(); ++depth) sizes[depth] = run.bytes(int(depth));
+  return sizes;
+}
+
+WorkspaceSizes linear_workspace(int dtype, int64_t rows, int64_t cols, int block_size, int64_t num_blocks,
+                                int64_t batch, int threads) {
+  const PatternView pattern = {.rows = rows, .cols = cols, .num_blocks = num_blocks, .block_size = block_size};
+  char wanted = 0; // outputs that are asked for have an address
+  const LinearForward forward = {.pattern = pattern,
+                                 .dtype = DType(dtype),
+                                 .x = {.rows = batch, .cols = cols},
+                                 .y = {.data = &wanted},
+                                 .pre_activation = {}};
+  const LinearBackward backward = {.pattern = pattern,
+                                   .dtype = DType(dtype),
+                                   .grad_y = {.rows = batch, .cols = rows},
+                                   .saved = {},
+                                   .x = {.rows = batch, .cols = cols},
+                                   .grad_x = {.data = &wanted},
+                                   .grad_values = &wanted,
+                                   .grad_bias = &wanted};
+  return dry_run([&] {
+    cpu::table_for(forward.dtype).linear_forward(forward, cpu::usable_threads(threads));
+    cpu::table_for(backward.dtype).linear_backward(backward, cpu::usable_threads(threads));
+  });
+}
+
+WorkspaceSizes norms_workspace(int dtype, int block_size, int64_t in, int64_t out, int64_t batch, int64_t block_rows,
+                               int threads) {
+  const GradientNorms op = {.dtype = DType(dtype),
+                            .block_size = block_size,
+                            .x = {.rows = batch, .cols = in},
+                            .grad_z = {.rows = batch, .cols = out},
+                            .block_row_end = block_rows};
+  return dry_run([&] { cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(threads)); });
+}
+
 py::dict build_info() {
   py::list sets;
   for (const char* const* name = cpu::available_sets(); *name != nullptr; ++name) sets.append(*name);
@@ -164,6 +209,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("compact_blocks", compact_blocks);
   m.def("build_info", build_info);
+  m.def("linear_workspace", linear_workspace);
+  m.def("norms_workspace", norms_workspace);
   m.def("workspace_bytes", cpu::workspace_bytes);
   m.def("trim_workspace", cpu::trim_workspace);
 #if defined(SPARSENET_CUDA)

@@ -28,6 +28,7 @@ except ImportError as error:  # pragma: no cover - exercised by a child process 
 _NATIVE = (
     *("Pattern", "linear_forward", "linear_backward", "gradient_norms", "candidate_gradients", "compact_blocks"),
     *("row_order", "select_extreme", "build_info", "workspace_bytes", "trim_workspace"),
+    *("linear_workspace", "norms_workspace"),
 )
 if _absent := [name for name in _NATIVE if not hasattr(_C, name)]:
     raise ImportError(
@@ -633,6 +634,21 @@ def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
 def native_build_info() -> dict:
     """What the native module says of itself: version, instruction sets, CUDA architectures, compiler."""
     return dict(_C.build_info())
+
+
+def linear_workspace(
+    dtype: torch.dtype, shape: tuple[int, int], block_size: int, num_blocks: int, batch: int, threads: int
+) -> list[int]:
+    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; buffers are shared by calls."""
+    return _C.linear_workspace(_DTYPES[dtype], *shape, block_size, num_blocks, batch, threads)
+
+
+def norms_workspace(
+    dtype: torch.dtype, shape: tuple[int, int], block_size: int, batch: int, block_rows: int, threads: int
+) -> list[int]:
+    """The same of :func:`block_gradient_squared_norms` for ``block_rows`` block rows of a layer [out, in]."""
+    out_features, in_features = shape
+    return _C.norms_workspace(_DTYPES[dtype], block_size, in_features, out_features, batch, block_rows, threads)
 
 
 def workspace_bytes() -> int:

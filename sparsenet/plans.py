@@ -138,7 +138,7 @@ class _Training:
     block_size: int
     batch_size: int
     activation: str
-    element_bytes: int
+    dtype: str
     states: int
     grows_by_gradient: bool
     drop_fraction: float
@@ -148,6 +148,11 @@ class _Training:
 
     def __post_init__(self):
         object.__setattr__(self, "layer_places", tuple(block_places(s, self.block_size) for s in self.shapes))
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return _DTYPE_BYTES[self.dtype]
 
     def rows_bytes(self, features: int) -> int:
         """Bytes of one [batch, features] tensor."""
@@ -159,12 +164,11 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     values = [count * job.block_size**2 * job.element_bytes for count in counts]
     weights = [v + out * job.element_bytes for v, (out, _) in zip(values, job.shapes, strict=True)]
     blocks, first_in, last = sum(counts), job.shapes[0][1], len(job.shapes) - 1
-    workspace = _workspace_bytes(job, max(values))
     kept = {
         "weights": sum(weights),
         "optimizer state": sum(weights) * job.states,
         "indices": blocks * _INDEX_BYTES,
-        "kernel workspace": workspace,
+        "kernel workspace": _workspace_bytes(job, counts),
         "batch": job.batch_size * first_in * (4 + job.input_bytes)
         + (job.rows_bytes(first_in) if job.element_bytes != 4 else 0),
     }
@@ -200,26 +204,18 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     yield "evaluation", kept | {"activations": flowing + logits}
 
 
-def _workspace_bytes(job: _Training, largest_values: int) -> int:
-    """Scratch memory the CPU kernels keep: the formulas of csrc/cpu with the widest vectors; half types at worst."""
-    b, panel, huge, panel_rows = job.block_size, 1 << 20, 2 << 20, _ceil(job.batch_size, 16) * 16
-    tile_rows = {1: 128, 4: 96}.get(b, 48)
-    multiply = gradients = 0
-    for features in {n for shape in job.shapes for n in shape}:
-        blocks = _ceil(features, b)
-        tile = blocks * b * tile_rows * 4
-        tiles = max(1, min(panel // tile, 8, _ceil(_ceil(panel_rows, tile_rows), job.threads)))
-        multiply = max(multiply, job.threads * (tiles * tile + max(b, 16) * tile_rows * 4))
-        width = _ceil(blocks, job.threads) * b * 4
-        rows = min(panel_rows, max(64, panel // width // 16 * 16))
-        gradients = max(gradients, job.threads * (width + max(b, 16) * 4) * rows)
-    in_pairs = functional.native_build_info()["isa"] == "avx512bf16"  # bfloat16 is then transposed, else widened
-    widened = largest_values * (1 if in_pairs else 2) if job.element_bytes == 2 else 0
-    return sum(_ceil(size, huge) * huge if size >= huge else size for size in (multiply, max(gradients, widened)))
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+def _workspace_bytes(job: _Training, counts: Sequence[int]) -> int:
+    """Scratch memory the CPU kernels keep, by dry runs of the calls that training makes."""
+    dtype = getattr(torch, job.dtype)
+    sizes = []
+    for shape, count, places in zip(job.shapes, counts, job.layer_places, strict=True):
+        call = (dtype, shape, job.block_size)
+        sizes.append(functional.linear_workspace(*call, count, job.batch_size, job.threads))
+        if job.grows_by_gradient and count < places:
+            columns = -(-shape[1] // job.block_size)
+            rows = min(places // columns, max(1, PLACES_AT_ONCE // columns))
+            sizes.append(functional.norms_workspace(*call, job.batch_size, rows, job.threads))
+    return sum(max(depth) for depth in zip(*sizes, strict=True))
 
 
 def _predict(job: _Training, counts: Sequence[int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -283,7 +279,7 @@ def plan(
         block_size=block_size,
         batch_size=batch_size,
         activation=activation,
-        element_bytes=_DTYPE_BYTES[dtype],
+        dtype=dtype,
         states=OPTIMIZER_STATES[optimizer] if optimizer != "sgd" or momentum else 0,
         grows_by_gradient=POLICIES[policy].needs_gradient,
         drop_fraction=0.0 if policy == "static" else drop_fraction,

@@ -43,6 +43,7 @@ template <class P, typename S> void norms_with(const GradientNorms& op, int thre
   const int64_t g_at = plan.piece(group * strip_bytes);
   const int64_t acc_at = plan.piece(2 * bb * int64_t(sizeof(C)));
   Workspace workspace(plan.bytes * threads);
+  if (workspace.dry()) return;
   const SumBlocks<P> sum = sum_blocks_for<P>(b);
   int64_t next_range = 0;
 

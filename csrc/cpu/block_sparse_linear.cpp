@@ -153,6 +153,7 @@ void multiply(const Product<P>& op, const Walks<P>& walks, const Rows<S>& source
   plan.piece(tile_bytes * tiling.tiles_per_task());
   const int64_t acc_at = plan.piece(group * b * walks.max_vectors * lanes * int64_t(sizeof(C)));
   Workspace workspace(plan.bytes * threads);
+  if (workspace.dry()) return;
   int64_t next_task = 0;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -241,7 +242,8 @@ template <class P, typename S> void forward_with(const LinearForward& op, int th
   auto* values = static_cast<const typename P::Packed*>(op.values);
   if constexpr (!in_place) {
     values = reinterpret_cast<float*>(widened.data());
-    widen_values(static_cast<const S*>(op.values), value_count(p), reinterpret_cast<float*>(widened.data()), threads);
+    if (!widened.dry())
+      widen_values(static_cast<const S*>(op.values), value_count(p), reinterpret_cast<float*>(widened.data()), threads);
   }
   const Product<P> product = product_of<P>(p, false, values, true);
   const Walks<P> walks = walks_for<P, false>(p.block_size);
@@ -272,10 +274,14 @@ template <class P, Activation A, typename S> void grad_input_with(const LinearBa
   Workspace prepared(in_place ? 0 : value_count(p) * int64_t(sizeof(typename P::Packed)) / P::kDepth);
   auto* values = static_cast<const typename P::Packed*>(op.values);
   if constexpr (P::kDepth == 2) {
-    transpose_values(static_cast<const BFloat16*>(op.values), p, reinterpret_cast<BFloat16*>(prepared.data()), threads);
+    if (!prepared.dry())
+      transpose_values(static_cast<const BFloat16*>(op.values), p, reinterpret_cast<BFloat16*>(prepared.data()),
+                       threads);
     values = reinterpret_cast<const typename P::Packed*>(prepared.data());
   } else if constexpr (!in_place) {
-    widen_values(static_cast<const S*>(op.values), value_count(p), reinterpret_cast<float*>(prepared.data()), threads);
+    if (!prepared.dry())
+      widen_values(static_cast<const S*>(op.values), value_count(p), reinterpret_cast<float*>(prepared.data()),
+                   threads);
     values = reinterpret_cast<const float*>(prepared.data());
   }
   const Product<P> product = product_of<P>(p, true, values, P::kDepth == 2);

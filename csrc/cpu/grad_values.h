@@ -248,6 +248,7 @@ void grad_values_with(const BlockGradients<S>& op, const Rows<S>& grad_z, const 
   const int64_t bias_at = plan.piece(op.bias != nullptr ? op.outputs * int64_t(sizeof(C)) : 0);
   const int64_t sums_at = plan.piece(in_place || !many_panels ? 0 : op.count * b * b * int64_t(sizeof(C)));
   Workspace workspace(plan.bytes);
+  if (workspace.dry()) return;
   C* const bias = reinterpret_cast<C*>(workspace.data() + bias_at);
   if (op.bias != nullptr) memset(bias, 0, size_t(op.outputs) * sizeof(C));
   int64_t next_task = 0;

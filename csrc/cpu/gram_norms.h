@@ -108,6 +108,7 @@ void gram_norms(const GradientNorms& op, const Rows<S>& grad_z, const Rows<S>& x
   const int64_t scratch_bytes = (2 * b * kGramTile + lanes * kPairs) * int64_t(sizeof(C));
   const int64_t scratch_at = pieces.piece(scratch_bytes * threads);
   Workspace workspace(pieces.bytes);
+  if (workspace.dry()) return;
   const Grams<C> d_grams = {reinterpret_cast<C*>(workspace.data() + d_at), out_blocks};
   const Grams<C> x_grams = {reinterpret_cast<C*>(workspace.data() + x_at), in_blocks};
   C* const sums = reinterpret_cast<C*>(workspace.data() + sums_at);

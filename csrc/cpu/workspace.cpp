@@ -1,5 +1,6 @@
 #include "workspace.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -28,18 +29,27 @@ struct Kept {
   }
   ~Kept() { release(); }
 };
-thread_local Kept kept[2];
+thread_local Kept kept[kWorkspaceDepth];
 thread_local int depth = 0;
+thread_local DryRun* dry_run = nullptr;
+
+int64_t page_for(int64_t bytes) { return kExact ? 64 : bytes >= kHugePage ? kHugePage : 4096; }
+int64_t rounded_up(int64_t bytes) { return (bytes + page_for(bytes) - 1) / page_for(bytes) * page_for(bytes); }
 
 } // namespace
 
-Workspace::Workspace(int64_t bytes) {
-  if (depth == 2) std::abort(); // ops do not nest deeper
+Workspace::Workspace(int64_t bytes) : taken_(bytes > 0), dry_(dry_run != nullptr) {
+  if (!taken_) return;
+  if (depth == kWorkspaceDepth) std::abort(); // ops do not nest deeper
+  if (dry_) {
+    dry_run->bytes_[depth] = std::max(dry_run->bytes_[depth], rounded_up(bytes));
+    ++depth;
+    return;
+  }
   Kept& mine = kept[depth];
   if (kExact || mine.bytes < bytes) {
     mine.release();
-    const int64_t page = kExact ? 64 : bytes >= kHugePage ? kHugePage : 4096;
-    const int64_t rounded = (bytes + page - 1) / page * page;
+    const int64_t page = page_for(bytes), rounded = rounded_up(bytes);
     char* fresh = static_cast<char*>(std::aligned_alloc(size_t(page), size_t(rounded)));
     if (fresh == nullptr) throw std::bad_alloc();
     if (page == kHugePage) madvise(fresh, size_t(rounded), MADV_HUGEPAGE); // fewer TLB misses over a packed panel
@@ -52,14 +62,18 @@ Workspace::Workspace(int64_t bytes) {
 }
 
 Workspace::~Workspace() {
+  if (!taken_) return;
   --depth;
-  if (kExact || kept[depth].bytes > kKeptWorkspaceBytes) kept[depth].release();
+  if (!dry_ && (kExact || kept[depth].bytes > kKeptWorkspaceBytes)) kept[depth].release();
 }
+
+DryRun::DryRun() { dry_run = this; }
+DryRun::~DryRun() { dry_run = nullptr; }
 
 int64_t workspace_bytes() { return total_bytes.load(); }
 
 void trim_workspace() {
-  for (int i = depth; i < 2; ++i) kept[i].release();
+  for (int i = depth; i < kWorkspaceDepth; ++i) kept[i].release();
 }
 
 } // namespace sparsenet::cpu

@@ -135,6 +135,8 @@ def _check_dtype(name: str, argument: str, tensor: Tensor) -> None:
 
 def check_linear(x: Tensor, values: Tensor, index: PatternIndex, bias: Tensor | None, activation: str) -> None:
     name = "block_sparse_linear"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
     _check_dtype(name, "x", x)
     out_features, in_features = index.shape
     b = index.block_size
@@ -437,7 +439,7 @@ def block_sparse_linear(
         torch.Size([8, 64])
     """
     index = pattern.index
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, values, bias = _autocast(x.device.type, x, values, bias)
     check_linear(x, values, index, bias, activation)
     if _goes_through_library(x, values):

@@ -641,7 +641,7 @@ def native_build_info() -> dict:
 def linear_workspace(
     dtype: torch.dtype, shape: tuple[int, int], block_size: int, num_blocks: int, batch: int, threads: int
 ) -> list[int]:
-    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; buffers are shared by calls."""
+    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; calls share buffers."""
     return _C.linear_workspace(_DTYPES[dtype], *shape, block_size, num_blocks, batch, threads)
 
 

@@ -158,22 +158,26 @@ def optuna_sampler(space: SearchSpace, kind: str, seed: int) -> optuna.samplers.
             return distributions(space)
 
         def sample_relative(self, study, trial, search_space):
-            slot = trial_slot(study, trial)
+            slot = trial_slot(space, study, trial)
             inner = _fresh_sampler(kind, hash_seed(seed, slot))
             found = inner.sample_relative(study, trial, search_space) if inner is not None else {}
             return found or random_parameters(space, seed, slot)
 
         def sample_independent(self, study, trial, param_name, param_distribution):
-            return random_parameters(space, seed, trial_slot(study, trial))[param_name]
+            return random_parameters(space, seed, trial_slot(space, study, trial))[param_name]
 
     return ReseededSampler()
 
 
-def trial_slot(study: optuna.Study, trial) -> int:
-    """The trial's place among those that were not queued again after a kill."""
-    return sum(
-        1 for t in study.get_trials(deepcopy=False) if t.number < trial.number and "retry_of" not in t.user_attrs
-    )
+def has_parameters(space: SearchSpace, trial) -> bool:
+    """Whether the trial has all its parameters; one killed while it was asked for has none, or some."""
+    return distributions(space).keys() <= trial.params.keys()
+
+
+def trial_slot(space: SearchSpace, study: optuna.Study, trial) -> int:
+    """The trial's place in the sequence of proposals: a kill leaves no hole in it, a trial queued again no copy."""
+    earlier = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
+    return sum("retry_of" not in t.user_attrs and has_parameters(space, t) for t in earlier)
 
 
 def hash_seed(seed: int, slot: int) -> int:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sparsenet import data as datasets
 from sparsenet.architecture.pruners import PRUNERS
-from sparsenet.architecture.samplers import SAMPLERS, architecture_of
+from sparsenet.architecture.samplers import SAMPLERS, architecture_of, has_parameters
 from sparsenet.architecture.search_space import ACTIVATIONS, Architecture, DensityMLP, SearchSpace
 from sparsenet.architecture.search_workers import (
     SearchConfig,
@@ -91,9 +91,9 @@ class SearchReport:
 
 
 def record_of(space: SearchSpace, trial: optuna.trial.FrozenTrial) -> TrialRecord | None:
-    """Ours of an Optuna trial; None for one that has not started."""
+    """Ours of an Optuna trial; None for one that has not got its parameters."""
     states = {"COMPLETE": "finished", "PRUNED": "pruned", "RUNNING": "running"}
-    if trial.state.name == "WAITING" or "depth" not in trial.params:
+    if trial.state.name == "WAITING" or not has_parameters(space, trial):
         return None
     state = states.get(trial.state.name) or ("failed" if "reason" in trial.user_attrs else "lost")
     architecture = architecture_of(space, trial.params)
@@ -153,7 +153,7 @@ def search(
     started = time.perf_counter()
     with only_search(storage):
         study = open_study(space, config, storage)
-        requeued = requeue_lost(study)
+        requeued = requeue_lost(study, space)
         with _Progress(config.trials, progress) as bar:
             weights = None if folder is None else Path(folder, "weights")
             bar.show(study)
@@ -285,15 +285,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-active", type=int, help="most active weights (no limit)")
     add("--min-density", type=float, default=0.01, help="of a layer that exists (0.01)")
     add("--max-density", type=float, default=1.0, help="of a layer (1)")
-    add("--activations", default="relu", help=f"comma-separated, of {', '.join(ACTIVATIONS)}")
-    add("--allow-linear", action="store_true", help="hidden layers may have no activation")
+    names = ",".join(ACTIVATIONS)
+    add("--activations", default=names, help=f"to choose from ({names})")
+    add("--linear", action=argparse.BooleanOptionalAction, default=True, help="hidden layers may have no activation")
     add("--trials", type=int, default=30, help="finished or stopped early (30)")
     add("--sampler", choices=SAMPLERS, default="tpe", help="how trials are proposed (tpe)")
     add("--pruner", choices=PRUNERS, default=None, help="default halving; none with --pareto")
     add("--pareto", action="store_true", help="minimise loss and active weights together")
     add("--epochs", type=int, default=TrialConfig.epochs, help=f"of a whole trial ({TrialConfig.epochs})")
     add("--train-fraction", type=float, default=1.0, help="share of the training examples a trial uses")
-    add("--block-size", type=int, default=1, help="1 stores single weights, fastest for exact counts (1)")
+    add("--block-size", type=int, default=TrialConfig.block_size, help="of the layers; 1 scatters single weights (16)")
     add("--workers", type=int, default=1, help="processes")
     add("--threads", type=int, default=1, help="threads of each process")
     add("--inherit", action="store_true", help="start trials from the weights of similar finished ones")
@@ -321,7 +322,7 @@ def run(args: argparse.Namespace) -> int:
         min_density=args.min_density,
         max_density=args.max_density,
         max_active=args.max_active,
-        allow_linear=args.allow_linear,
+        allow_linear=args.linear,
         activations=tuple(args.activations.split(",")),
     )
     config = SearchConfig(

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsenet.architecture.pruners import make_pruner
-from sparsenet.architecture.samplers import architecture_of, distributions, optuna_sampler, require_optuna
+from sparsenet.architecture.samplers import (
+    architecture_of,
+    distributions,
+    has_parameters,
+    optuna_sampler,
+    require_optuna,
+)
 from sparsenet.architecture.search_space import Architecture, DensityMLP, SearchSpace
 from sparsenet.architecture.trials import TrialConfig, TrialData, train_trial
 
@@ -129,7 +136,7 @@ def only_search(storage: str | Path | None) -> Iterator[None]:
         yield
 
 
-def requeue_lost(study: optuna.Study) -> int:
+def requeue_lost(study: optuna.Study, space: SearchSpace) -> int:
     """Queues again, with the same parameters, what was running when the search was killed; returns how many.
 
     A trial killed before it had its parameters has lost nothing and is not queued.
@@ -139,9 +146,9 @@ def requeue_lost(study: optuna.Study) -> int:
     lost = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
     for trial in lost:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        if trial.params:
+        if has_parameters(space, trial):
             study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-    return sum(bool(trial.params) for trial in lost)
+    return sum(has_parameters(space, trial) for trial in lost)
 
 
 def is_done(trial: optuna.trial.FrozenTrial) -> bool:
@@ -244,7 +251,8 @@ def nearest_donor(
 
 
 def _worker(space: SearchSpace, data: TrialData, config: SearchConfig, storage: str, lock, weights, errors) -> None:
-    """Body of one spawned process."""
+    """Body of one spawned process; it ends at once with its parent, a SIGKILL of the parent included."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(config.threads)
     try:
         work(open_study(space, config, storage), space, data, config, lock, weights)
@@ -253,6 +261,12 @@ def _worker(space: SearchSpace, data: TrialData, config: SearchConfig, storage: 
     except BaseException:
         errors.put(traceback.format_exc())
         raise
+
+
+def _end_with_parent() -> None:
+    """Orphans would go on training trials that the resumed search has queued again."""
+    torch.multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_workers(
@@ -266,7 +280,7 @@ def run_workers(
     """Runs ``config.workers`` processes to the end; ``poll`` is called about twice a second.
 
     Raises RuntimeError with the traceback when a worker fails; the study stays and can be resumed. Workers end with the
-    caller, whatever way it ends (they are daemons; a SIGKILL of the caller is noticed at their next trial).
+    caller, whatever way it ends.
     """
     spawn = torch.multiprocessing.get_context("spawn")
     lock, errors = spawn.Lock(), spawn.SimpleQueue()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsenet.architecture.search_space import Architecture, SearchSpace
+from sparsenet.architecture.search_space import Architecture, SearchSpace, covering_order
 from sparsenet.architecture.trials import (
     TrialConfig,
     TrialData,
@@ -181,7 +181,7 @@ def test_effective_gradient_flow_refuses():
 
 
 def test_a_trial_learns_and_repeats_itself():
-    data, config = two_moons(), TrialConfig(epochs=25, batch_size=32)
+    data, config = two_moons(), TrialConfig(epochs=25, batch_size=32, block_size=1)
     architecture = Architecture(8, 2, 24, (0.6, 0.6))
     first, second = (train_trial(architecture, data, config) for _ in range(2))
     assert first.accuracy > 0.8
@@ -222,3 +222,12 @@ def test_evaluate_leaves_the_mode():
     model = Architecture(8, 2, 8, (0.5, 0.5)).build(norm="batch").train()
     loss, accuracy = evaluate(model, two_moons())
     assert model.training and loss > 0 and 0 <= accuracy <= 1
+
+
+def test_whole_blocks_leave_no_row_or_column_of_blocks_empty():
+    order = covering_order(3, 5, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == list(range(15))
+    assert set((order[:5] // 5).tolist()) == {0, 1, 2} and set((order[:5] % 5).tolist()) == set(range(5))
+    model = Architecture(64, 10, 64, (0.2, 0.1, 0.2)).build(block_size=8)
+    assert [(layer.block_size, layer.pattern.num_blocks) for layer in model.linears] == [(8, 13), (1, 410), (1, 128)]
+    assert model.masks()[0].any(1).all() and model.active_weights() == 819 + 410 + 128

@@ -128,7 +128,7 @@ def gradient_flow_formula(task: Reproduction) -> dict:
 def equal_capacity(task: Reproduction, dataset: datasets.Dataset, epochs: int) -> dict:
     """A2: one hidden layer; dense ``u`` units against 100 units at density u / 100; three random patterns each."""
     data = TrialData.from_dataset(dataset, validation=0)
-    plain = {"norm": "none", "learning_rate": 1e-3, "schedule": "constant", "weight_decay": 0.0}  # Adam, as calibrated
+    plain = {"norm": "none", "block_size": 1, "learning_rate": 1e-3, "schedule": "constant", "weight_decay": 0.0}
     config = TrialConfig(epochs=task.count(epochs), **plain)
     rows = []
     for units in WIDTHS:
@@ -154,7 +154,7 @@ def depths(task: Reproduction, dataset: datasets.Dataset, epochs: int) -> dict:
     for depth in DEPTHS if task.scale >= 1 else DEPTHS[:3]:
         for mode in ("plain", "small init", "modern") if depth >= 8 else ("plain",):
             extra = MODES[mode]
-            config = TrialConfig(epochs=epochs, learning_rate=1e-3, **extra)
+            config = TrialConfig(epochs=epochs, learning_rate=1e-3, block_size=1, **extra)
             for kind in ("sparse", "dense"):
                 width = 100 if kind == "sparse" else 75
                 densities = (0.75, *[0.5625] * (depth - 1), 0.75) if kind == "sparse" else (1.0,) * (depth + 1)

@@ -45,7 +45,7 @@ class TrialConfig:
     schedule: str = "cosine"
     norm: str = "batch"
     residual: bool = False
-    block_size: int = 1
+    block_size: int = 16
     train_fraction: float = 1.0
     init: str = "he"
     seed: int = 0

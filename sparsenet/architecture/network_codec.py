@@ -8,7 +8,7 @@ A batch holds networks of *one* depth, padded to the full width; which neurons e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,12 @@ class NetworkBatch:
 
         ``h_0 = x, h_{l+1} = sigma(W_l h_l + b_l) * mask_l, y = W_L h_L + b_L``.
         """
+        for signal in self.signals(x):
+            last = signal
+        return last.squeeze(1)
+
+    def signals(self, x: Tensor) -> Iterator[Tensor]:
+        """The signal of every hidden layer [n, width, samples], then the output [n, 1, samples]."""
         n, hidden = len(self), x.t()
         for layer, weight in enumerate(self.weights):
             if layer == 0:  # all networks read the same input: one flat product
@@ -103,10 +109,10 @@ class NetworkBatch:
                 signal = torch.bmm(weight, hidden)
             if self.biases is not None:
                 signal = signal + self.biases[layer].unsqueeze(2)
-            if layer == self.depth:
-                return signal.squeeze(1)
-            hidden = self._activate(signal, layer) * self.neurons[:, layer].unsqueeze(2)
-        raise AssertionError("unreachable")
+            if layer < self.depth:
+                signal = self._activate(signal, layer) * self.neurons[:, layer].unsqueeze(2)
+            yield signal
+            hidden = signal
 
     def _activate(self, signal: Tensor, layer: int) -> Tensor:
         if self.mixture is None:

@@ -97,17 +97,17 @@ class ConvEncoder(nn.Module):
 class GraphEncoder(nn.Module):
     """Message passing over neurons, equivariant to their order; a sum over neurons makes it invariant.
 
-    Node states [n, neurons, features] are updated ``rounds`` times from ``W_l h_{l}`` (what flows in), ``W_{l+1}^T
-    h_{l+2}`` (what flows back), their own state and whether they exist.
+    A node starts from what its neuron computes on learned inputs (probe features, Kofinas et al. 2024; without them
+    training takes far longer), its bias and activation. States [n, neurons, features] are updated ``rounds`` times from
+    ``W_l h_{l}`` (what flows in), ``W_{l+1}^T h_{l+2}`` (what flows back) and themselves.
     """
 
-    def __init__(self, space: NetworkSpace, latent: int, hidden: int = 64, rounds: int = 4):
+    def __init__(self, space: NetworkSpace, latent: int, hidden: int = 64, rounds: int = 2, probes: int = 32):
         super().__init__()
-        self.hidden = hidden
+        self.probes = nn.Parameter(torch.rand(probes, space.inputs) * 2 - 1)
+        self.seen = nn.Linear(probes, hidden)
         extras = int(space.bias) + (3 if space.activation == MIXED else 0)
-        self.inputs = nn.Parameter(torch.randn(space.inputs, hidden))
-        self.start = nn.Linear(1 + extras, hidden)
-        self.output = nn.Parameter(torch.randn(1, hidden))
+        self.own = nn.Linear(1 + extras, hidden)
         self.rounds = nn.ModuleList(perceptron([3 * hidden, hidden, hidden]) for _ in range(rounds))
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(rounds))
         self.places = nn.Parameter(torch.randn(space.max_depth + 2, hidden) * 0.1)
@@ -117,10 +117,10 @@ class GraphEncoder(nn.Module):
     def forward(self, nets: NetworkBatch) -> Tensor:
         """[n] networks -> [n, latent]."""
         net, n, depth = nets.effective(), len(nets), nets.depth
-        states = [self.inputs.expand(n, -1, -1)]
-        for layer in range(depth):
-            states.append(self.start(self._own(net, layer)) * net.neurons[:, layer, :, None])
-        states.append(self.output.expand(n, -1, -1))
+        *hidden, output = net.signals(self.probes)
+        states = [self.seen(self.probes.t()).expand(n, -1, -1)]
+        states += [self.seen(signal.asinh()) + self._own(net, layer) for layer, signal in enumerate(hidden)]
+        states.append(self.seen(output.asinh()))
         alive = [None, *net.neurons.unbind(1), None]
         gains = [w / w.abs().amax((1, 2), keepdim=True).clamp(min=1e-6) for w in net.weights]
         for update, norm in zip(self.rounds, self.norms, strict=True):
@@ -135,15 +135,14 @@ class GraphEncoder(nn.Module):
         gap = [torch.zeros_like(pooled[0])] * (self.max_depth - depth)
         return self.read(torch.cat([*pooled[:-1], *gap, pooled[-1]], 1))
 
-    @staticmethod
-    def _own(net: NetworkBatch, layer: int) -> Tensor:
-        """[n, width, 1 + extras]: existence, bias, activation of the neurons of one layer."""
+    def _own(self, net: NetworkBatch, layer: int) -> Tensor:
+        """[n, width, hidden]: existence, bias, activation of the neurons of one layer."""
         parts = [net.neurons[:, layer, :, None]]
         if net.biases is not None:
             parts.append(net.biases[layer][:, :, None])
         if net.mixture is not None:
             parts.append(net.mixture[:, layer])
-        return torch.cat(parts, 2)
+        return self.own(torch.cat(parts, 2))
 
 
 def row_columns(space: NetworkSpace, depth: int) -> int:
@@ -168,13 +167,15 @@ def to_rows(nets: NetworkBatch) -> Tensor:
 class TransformerEncoder(nn.Module):
     """SWAT-NN's encoder: one token per neuron row, values and a validity channel, pre-norm blocks.
 
+    A row also holds what its neurons and the network compute on learned inputs, as in :class:`GraphEncoder`.
     ``latent`` is split over the rows: [n, width, latent // width], flattened.
     """
 
-    def __init__(self, space: NetworkSpace, latent: int, hidden: int = 128, blocks: int = 3):
+    def __init__(self, space: NetworkSpace, latent: int, hidden: int = 128, blocks: int = 3, probes: int = 32):
         super().__init__()
         self.space, self.columns = space, row_columns(space, space.max_depth)
-        self.enter = nn.Linear(2 * self.columns, hidden)
+        self.probes = nn.Parameter(torch.rand(probes, space.inputs) * 2 - 1)
+        self.enter = nn.Linear(2 * self.columns + (space.max_depth + 1) * probes, hidden)
         self.rows = nn.Parameter(torch.randn(space.width, hidden) * 0.02)
         self.blocks = transformer_blocks(hidden, blocks)
         self.leave = nn.Linear(hidden, latent // space.width)
@@ -184,14 +185,17 @@ class TransformerEncoder(nn.Module):
         rows = to_rows(nets)
         missing = self.columns - rows.shape[2]
         valid = nn.functional.pad(torch.ones_like(rows), (0, missing))
-        tokens = self.enter(torch.cat([nn.functional.pad(rows, (0, missing)), valid], 2)) + self.rows
+        *hidden, output = nets.signals(self.probes)
+        seen = torch.cat([output.expand(-1, self.space.width, -1), *hidden], 2).asinh()
+        seen = nn.functional.pad(seen, (0, (self.space.max_depth - nets.depth) * len(self.probes)))
+        tokens = self.enter(torch.cat([nn.functional.pad(rows.asinh(), (0, missing)), valid, seen], 2)) + self.rows
         return self.leave(self.blocks(tokens)).flatten(1)
 
 
 def transformer_blocks(hidden: int, blocks: int) -> nn.Module:
     """Pre-norm self-attention blocks as in GPT-2, without a causal mask and without dropout."""
     layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, 0.0, "gelu", batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, blocks, nn.LayerNorm(hidden), enable_nested_tensor=False)
 
 
 ENCODERS = {"probe": ProbeEncoder, "conv": ConvEncoder, "graph": GraphEncoder, "transformer": TransformerEncoder}

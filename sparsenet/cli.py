@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import sparsenet
 from sparsenet import architecture, benchmark, data, functional
 from sparsenet.checkpoint import FileContents, describe
@@ -76,17 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     _add_config_flags(plan, _PLAN_FIELDS)
     plan.set_defaults(command=_plan)
-    bench = commands.add_parser("bench", help="time the block-sparse layer against a dense one")
-    bench.add_argument("--op", nargs="+", default=["forward", "backward"], choices=benchmark.OPS, help="what to time")
-    bench.add_argument("--sizes", nargs="+", type=_size, default=[(2048, 2048)], metavar="OUTxIN", help="(2048x2048)")
-    bench.add_argument("--batch", nargs="+", type=int, default=[512], help="rows of x (512)")
-    bench.add_argument("--density", nargs="+", type=float, default=[0.1], help="share of active blocks (0.1)")
-    bench.add_argument("--block", nargs="+", type=int, default=[32], help="block size (32)")
-    bench.add_argument("--dtype", nargs="+", default=["float32"], help="float32, bfloat16, float16, float64")
-    bench.add_argument("--seconds", type=float, default=1.0, help="for each comparison (1)")
-    bench.add_argument("--threads", type=int, default=0, help="0: torch's")
-    bench.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    bench.set_defaults(command=_bench)
+    bench = commands.add_parser("bench", help="time the block-sparse operations against dense ones and rivals")
+    benchmark.add_arguments(bench)
+    bench.set_defaults(command=benchmark.run)
     inspect = commands.add_parser("inspect", help="show what a checkpoint holds")
     inspect.add_argument("file", type=Path, help="a file of sparsenet.save, or the folder of a run")
     inspect.set_defaults(command=_inspect)
@@ -137,13 +127,6 @@ def _config(options: argparse.Namespace) -> tuple[TrainConfig, set[str]]:
     return TrainConfig(**given), set(given)
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"sizes must be OUTxIN such as 2048x2048, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
@@ -169,28 +152,6 @@ def _plan(options: argparse.Namespace) -> int:
     print(plan.table())
     print(f"\n  {'at the least':<28}{format_bytes(plan.minimum_bytes):>12}")
     print(f"  {'the same network dense':<28}{format_bytes(plan.dense_bytes):>12}")
-    return 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    rows = []
-    for dtype in options.dtype:
-        for shape in options.sizes:
-            for batch in options.batch:
-                for block in options.block:
-                    for density in options.density:
-                        rows += [
-                            benchmark.bench(op, shape, batch, density, block, dtype, options.seconds)
-                            for op in options.op
-                        ]
-    if options.json:
-        print("\n".join(json.dumps(dataclasses.asdict(row)) for row in rows))
-        return 0
-    info = sparsenet.build_info()
-    print(f"{info['isa']}, {torch.get_num_threads()} threads, torch {info['torch']}; medians of calls in turns\n")
-    print(benchmark.table(rows))
     return 0
 
 

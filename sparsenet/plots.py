@@ -30,7 +30,7 @@ def draw_run(folder: str | Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed. FileNotFoundError: ``summary.json`` or the model is missing.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     folder = Path(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     metrics = read_metrics(folder / "metrics.jsonl")
@@ -50,7 +50,7 @@ def draw_run(folder: str | Path) -> list[Path]:
     return paths
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:

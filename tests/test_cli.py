@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sparsenet as sn
-from sparsenet import benchmark, cli, comparison, job
+from sparsenet import cli, comparison, job
 
 SMALL = ["--data", "digits", "--hidden", "96", "80", "--density", "0.4", "--block-size", "16", "--batch-size", "32"]
 QUICK = [*SMALL, "--epochs", "2", "--rewire-every", "10", "--dense-steps", "0", "--threads", "1"]
@@ -131,10 +131,6 @@ def test_nothing_to_resume(tmp_path, capsys):
         (["train", "--policy", "magic"], "argument --policy: invalid choice: 'magic'"),
         (["train", "--speed", "3"], "unrecognized arguments: --speed 3"),
         (["plan", "--features", "0"], "plan: sizes must be integers of at least 1, got [0, 4096"),
-        (["bench", "--sizes", "64"], "sizes must be OUTxIN such as 2048x2048, got '64'"),
-        (["bench", "--dtype", "int8"], "bench: dtype must be one of float32"),
-        (["bench", "--batch", "0"], "bench: batch must be at least 1, got 0"),
-        (["bench", "--block", "5"], "block_size must be one of"),
         (["inspect", "/no/such"], "load: /no/such does not exist"),
         (["dance"], "argument command: invalid choice: 'dance'"),
     ],
@@ -168,7 +164,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"sparsenet {sn.__version__}\n"
 
 
-# --- plan, bench, inspect, doctor ---
+# --- plan, inspect, doctor ---
 
 
 def test_plan_prints_a_table_or_json(capsys):
@@ -179,21 +175,6 @@ def test_plan_prints_a_table_or_json(capsys):
     fields = json.loads(capsys.readouterr().out)
     assert fields["density"] == pytest.approx(0.25, abs=0.02)
     assert fields["predicted_peak_bytes"] == sum(fields["items"].values())
-
-
-def test_bench_prints_a_table_or_json(capsys):
-    quick = ["bench", "--op", *benchmark.OPS, "--sizes", "96x64", "--batch", "16", "--density", "0.3", "--block", "16"]
-    assert sparsenet(*quick, "--seconds", "0.01", "--threads", "1") == 0
-    out, _ = capsys.readouterr()
-    assert "medians of calls in turns" in out and all(op in out for op in benchmark.OPS)
-    assert sparsenet(*quick, "--seconds", "0.01", "--json", "--dtype", "bfloat16") == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["op"] for row in rows] == list(benchmark.OPS)
-    for row in rows:
-        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
-        assert (row["out_features"], row["in_features"], row["dtype"]) == (96, 64, "bfloat16")
-    with pytest.raises(ValueError, match="bench: op must be one of forward"):
-        benchmark.bench("sideways")
 
 
 def test_inspect_shows_layers_and_sizes(tmp_path, capsys):

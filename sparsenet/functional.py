@@ -135,6 +135,8 @@ def _check_dtype(name: str, argument: str, tensor: Tensor) -> None:
 
 def check_linear(x: Tensor, values: Tensor, index: PatternIndex, bias: Tensor | None, activation: str) -> None:
     name = "block_sparse_linear"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
     _check_dtype(name, "x", x)
     out_features, in_features = index.shape
     b = index.block_size
@@ -437,7 +439,7 @@ def block_sparse_linear(
         torch.Size([8, 64])
     """
     index = pattern.index
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x, values, bias = _autocast(x.device.type, x, values, bias)
     check_linear(x, values, index, bias, activation)
     if _goes_through_library(x, values):
@@ -639,7 +641,7 @@ def native_build_info() -> dict:
 def linear_workspace(
     dtype: torch.dtype, shape: tuple[int, int], block_size: int, num_blocks: int, batch: int, threads: int
 ) -> list[int]:
-    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; buffers are shared by calls."""
+    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; calls share buffers."""
     return _C.linear_workspace(_DTYPES[dtype], *shape, block_size, num_blocks, batch, threads)
 
 

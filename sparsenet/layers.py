@@ -379,6 +379,8 @@ def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPat
     if pattern is None:
         density = 0.1 if density is None else density
         return BlockPattern.random(shape, density, 32 if block_size is None else block_size, generator)
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"SparseLinear: pattern must be a BlockPattern, got {type(pattern).__name__}")
     if pattern.shape != tuple(shape):
         raise ValueError(f"SparseLinear: pattern must have shape {tuple(shape)} (out, in), got {pattern.shape}")
     if block_size is not None and block_size != pattern.block_size:
@@ -499,6 +501,8 @@ def sparsify_(
     Raises:
         ValueError: a weight is shared between different modules, which one pattern cannot serve.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify_: model must be a torch.nn.Module, got {type(model).__name__}")
     chosen = {
         name: m
         for name, m in model.named_modules()
@@ -537,6 +541,10 @@ def _swap(model: nn.Module, swapped: dict[nn.Module, nn.Module]) -> nn.Module:
         for name, child in list(module._modules.items()):
             if child in swapped:
                 module._modules[name] = swapped[child]
+                if isinstance(module, nn.TransformerEncoderLayer):
+                    module.activation_relu_or_gelu = 0  # its fused inference path would ask for dense weights
+        if isinstance(module, nn.TransformerEncoder) and any(m in swapped for m in module.modules()):
+            module.use_nested_tensor = False  # likewise
     return swapped.get(model, model)
 
 

@@ -52,8 +52,8 @@ class SparseMLP(nn.Sequential):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ):
-        if len(sizes) < 2:
-            raise ValueError(f"SparseMLP: sizes must name at least input and output, got {list(sizes)}")
+        if isinstance(sizes, str) or len(sizes) < 2:
+            raise ValueError(f"SparseMLP: sizes must name at least input and output, got {sizes!r}")
         shapes = [(out, inp) for inp, out in pairwise(sizes)]
         if isinstance(density, (int, float)):
             counts = distribute(shapes, density, distribution, block_size=block_size)

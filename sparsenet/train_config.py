@@ -61,7 +61,7 @@ class TrainConfig:
     weight_decay: float = _knob(0.01, "decoupled for adamw, added to the gradient for sgd")
     lr_schedule: str = _knob("one_cycle", "of the learning rate", LR_SCHEDULES)
     warmup: float = _knob(0.3, "one_cycle: share of the training in which the rate rises")
-    label_smoothing: float = _knob(0.0, "share of a label spread over all classes")
+    label_smoothing: float = _knob(0.1, "share of a label spread over all classes")
     clip_norm: float = _knob(0.0, "largest norm of the gradient; 0: as it is")
     flip: bool = _knob(False, "mirror images at random, left to right")
     shift: int = _knob(0, "move images at random by up to this many pixels")

@@ -691,6 +691,31 @@ def test_sparsify_leaves_subclasses_alone():
     assert attention(x, x, x)[0].shape == (4, 1, 16)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_sparsify_a_transformer(padded):
+    """Its fused path for inference would read dense weights: it is left, and the outputs stay what they were."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, mask = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 3:] = padded
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=mask)[~mask]
+        sparsify_(encoder, 1.0, 8)
+        assert isinstance(encoder.layers[1].linear2, SparseLinear)
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=mask)[~mask], expected)
+    encoder.train()(x).sum().backward()
+    assert encoder.layers[0].linear1.values.grad is not None
+
+
+def test_arguments_of_another_kind():
+    with pytest.raises(TypeError, match="sparsify_: model must be a torch.nn.Module, got int"):
+        sparsify_(3)
+    with pytest.raises(TypeError, match="SparseLinear: pattern must be a BlockPattern, got int"):
+        SparseLinear(8, 8, pattern=3)
+    for x in ([[1.0] * 8], torch.ones(1, 8).numpy()):
+        with pytest.raises(TypeError, match="block_sparse_linear: x must be a torch.Tensor, got (list|ndarray)"):
+            SparseLinear(8, 8, block_size=4)(x)
+
+
 def test_densify_keeps_the_fused_activation():
     model = sn.SparseMLP([40, 24, 7], density=0.5, block_size=8, activation="gelu")
     x = torch.randn(3, 40)

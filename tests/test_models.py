@@ -45,6 +45,8 @@ def test_one_density_per_layer():
 def test_refusals():
     with pytest.raises(ValueError, match=r"SparseMLP: sizes must name at least input and output, got \[5\]"):
         SparseMLP([5])
+    with pytest.raises(ValueError, match="SparseMLP: sizes must name at least input and output, got '64-10'"):
+        SparseMLP("64-10")
     for change, message in (
         ({"density": 1.5}, "density must"),
         ({"density": float("nan")}, "density must"),

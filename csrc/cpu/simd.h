@@ -29,7 +29,7 @@ template <typename T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 template <typename T> struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 };
 template <typename T> using Vec = typename VectorOf<T>::type;
 

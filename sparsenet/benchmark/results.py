@@ -18,7 +18,10 @@ from sparsenet.files import replace_text
 __all__ = ["Results", "compare", "crossovers", "read", "table"]
 
 FORMAT = 1
-_METRIC_COLUMN = ("eff", "copy_share", "share_of_dense", "speedup_over_sparselab")
+_METRIC_COLUMN = (
+    *("eff", "copy_share", "share_of_dense", "speedup_over_sparselab", "share_of_dense_gradient"),
+    *("scaling", "slowdown", "milliseconds", "ns_per_block"),
+)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def eff_goal(phase: str, case: Case, density: float, isa: str) -> Goal | None:
 
     Args:
         phase: forward, grad_input or grad_weight.
-        density: active blocks / all, of the pattern that was made.
+        density: active blocks / all, of the pattern that was made; limits are of the density asked for.
         isa: the instruction set in use.
     """
     b, (out_features, in_features) = case.block_size, case.shape
@@ -62,9 +62,10 @@ def eff_goal(phase: str, case: Case, density: float, isa: str) -> Goal | None:
     if 2 * case.batch * out_features * in_features * density < _LEAST_FLOPS:
         return None
     if case.dtype == "float32":
-        value = _float32_eff(phase, b, density, in_features if phase == "grad_input" else out_features)
+        width = in_features if phase == "grad_input" else out_features
+        value = None if phase == "grad_weight" and case.density < 0.05 else _float32_eff(phase, b, density, width)
     elif case.dtype == "bfloat16" and isa == "avx512bf16":
-        value = _BFLOAT16_EFF[b] if density >= 0.0999 and out_features >= 2048 else None
+        value = _BFLOAT16_EFF[b] if case.density >= 0.1 and out_features >= 2048 else None
     else:
         value = None
     if value is None or isa == "portable":
@@ -72,9 +73,9 @@ def eff_goal(phase: str, case: Case, density: float, isa: str) -> Goal | None:
     return Goal("eff", value * (_AVX2_SHARE if isa == "avx2" else 1.0))
 
 
-def _float32_eff(phase: str, b: int, density: float, width: int) -> float | None:
+def _float32_eff(phase: str, b: int, density: float, width: int) -> float:
     if phase == "grad_weight":
-        return None if density < 0.0499 else 1.05 if b == 16 else 1.10
+        return 1.05 if b == 16 else 1.10
     return 1.15 / (1 + 45 / (width * density)) * (0.92 if b == 16 else 1.0)
 
 

@@ -1,6 +1,7 @@
 """The tables of README and docs are what bench/results says, and nothing that was not measured is shown."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,25 @@ def test_pages_are_what_the_results_say(tables, capsys):
 
 def test_a_stale_page_is_found_and_written_anew(tables, tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/benchmarks.md"):
-        (tmp_path / page).write_text("a\n<!-- performance: begin -->\nold\n<!-- performance: end -->\nb\n")
+    stale = "a\n<!-- performance: begin -->\nold\n<!-- performance: end -->\nb\n"
+    demo = "<!-- demo: begin -->\n<!-- demo: end -->\n"
+    (tmp_path / "README.md").write_text(stale + demo)
+    (tmp_path / "docs/benchmarks.md").write_text(stale)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.main(["--check"]) == 1 and "README.md, benchmarks.md" in capsys.readouterr().err
     assert tables.main([]) == 0 and tables.main(["--check"]) == 0
-    assert (tmp_path / "README.md").read_text() == "a\n<!-- performance: begin -->\n<!-- performance: end -->\nb\n"
+    assert (tmp_path / "README.md").read_text() == stale.replace("old\n", "") + demo
+    (tmp_path / "run").mkdir()
+    summary = {
+        "folder": "/of/this/machine", "sizes": [64, 32, 10], "environment": {"threads": 2}, "budget_bytes": 2**20,
+        "measured_peak_bytes": 2**19, "dense_peak_bytes": 2**22, "rewires": 7, "test_accuracy": 0.987,
+        "seconds_total": 12.3, "speedup_over_dense": 3.21, "density": 0.25,
+    }  # fmt: skip
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert tables.main(["--main-job", str(tmp_path / "run")]) == 0
+    assert "**1 MiB** (measured 512 KiB; dense with the same optimizer: 4 MiB)" in (tmp_path / "README.md").read_text()
+    assert "/of/this" not in (tmp_path / "main_job.json").read_text()
     with pytest.raises(ValueError, match="tables: the page must hold the markers 'x: begin' and 'x: end'"):
         tables.with_section("no markers", "x", "")
 

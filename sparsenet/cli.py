@@ -95,6 +95,7 @@ def _add_architecture_commands(commands) -> None:
         (search, architecture.search),
         (what.add_parser("density", help="Tessera and Rosman's density search"), architecture.reproduce_density),
         (what.add_parser("embedding", help="networks in a continuous space"), architecture.reproduce_embedding),
+        (what.add_parser("gates", help="tri-state ReLU, compaction, depth collapse"), architecture.reproduce_gates),
     ):
         module.add_arguments(parser)
         parser.set_defaults(command=module.run)

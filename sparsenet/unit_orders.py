@@ -2,7 +2,8 @@
 
 Dense layers lose single units. A block-sparse layer that loses single units must re-block, which may need *more* blocks
 (a new block row reads what two old ones read), so the units between block-sparse layers choose, by counted bytes: let
-only whole blocks leave (never more bytes than before), close ranks in order, or also permute.
+only whole blocks leave (never more bytes than before), close ranks in order, or also permute. Layer after layer, once
+starting from whole blocks and once from closed ranks everywhere; the better of the two.
 """
 
 from __future__ import annotations
@@ -65,16 +66,18 @@ class UnitOrders:
     def __init__(self, graph: UnitGraph, needed: Tensor, optimizers: Sequence, fill_in: str, permute: bool):
         self.graph, self.needed, self.optimizers = graph, needed, optimizers
         self.masked = fill_in == "masked"
-        self._how: dict[int, str] = {}
         families = _families(graph)
-        self._choice = _Choice(needed.clone(), torch.arange(len(needed)))
+        whole = _Choice(needed.clone(), torch.arange(len(needed)))
         count = -1
-        while count != (count := int(self._choice.kept.sum())):  # to begin with, nothing re-blocks
+        while count != (count := int(whole.kept.sum())):  # to begin with, nothing re-blocks
             for family in families:
-                self._choice = self._whole(family, self._choice)
-        for family in families:
-            self._choice, how = self._best(family, permute)
-            self._how.update(dict.fromkeys(family.classes.tolist(), how))
+                whole = self._whole(family, whole)
+        found = [self._descend(whole, families, permute)]
+        if len(families) > 1 and not bool(needed[torch.cat([f.classes for f in families])].all()):
+            found.append(self._descend(self._closed_up(whole, families), families, permute))
+        touched = {stage.name: stage for family in families for stage in family.stages + family.dense}.values()
+        costs = [(sum(self._bytes(s, c) for s in touched), int(c.kept.sum()), i) for i, (c, _) in enumerate(found)]
+        self._choice, self._how = found[min(costs)[2] if len(found) > 1 else 0]
 
     @property
     def kept(self) -> Tensor:
@@ -96,20 +99,36 @@ class UnitOrders:
 
     # --- choosing ---
 
-    def _best(self, family: _Family, permute: bool) -> tuple[_Choice, str]:
+    def _closed_up(self, whole: _Choice, families: list[_Family]) -> _Choice:
+        """Nobody stays who is not needed, where blocks may be divided: neighbours may be worth re-blocking together."""
+        kept = self.needed.clone()
+        for family in families:
+            if any(self._has_block_state(stage) for stage in family.stages):
+                kept[family.classes] = whole.kept[family.classes]
+        return replace(whole, kept=kept)
+
+    def _descend(self, choice: _Choice, families: list[_Family], permute: bool) -> tuple[_Choice, dict[int, str]]:
+        """The best of each family in turn, and by class how its units left."""
+        how: dict[int, str] = {}
+        for family in families:
+            choice, label = self._best(family, choice, permute)
+            how.update(dict.fromkeys(family.classes.tolist(), label))
+        return choice, how
+
+    def _best(self, family: _Family, choice: _Choice, permute: bool) -> tuple[_Choice, str]:
         """The choice of fewest bytes; of equal ones, the one that removes most units."""
-        options = [(self._choice, WHOLE)]
+        kept = choice.kept.clone()
+        kept[family.classes] = self.needed[family.classes]
+        in_order = replace(choice, kept=kept)
+        options = [(self._whole(family, in_order), WHOLE)]
         if not any(self._has_block_state(stage) for stage in family.stages):
-            kept = self._choice.kept.clone()
-            kept[family.classes] = self.needed[family.classes]
-            in_order = replace(self._choice, kept=kept)
             options.append((in_order, IN_ORDER))
             permuted = self._permuted(family, in_order) if permute and family.free else None
             if permuted is not None:
                 options.append((permuted, PERMUTED))
         costs = [
-            (sum(self._bytes(s, choice) for s in family.stages + family.dense), int(choice.kept.sum()), i)
-            for i, (choice, _) in enumerate(options)
+            (sum(self._bytes(s, option) for s in family.stages + family.dense), int(option.kept.sum()), i)
+            for i, (option, _) in enumerate(options)
         ]
         best = options[min(costs)[2]]
         unchanged = bool(best[0].kept[family.classes].all()) and best[1] != PERMUTED

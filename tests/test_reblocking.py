@@ -159,6 +159,32 @@ def test_a_permutation_makes_blocks_fuller():
     assert compact(model).blocks[1] == report.blocks[1]
 
 
+def deep_model(hidden=384):
+    """Two hidden layers; half of their units, at random, are closed."""
+    generator = torch.Generator().manual_seed(1)
+    options = {"density": 0.25, "block_size": 16, "generator": generator}
+    layers = []
+    for n, out in ((256, hidden), (hidden, hidden)):
+        gate = sn.TriStateReLU(out, width_start=(torch.rand(out, generator=generator) < 0.5).float())
+        layers += [sn.SparseLinear(n, out, **options), gate]
+    return nn.Sequential(*layers, nn.Linear(hidden, 10))
+
+
+def test_two_layers_re_block_together_where_neither_would_alone():
+    model = deep_model()
+    whole = copy.deepcopy(model)
+    for gate_to_open in (1, 3):  # with the other layer's units all open, re-blocking one layer's does not pay
+        alone = copy.deepcopy(model)
+        with torch.no_grad():
+            alone[gate_to_open].width_gate.fill_(1)
+        assert compact(alone).removed == 0
+    report = compact(model)
+    assert report.reblocked == dict.fromkeys(("0", "2"), "re-blocked, permuted")
+    assert [report.layers[n].after for n in ("0", "2")] == [whole[1].num_open(), whole[3].num_open()]
+    assert report.bytes[1] < report.bytes[0]
+    same_function(model, whole, 256)
+
+
 def test_units_that_are_returned_or_concatenated_are_not_permuted():
     class Returned(nn.Module):
         def __init__(self):
@@ -319,6 +345,40 @@ def test_an_optimizer_with_a_number_per_block_lets_only_whole_blocks_leave():
     sizes = optimizer.state[model[0].values]["size"].clone()
     assert compact(model, optimizer).layers["0"].after == 56
     assert torch.equal(optimizer.state[model[0].values]["size"], sizes[5:])  # the first of 8 block rows left
+
+
+@given(st.integers(0, 2**31))
+def test_a_number_per_block_survives_a_concatenation_across_blocks(seed):
+    """Widths that are no multiples of the block: units of two layers share a block of the reader."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(seed)
+            sizes = [int(torch.randint(3, 40, (), generator=generator)) for _ in range(2)]
+            options = {"block_size": 8, "density": 1.0, "generator": generator}
+            self.a, self.b = (sn.SparseLinear(16, n, **options) for n in sizes)
+            self.gate = sn.TriStateReLU(
+                sum(sizes), width_start=(torch.rand(sum(sizes), generator=generator) < 0.2).float()
+            )
+            self.c = sn.SparseLinear(sum(sizes), 8, **options)
+
+        def forward(self, x):
+            return self.c(self.gate(torch.cat([self.a(x), self.b(x)], 1)))
+
+    model = Both()
+    optimizer = BlockScale(weights(model))
+    model(torch.randn(5, 16)).sum().backward()
+    optimizer.step()
+    whole, other = copy.deepcopy((model, optimizer))
+    compact(model, optimizer)
+    same_function(model, whole, 16)
+    pattern, old = model.c.pattern, whole.c.pattern
+    size = dict(zip(old.linear_places().tolist(), other.state[whole.c.values]["size"].tolist(), strict=True))
+    first = {b[0, 0].item(): p for b, p in zip(whole.c.values, old.linear_places().tolist(), strict=True)}
+    for block, moved in zip(model.c.values, optimizer.state[model.c.values]["size"].tolist(), strict=True):
+        assert moved == size[first[block[0, 0].item()]]
+    assert pattern.num_blocks == len(optimizer.state[model.c.values]["size"])
 
 
 def test_existing_masks_go_along():

@@ -70,6 +70,12 @@ class Images:
         train, test = self.train_y < count, self.test_y < count
         return Images(self.name, self.train_x[train], self.train_y[train], self.test_x[test], self.test_y[test], count)
 
+    def held_out(self, train: int, test: int) -> Images:
+        """The first ``train`` training images to train on and the next ``test`` of them to judge by."""
+        end = train + test
+        x, y = self.train_x, self.train_y
+        return Images(self.name, x[:train], y[:train], x[train:end], y[train:end], self.num_classes)
+
 
 def prepare(data: Dataset, limit: int | None = None) -> Images:
     """``data`` as :class:`Images`, at most ``limit`` training images: the first of a fixed shuffle."""
@@ -115,6 +121,8 @@ def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: in
         model: in channels_last memory format afterwards; smaller where ``settings`` asks for compaction.
         images: what to train and to test on.
         seed: of the order of images.
+
+    Raises RuntimeError when the loss is no longer finite.
     """
     x, y = images.train_x[: settings.images], images.train_y[: settings.images]
     generator = torch.Generator().manual_seed(seed)
@@ -141,6 +149,8 @@ def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: in
         if compactor is not None:
             compactor.step()
         if step % max(1, per_epoch // 4) == 0 or step + 1 == total:
+            if not math.isfinite(losses[-1]):
+                raise RuntimeError(f"train: the loss must be finite, got {float(losses[-1])} at step {step}")
             _note(run, model, step)
     run.seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     run.intervals = compactor.intervals if compactor is not None else []

@@ -20,6 +20,7 @@ def lenet(
     learn: Sequence[Learn] = ((False, False), (False, False), (True, False)),
     classes: int = 10,
     generator: torch.Generator | None = None,
+    map_start: float | str | None = None,
     **gate_options,
 ) -> nn.Sequential:
     """conv5x5-pool-conv5x5-pool-fc-...-fc for 28 x 28 images, a tri-state ReLU after each pool and hidden layer.
@@ -27,14 +28,19 @@ def lenet(
     Args:
         widths: of the two convolutions and of any number of hidden layers (none: the convolutions feed the output).
         learn: for each, whether its widths and its depth learn.
-        classes: outputs. gate_options: for TriStateReLU. generator: draws the gates.
+        classes: outputs. generator: draws the gates.
+        map_start: where the width gates of the convolutions start; None: as TriStateReLU's.
+        gate_options: for TriStateReLU; starts are for gates that learn.
 
     A ReLU commutes with max-pooling, so it stands behind it, where maps are four times smaller.
     """
 
     def act(i: int) -> TriStateReLU:
         width, depth = learn[i]
-        return TriStateReLU(widths[i], width=width, depth=depth, generator=generator, **gate_options)
+        options = {"width_start": map_start if i < 2 else gate_options.get("width_start")} if width else {}
+        options |= {"depth_start": gate_options.get("depth_start", 0.0)} if depth else {}
+        others = {k: v for k, v in gate_options.items() if k not in ("width_start", "depth_start")}
+        return TriStateReLU(widths[i], width=width, depth=depth, generator=generator, **options, **others)
 
     parts: list[nn.Module] = [nn.Conv2d(1, widths[0], 5), nn.MaxPool2d(2), act(0)]
     parts += [nn.Conv2d(widths[0], widths[1], 5), nn.MaxPool2d(2), act(1), nn.Flatten()]

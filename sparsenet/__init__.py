@@ -12,6 +12,7 @@ from sparsenet.architecture.folding import fold_depth
 from sparsenet.architecture.gates import TriStateReLU, architecture_penalty
 from sparsenet.checkpoint import Checkpoint, load, save
 from sparsenet.compaction import CompactionError, CompactionReport, compact
+from sparsenet.compaction_sizes import resize_to
 from sparsenet.compactor import Compactor
 from sparsenet.layers import SparseLinear, densify_, sparsify_
 from sparsenet.memory import MemoryBudget, measure_peak
@@ -83,6 +84,7 @@ __all__ = [
     "measure_peak",
     "plan",
     "reference",
+    "resize_to",
     "save",
     "sparsify_",
 ]

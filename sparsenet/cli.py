@@ -1,4 +1,4 @@
-"""The command line: ``sparsenet train|plan|bench|search|reproduce|inspect|doctor``.
+"""The command line: ``sparsenet train|plan|bench|search|reproduce|compact|inspect|doctor``.
 
 Flags of ``train`` follow from the fields of :class:`sparsenet.TrainConfig`. A mistake of the user is one line on the
 standard error and exit status 2; an interrupted training, which can be resumed, is exit status 130.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sparsenet
-from sparsenet import architecture, benchmark, data, functional
+from sparsenet import architecture, benchmark, compact_command, data, functional
 from sparsenet.checkpoint import FileContents, describe
 from sparsenet.job import Interrupted, report, run
 from sparsenet.memory import available_bytes, format_bytes, release_freed_memory
@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time the block-sparse operations against dense ones and rivals")
     benchmark.add_arguments(bench)
     bench.set_defaults(command=benchmark.run)
+    compact = commands.add_parser("compact", help="remove dead or unimportant units from a saved network")
+    compact_command.add_arguments(compact)
+    compact.set_defaults(command=compact_command.run)
     inspect = commands.add_parser("inspect", help="show what a checkpoint holds")
     inspect.add_argument("file", type=Path, help="a file of sparsenet.save, or the folder of a run")
     inspect.set_defaults(command=_inspect)

@@ -65,7 +65,7 @@ def prepare_stage(
     else:
         index = {0: rows} if stage.weights.per_channel else {0: rows, 1: cols}
         moves.puts.append(_move(module.weight, index, optimizers, stage.name))
-        sizes = partial(_set_sizes, module)
+        sizes = partial(set_sizes, module)
         moves.puts.append((partial(sizes, len(rows), len(cols)), partial(sizes, stage.weights.rows, old_cols)))
     if module.bias is not None:
         moves.puts.append(_move(module.bias, {0: rows}, optimizers, stage.name, added))
@@ -172,7 +172,8 @@ def _not_understood(optimizer, key, what, name: str) -> str:
 # --- one module -----------------------------------------------------------------------------------------------------
 
 
-def _set_sizes(module: nn.Module, rows: int, cols: int) -> None:
+def set_sizes(module: nn.Module, rows: int, cols: int) -> None:
+    """The sizes that a linear layer or convolution says it has."""
     if isinstance(module, nn.Linear | SparseLinear):
         module.out_features, module.in_features = rows, cols
     else:

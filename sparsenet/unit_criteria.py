@@ -108,25 +108,37 @@ def unit_views(graph: UnitGraph) -> dict[str, UnitView]:
 # --- criteria -------------------------------------------------------------------------------------------------------
 
 
-def lowest(scores: Tensor, share: float, allowed: Tensor) -> Tensor:
-    """Bool [n]: the ``round(share * n)`` lowest of the allowed ones; ties go to the smaller index."""
+def lowest(scores: Tensor, share: float, allowed: Tensor, group: int = 1) -> Tensor:
+    """Bool [n]: the lowest of the allowed ones, about ``share * n``; ties go to the smaller index.
+
+    With ``group`` above 1, neighbours [0, group), [group, 2 group) and so on go together, by their sum of scores.
+    """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"compact: share must lie in [0, 1], got {share}")
-    ranked = torch.where(allowed, scores.double(), torch.inf).argsort(stable=True)
-    chosen = torch.zeros(len(scores), dtype=torch.bool)
-    chosen[ranked[: round(share * len(scores))]] = True
-    return chosen & allowed
+    if not isinstance(group, int) or group < 1:
+        raise ValueError(f"compact: group must be an integer of at least 1, got {group!r}")
+    member = torch.arange(len(scores)) // group
+    count = -(-len(scores) // group)
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, member, scores.double())
+    held = torch.zeros(count, dtype=torch.int64).index_add_(0, member, (~allowed).long()) > 0
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[torch.where(held, torch.inf, total).argsort(stable=True)[: round(share * count)]] = True
+    return (chosen & ~held)[member]
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Removes the ``share`` of each layer's units with the smallest norm of incoming times outgoing weights."""
+    """Removes the ``share`` of each layer's units with the smallest norm of incoming times outgoing weights.
+
+    ``group``: so many neighbours go together; the block size, where block-sparse layers shall lose whole blocks.
+    """
 
     share: float
+    group: int = 1
 
     def __call__(self, view: UnitView) -> Tensor:
         """Bool [units]."""
-        return lowest(view.incoming() * view.outgoing(), self.share, view.removable)
+        return lowest(view.incoming() * view.outgoing(), self.share, view.removable, self.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +168,17 @@ class Taylor:
 
     Attributes:
         batches: a list of (input, target). loss: ``loss(output, target)``. share: of each layer's units.
+        group: so many neighbours go together, as for :class:`Magnitude`.
     """
 
     batches: Batches
     loss: Callable[[Tensor, Tensor], Tensor]
     share: float
+    group: int = 1
 
     def __call__(self, view: UnitView) -> Tensor:
         """Bool [units]."""
-        return lowest(view.statistics(self.batches, self.loss).taylor, self.share, view.removable)
+        return lowest(view.statistics(self.batches, self.loss).taylor, self.share, view.removable, self.group)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

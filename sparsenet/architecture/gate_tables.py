@@ -231,7 +231,7 @@ def _strengths(part: dict) -> str:
             [f"{one:g}", f"{three:g}", f"{three / one:g}", f"{alone:.0f}", units, spread(r["accuracy"] for r in own)]
         )
     header = ["lambda_1", "lambda_3", "k", "left without data", "units left of 500 (per seed)", "acc %"]
-    return "### Strengths of the penalty, hidden layer, MNIST, short budget\n\n" + markdown(header, rows)
+    return "### Strengths of the penalty, hidden layer, MNIST, 8,000 images, 6 epochs\n\n" + markdown(header, rows)
 
 
 def _classes(part: dict, data: str) -> str:

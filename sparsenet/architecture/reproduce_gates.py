@@ -128,7 +128,7 @@ def strengths(task: Reproduction) -> dict:
     """Units of the 500-unit layer over training, for several lambda_1 and lambda_3; MNIST."""
     rows = []
     for one, three in ((1e-4, 1e-4), (1e-4, 3e-4), (1e-4, 1e-3), (1e-4, 3e-3), (1e-2, 1e-3), (1e-2, 5e-3)):
-        gated = task.settings(15_000, task.count(6), lambda_1=one, lambda_3=three)
+        gated = task.settings(8_000, task.count(6), lambda_1=one, lambda_3=three)
         for seed in task.seeds:
             key = f"lambda_1 {one:g} lambda_3 {three:g} {seed}"
             found = task.cell("strengths", key, partial(learn, task.mnist_images, gated, FC, seed))
@@ -136,9 +136,9 @@ def strengths(task: Reproduction) -> dict:
     return {"rows": rows}
 
 
-def classes(task: Reproduction, images: Images, part: str) -> dict:
-    """B4: neurons that the hidden layer learns for the first 2 to 10 classes; 8,000 images, 5 epochs."""
-    gated, rows = task.settings(8_000, task.count(5), **SHORT), []
+def classes(task: Reproduction, images: Images, part: str, count_images: int) -> dict:
+    """B4: neurons that the hidden layer learns for the first 2 to 10 classes; 5 epochs."""
+    gated, rows = task.settings(count_images, task.count(5), **SHORT), []
     for count in range(2, 11):
         for seed in task.seeds:
             compute = partial(learn, images.of_classes(count), gated, FC, seed)
@@ -213,9 +213,9 @@ def bayesian(task: Reproduction) -> dict:
     The cost is that of the paper, loss + 1e-5 * units, the loss on 5,000 training images that are held out.
     """
     full = task.mnist_images
-    images = full.held_out(min(5_000, len(full.train_x) * 5 // 6), min(5_000, len(full.train_x) // 6))
-    plain = task.settings(5_000, task.count(4), compact_every=0)
-    gated = task.settings(5_000, plain.epochs, **SHORT)
+    images = full.held_out(min(4_000, len(full.train_x) * 5 // 6), min(5_000, len(full.train_x) // 6))
+    plain = task.settings(4_000, task.count(4), compact_every=0)
+    gated = task.settings(4_000, plain.epochs, **SHORT)
     runs: list[dict] = []
     learnt: list[dict] = []
     for name, layers, options in (("hidden layer", FC, {}), ("all layers", ALL, MAPS_OPEN)):
@@ -254,8 +254,8 @@ PARTS: dict[str, Callable[[Reproduction], dict]] = {
     "b2_fashion": short_budget,
     "b8_depth": depths,
     "al_mnist": lenet_table,
-    "b4_classes_mnist": lambda task: classes(task, task.mnist_images, "b4_classes_mnist"),
-    "b4_classes_fashion": lambda task: classes(task, task.fashion_images, "b4_classes_fashion"),
+    "b4_classes_mnist": lambda task: classes(task, task.mnist_images, "b4_classes_mnist", 4_000),
+    "b4_classes_fashion": lambda task: classes(task, task.fashion_images, "b4_classes_fashion", 8_000),
     "b10_relatives": relatives,
     "strengths": strengths,
     "pretrained": pretrained,

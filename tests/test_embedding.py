@@ -1,5 +1,6 @@
 """Networks in a continuous space: codec, teachers, encoders, decoders, training, search, hand-over."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -19,13 +20,13 @@ from sparsenet.architecture.embedding import (
     soft_minimum,
     train_autoencoder,
 )
-from sparsenet.architecture.embedding_command import read_table
+from sparsenet.architecture.embedding_baselines import dense_then_prune
+from sparsenet.architecture.embedding_command import load_network, read_table, save_network
 from sparsenet.architecture.embedding_search import (
     EmbeddingSearchConfig,
     RegressionData,
     SearchOutcome,
     deletion_losses,
-    dense_then_prune,
     judged,
     search_embedding,
     sharpened,
@@ -263,16 +264,21 @@ def test_search_starts_and_single_depth(trained, start):
     assert {c.depth for c in search_embedding(trained, teacher_data(), config).candidates} == {3}
 
 
-def test_modern_mode_on_a_formula():
+def test_modern_mode_on_a_formula(tmp_path):
     config = AutoencoderConfig(MODERN, "transformer", "transformer", latent=56, hidden=32, steps=5, batch=8, points=64)
     model = train_autoencoder(config)
     x, y = sample_function("mccormick", 600)
     data = RegressionData.from_arrays(x, y, centre=True)
     search_config = EmbeddingSearchConfig((2,), 1, (1.0,), iterations=10, tune_iterations=90, prune_to=20)
     found = search_embedding(model, data, search_config).best()
+    file = tmp_path / "network.safetensors"
+    save_network(file, found.module(data), MODERN)
     with torch.no_grad():
-        error = (found.module(data)(data.test_x)[:, 0] - data.shift) / data.scale - data.test_y
+        error = (load_network(file)(data.test_x)[:, 0] - data.shift) / data.scale - data.test_y
     assert float(error.square().mean() / data.test_y.var()) == pytest.approx(found.test_fvu, rel=1e-3)
+    file.write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="must be a network of sparsenet search --method embedding"):
+        load_network(file)
     shares = found.nets.mixture
     assert torch.all((shares == 0) | (shares == 1))  # every neuron has chosen
 
@@ -383,8 +389,10 @@ def test_command_line(tmp_path, capsys):
         assert command.run(args) == 0  # the second time it is there
     printed = capsys.readouterr().out
     assert "training" not in printed and "Pareto front" in printed
-    state = torch.load(tmp_path / "out" / "network.pt", weights_only=True)
-    assert all(t.isfinite().all() for t in state.values())
+    network = load_network(tmp_path / "out" / "network.safetensors")
+    assert [type(m) for m in network][:2] == [nn.Linear, nn.LeakyReLU]
+    table = json.loads((tmp_path / "out" / "front.json").read_text())
+    assert int(sum((p != 0).sum() for p in network.parameters())) in [row[0] for row in table["rows"]]
     args.checkpoint = str(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="checkpoint must be an existing file"):
         command.run(args)

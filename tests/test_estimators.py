@@ -48,6 +48,9 @@ def test_naswot_by_hand():
     x = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # codes 11 and 10: K = [[2, 1], [1, 2]], det 3
     assert naswot(model, x) == pytest.approx(math.log(3.0))
     assert naswot(one_layer([[1.0, 1.0]]), x) == 0.0
+    sparse = Architecture(2, 1, 40, (0.3, 0.3)).build()  # dead neurons have no code: only the live ones count
+    live = sum(sparse.live_widths())
+    assert 0 < live < 12 and naswot(sparse, torch.ones(1, 2)) == pytest.approx(math.log(live))
 
 
 def test_gradient_norm_and_snip_by_hand():
@@ -102,7 +105,7 @@ def test_every_estimator_is_compared_with_the_truth():
     rows, truth = compare_estimators(architectures, data, TrialConfig(epochs=5, batch_size=50), report=lines.append)
     names = [r.name for r in rows]
     assert names[0] == "active weights (no network)" and names[-1] == "full training"
-    assert {"SynFlow", "NASWOT", "gradient norm", "SNIP", "2 epochs"} <= set(names)
+    assert {"SynFlow", "NASWOT", "gradient norm", "SNIP", "2 epochs", "extrapolated from epochs 1 to 3"} <= set(names)
     assert len(truth) == len(lines) == 4
     assert all(-1 <= r.spearman_accuracy <= 1 for r in rows if not math.isnan(r.spearman_accuracy))
     with pytest.raises(ValueError, match="architectures must be at least 4, got 3"):

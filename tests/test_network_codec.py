@@ -168,3 +168,15 @@ def test_normalised_outputs():
     assert x.shape == (1000, 3)
     torch.testing.assert_close(y.square().mean(1), torch.ones(30))
     torch.testing.assert_close(nets.outputs(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_module_leaves_out_neurons_that_nothing_reads():
+    space = NetworkSpace(inputs=1, width=3, max_depth=2, activation="sigmoid")
+    first = torch.tensor([[[1.0], [2.0], [3.0]]])
+    second = torch.tensor([[[0.0, 5.0, 0.0], [7.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])  # nothing reads the second neuron
+    nets = NetworkBatch(space, (first, second, torch.tensor([[[4.0, 0.0, 6.0]]])), torch.ones(1, 2, 3))
+    module, x = nets.to_module(0), torch.randn(9, 1)
+    assert [list(m.weight.shape) for m in module if hasattr(m, "weight")] == [[1, 1], [2, 1], [1, 2]]
+    torch.testing.assert_close(module(x)[:, 0], nets.outputs(x)[0])
+    silent = replace(nets, weights=(first, second, torch.zeros(1, 1, 3)))
+    assert silent.to_module(0)(x).abs().max() == 0

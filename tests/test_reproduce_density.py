@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("optuna")
 
 from sparsenet import data as datasets
-from sparsenet.architecture import density_tables, reproduce_density
+from sparsenet.architecture import density_tables, reproduce_density, reproduce_parts
 
 
 def arguments(out, *extra):
@@ -39,6 +39,8 @@ def test_counts_formula_and_seeds(tmp_path, capsys):
     before = (tmp_path / "a1_counts.json").stat().st_mtime_ns
     assert reproduce_density.run(args) == 0
     assert (tmp_path / "a1_counts.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="out must be a folder of parts of scale 0.5, got a1_counts of scale 1.0"):
+        reproduce_density.run(arguments(tmp_path, "--scale", "0.5"))
 
 
 def test_parts_that_train(tmp_path, capsys, small_images):
@@ -49,8 +51,10 @@ def test_parts_that_train(tmp_path, capsys, small_images):
     printed = capsys.readouterr().out
     for expected in ("| A2 |", "| A3 |", "| A4 |", "1 to 32 hidden layers, MNIST", "poster", "NASWOT"):
         assert expected in printed
-    for name in ("capacity_fashion.png", "depth_mnist.png", "search_mnist_random/accuracy_against_weights.png"):
+    for name in ("a2_fashion.png", "a6_mnist.png", "search_mnist_random/accuracy_against_weights.png"):
         assert (tmp_path / name).stat().st_size > 1000
+    assert (tmp_path / "tables.md").read_text() in printed
+    assert density_tables.tables(reproduce_parts.read_results(tmp_path / "results.json")) in printed
     three = json.loads((tmp_path / "a3_mnist_random.json").read_text())
     assert three["active"] <= 60000 and three["finished"] + three["pruned"] == 7
 
@@ -60,7 +64,7 @@ def test_every_part(tmp_path, capsys, small_images):
     assert reproduce_density.run(arguments(tmp_path, "--scale", "0.05")) == 0
     printed = capsys.readouterr().out
     assert "two workers" in printed and "| A5 |" in printed
-    assert {p.stem for p in tmp_path.glob("*.json")} == set(reproduce_density.PARTS)
+    assert {p.stem for p in tmp_path.glob("*.json")} == {*reproduce_density.PARTS, "results"}
 
 
 def test_bad_arguments(tmp_path):
@@ -76,11 +80,14 @@ def test_tables_by_hand():
         for kind, values in (("sparse", (80.0, 82.0)), ("dense", (81.0, 82.0)))
         for s, a in enumerate(values)
     ]
-    part = {"rows": rows, "epochs": 2, "wall_seconds": 1.0, "cpu_seconds": 1.0}
+    part = {"rows": rows, "epochs": 2, "p_value": 0.5, "wall_seconds": 1.0, "cpu_seconds": 1.0}
     assert density_tables.capacity_gaps(part, 7940) == {7940: 0.5}
     text = density_tables.tables({"a2_fashion": part})
-    assert "| A2 | F-MNIST gap: mean <= 0.7, max <= 1.2 | 0.50, 0.50 | met |" in text
-    assert "81.00 ± 1.41" in text
+    assert "| A2 | Fashion-MNIST gap: mean <= 0.7, max <= 1.2 | 0.50, 0.50 | met |" in text
+    assert "81.00 ± 1.41" in text and "p = 0.50" in text
+    more = [{**r, "seed": r["seed"] + 2, "accuracy": r["accuracy"] - 1} for r in rows]
+    p_value = reproduce_density.wilcoxon([*rows, *more], "active")
+    assert p_value == pytest.approx(0.5)  # two pairs differ, in the same way: 2 * (1 / 2)^2
 
 
 def test_data_are_shrunk(monkeypatch):

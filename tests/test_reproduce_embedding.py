@@ -38,7 +38,7 @@ def test_every_part(tmp_path, capsys):
     assert reproduce_embedding.run(arguments(tmp_path)) == 0
     printed = capsys.readouterr().out
     assert "SWAT-NN's mode" in printed and "transformer / transformer" in printed
-    assert {p.stem for p in tmp_path.glob("*.json")} == set(reproduce_embedding.PARTS)
+    assert {p.stem for p in tmp_path.glob("*.json")} == {*reproduce_embedding.PARTS, "results"}
 
 
 def test_bad_arguments(tmp_path):

@@ -1,5 +1,6 @@
 """Search space and trials: exact counts, bounds, gradient flow, training, inheritance."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -97,11 +98,20 @@ def test_live_widths_count_neurons_with_input_and_output():
     assert Architecture(4, 2, 3, (1.0, 1.0)).build().live_widths() == [3]
 
 
+def test_distance_is_the_log_ratio_of_layer_sizes():
+    a, b = Architecture(10, 2, 10, (0.1, 0.5)), Architecture(10, 2, 10, (0.4, 0.5))
+    assert a.distance(b) == b.distance(a) == pytest.approx(math.log(4))
+    assert a.distance(Architecture(10, 2, 10, (0.1, 0.1, 0.5))) == math.inf
+
+
 def test_architectures_are_scaled_to_the_limit():
     space = SearchSpace(784, 10, max_depth=3, max_width=512, max_active=60000)
     architecture = space.architecture((1.0, 0.5, 0.0, 1.0))
     assert 59990 <= architecture.active_weights <= 60000
     assert architecture.depth == 2
+    wider = space.architecture((0.01, 0.0, 0.0, 0.05)).scaled_to(50000)
+    assert 49990 <= wider.active_weights <= 50000
+    assert Architecture(4, 2, 3, (0.5, 0.5)).scaled_to(10**6).active_weights == 18
     small = space.architecture((0.01, 0.0, 0.0, 0.05))
     assert small.densities == (0.01, 0.0, 0.0, 0.05)
 

@@ -3,50 +3,50 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm import tqdm
+from sparsenet.architecture.reproduce_parts import markdown, spread, times_table, verdict
+from sparsenet.architecture.search_plots import GREY, SERIES, new_axes, save_figure
 
-__all__ = ["figures", "markdown", "tables"]
+__all__ = ["figures", "tables"]
 
 COLOURS = {"sparse": "#d1495b", "dense": "#2a6fbb"}
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("|" + "---|" * (lines[0].count("|") - 1))
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def verdict(good: bool) -> str:
-    """``met`` or ``NOT met``."""
-    return "met" if good else "NOT met"
+# Digitised from the poster (METHODS 1.8): sparse, mean over all epochs, at 100 % and 10 % of MNIST's training data.
+POSTER_SPARSE = {
+    "a2_mnist": {3970: 86.5, 7940: 92.5, 19850: 95.6, 39700: 96.7, 59550: 97.06, 75430: 97.14},
+    "a2_mnist_tenth": {3970: 70.6, 7940: 83.6, 19850: 89.9, 59550: 92.3, 75430: 92.8},
+}
+POSTER_DEPTHS = {1: 96.6, 2: 96.4, 4: 95.6, 8: 91.6, 16: 13.4, 32: 11.3}
+TITLES = {
+    "a2_fashion": "Fashion-MNIST",
+    "a2_mnist": "MNIST",
+    "a2_mnist_tenth": "a tenth of MNIST",
+    "a6_fashion": "Fashion-MNIST",
+    "a6_mnist": "MNIST",
+}
 
 
 def tables(numbers: dict[str, dict]) -> str:
     """All tables of the parts that have been run, as Markdown."""
     parts = [_checks(numbers)]
-    parts += [_capacity(numbers, name) for name in ("a2_fashion", "a2_mnist") if name in numbers]
-    parts += [_depths(numbers, name) for name in ("a6_fashion", "a6_mnist") if name in numbers]
-    if "a4_estimators" in numbers:
-        parts.append(_estimators(numbers["a4_estimators"]))
-    times = [[name, f"{n['wall_seconds']:.0f}", f"{n['cpu_seconds']:.0f}"] for name, n in numbers.items()]
-    parts.append("### Time (s)\n\n" + markdown(["part", "wall", "CPU of this process"], times))
-    return "\n\n".join(parts)
+    parts += [_capacity(name, numbers[name]) for name in numbers if name.startswith("a2_")]
+    parts += [_depths(name, numbers[name]) for name in numbers if name.startswith("a6_")]
+    for name, space in (("a4_estimators", "ReLU only"), ("a4_whole_space", "linear layers and three activations")):
+        if name in numbers:
+            parts.append(_estimators(numbers[name], space))
+    return "\n\n".join([*parts, times_table(numbers)])
 
 
 def _checks(numbers: dict[str, dict]) -> str:
     rows: list[list[object]] = []
     if one := numbers.get("a1_counts"):
         rows.append(["A1", "N = 794 u exactly; 89,400", one["two_full_layers"], verdict(one["exact"])])
-    if "a2_fashion" in numbers:
-        gaps = capacity_gaps(numbers["a2_fashion"], 7940)
-        mean, worst = statistics.fmean(gaps.values()), max(gaps.values())
-        good = mean <= 0.7 and worst <= 1.2
-        rows.append(["A2", "F-MNIST gap: mean <= 0.7, max <= 1.2", f"{mean:.2f}, {worst:.2f}", verdict(good)])
+    for name in ("a2_fashion", "a2_mnist"):
+        if name in numbers:
+            gaps = capacity_gaps(numbers[name], 7940)
+            mean, worst = statistics.fmean(gaps.values()), max(gaps.values())
+            target = f"{TITLES[name]} gap: mean <= 0.7, max <= 1.2"
+            rows.append(["A2", target, f"{mean:.2f}, {worst:.2f}", verdict(mean <= 0.7 and worst <= 1.2)])
     for name, loss in (("mnist", 0.072), ("fashion", None)):
         least = 97.86 if loss else 88.7
         for sampler in ("random", "tpe"):
@@ -62,8 +62,10 @@ def _checks(numbers: dict[str, dict]) -> str:
     if five := numbers.get("a5_regret"):
         regret = five["mean_regret"]
         text = ", ".join(f"{k} {v:.4f}" for k, v in regret.items())
-        rows.append(["A5", "regret: TPE <= random", text, verdict(regret["tpe"] <= regret["random"])])
-    rows += _depth_checks(numbers.get("a6_fashion"))
+        best = max(regret["tpe"], regret["gp"])
+        rows.append(["A5", "regret after 30: TPE, GP <= random", text, verdict(best <= regret["random"])])
+    rows += _depth_checks("Fashion-MNIST", numbers.get("a6_fashion"), {32: 85.0, 16: 85.5})
+    rows += _depth_checks("MNIST", numbers.get("a6_mnist"), {})
     if seven := numbers.get("a7_gradient_flow"):
         error = seven["largest_relative_error"]
         rows.append(["A7", "EGF formula within 1e-6", f"{error:.1e}", verdict(error <= 1e-6)])
@@ -92,24 +94,23 @@ def _headline_row(name: str, sampler: str, found: dict, least: float, loss: floa
     return ["A3", f"{name}, {sampler}: {target}", text, verdict(good)]
 
 
-def _depth_checks(six: dict | None) -> list[list[object]]:
+def _depth_checks(data: str, six: dict | None, modern: dict[int, float]) -> list[list[object]]:
+    """``modern``: depth -> accuracy that sparse networks with BatchNorm and residual connections must reach."""
     if not six:
         return []
     mean = depth_means(six)
-    plain = {
-        d: abs(mean[d, "plain", "sparse"] - mean[d, "plain", "dense"])
-        for d, m, k in mean
-        if m == "plain" and k == "dense"
-    }
-    gap = max(v for d, v in plain.items() if d <= 8)
-    rows = [["A6", "gap <= 1.5 up to 8 layers", f"{gap:.2f}", verdict(gap <= 1.5)]]
+    shallow = [d for d, mode, kind in mean if mode == "plain" and kind == "sparse" and d <= 8]
+    gap = max(abs(mean[d, "plain", "sparse"] - mean[d, "plain", "dense"]) for d in shallow)
+    rows = [["A6", f"{data}: gap <= 1.5 up to 8 layers", f"{gap:.2f}", verdict(gap <= 1.5)]]
     if (32, "small init", "sparse") in mean:
-        chance = max(mean[32, "small init", k] for k in ("sparse", "dense"))
-        rows.append(["A6", "32 layers, nn.Linear's init: chance in both", f"{chance:.1f} %", verdict(chance <= 15)])
-    for depth, least in ((32, 85.0), (16, 85.5)):
+        chance = [mean[32, "small init", kind] for kind in ("sparse", "dense")]
+        text = " and ".join(f"{c:.1f} %" for c in chance)
+        rows.append(["A6", f"{data}: 32 layers, nn.Linear's init: chance", text, verdict(max(chance) <= 15)])
+    for depth, least in modern.items():
         if (depth, "modern", "sparse") in mean:
             value = mean[depth, "modern", "sparse"]
-            rows.append(["A6", f"modern sparse, {depth} layers >= {least}", f"{value:.1f} %", verdict(value >= least)])
+            target = f"{data}: modern sparse, {depth} layers >= {least}"
+            rows.append(["A6", target, f"{value:.1f} %", verdict(value >= least)])
     return rows
 
 
@@ -132,132 +133,120 @@ def depth_means(part: dict) -> dict[tuple[int, str, str], float]:
     return {k: statistics.fmean(v) for k, v in grouped(part["rows"], ("depth", "mode", "kind"), "accuracy").items()}
 
 
-def _spread(values: list[float], digits: int = 2) -> str:
-    half = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {half:.{digits}f}"
-
-
-def _capacity(numbers: dict, name: str) -> str:
-    from sparsenet.architecture.reproduce_density import POSTER_SPARSE
-
-    part, mnist = numbers[name], name.endswith("mnist")
-    accuracy = grouped(part["rows"], ("active", "kind"), "accuracy")
-    average = grouped(part["rows"], ("active", "kind"), "mean_accuracy")
-    loss = grouped(part["rows"], ("active", "kind"), "loss")
+def _capacity(name: str, part: dict) -> str:
+    poster = POSTER_SPARSE.get(name, {})
+    columns = {
+        value: grouped(part["rows"], ("active", "kind"), value) for value in ("accuracy", "loss", "mean_accuracy")
+    }
     header = ["active weights", "sparse acc %", "dense acc %", "sparse loss", "dense loss"]
-    header += ["sparse, mean over epochs", "poster (mean over epochs)"] if mnist else []
+    header += ["sparse, mean over epochs", "poster (mean over epochs)"] if poster else []
     rows = []
-    for active in sorted({n for n, _ in accuracy}):
-        row = [active, *(_spread(accuracy[active, k]) for k in ("sparse", "dense"))]
-        row += [_spread(loss[active, k], 3) for k in ("sparse", "dense")]
-        if mnist:
-            row += [_spread(average[active, "sparse"]), POSTER_SPARSE.get(active, "")]
+    for active in sorted({n for n, _ in columns["accuracy"]}):
+        row = [active, *(spread(columns["accuracy"][active, kind]) for kind in COLOURS)]
+        row += [spread(columns["loss"][active, kind], 3) for kind in COLOURS]
+        if poster:
+            row += [spread(columns["mean_accuracy"][active, "sparse"]), poster.get(active, "")]
         rows.append(row)
-    data = "MNIST" if mnist else "Fashion-MNIST"
-    title = f"### One hidden layer, {data}, {part['epochs']} epochs, mean ± s.d. over seeds"
-    return title + "\n\n" + markdown(header, rows)
+    title = f"### One hidden layer, {TITLES[name]}, {part['epochs']} epochs, mean ± s.d. over three patterns"
+    return f"{title}\n\n{markdown(header, rows)}\n\n{_same(part)}"
 
 
-def _depths(numbers: dict, name: str) -> str:
-    from sparsenet.architecture.reproduce_density import POSTER_DEPTHS
-
-    part, mnist = numbers[name], name.endswith("mnist")
-    accuracy = grouped(part["rows"], ("depth", "mode", "kind"), "accuracy")
-    loss = grouped(part["rows"], ("depth", "mode", "kind"), "loss")
+def _depths(name: str, part: dict) -> str:
+    accuracy, loss = (grouped(part["rows"], ("depth", "mode", "kind"), value) for value in ("accuracy", "loss"))
+    poster = name == "a6_mnist"
     header = ["hidden layers", "mode", "sparse acc %", "dense acc %", "sparse loss", "dense loss"]
-    header += ["poster"] if mnist else []
+    header += ["poster acc"] if poster else []
     rows = []
-    for depth, mode in sorted({(d, m) for d, m, _ in accuracy}, key=lambda k: (k[1] != "plain", k[0])):
-        row = [depth, mode, *(_spread(accuracy[depth, mode, k]) for k in ("sparse", "dense"))]
-        row += [_spread(loss[depth, mode, k], 3) for k in ("sparse", "dense")]
-        row += [POSTER_DEPTHS[depth] if mode == "plain" else ""] if mnist else []
-        rows.append(row)
-    data = "MNIST" if mnist else "Fashion-MNIST"
-    return f"### 1 to 32 hidden layers, {data}, {part['epochs']} epochs\n\n" + markdown(header, rows)
+    for depth, mode in sorted({(d, m) for d, m, _ in accuracy}, key=lambda k: (k[1] != "plain", k[1], k[0])):
+        row = [depth, mode, *(spread(accuracy[depth, mode, kind]) for kind in COLOURS)]
+        row += [spread(loss[depth, mode, kind], 3) for kind in COLOURS]
+        rows.append([*row, *([POSTER_DEPTHS[depth] if mode != "modern" else ""] if poster else [])])
+    title = f"### 1 to 32 hidden layers, {TITLES[name]}, {part['epochs']} epochs, mean ± s.d. over three patterns"
+    return f"{title}\n\n{markdown(header, rows)}\n\n{_same(part, ', plain networks')}"
 
 
-def _estimators(part: dict) -> str:
-    rows = [
-        [
-            r["name"],
-            *(f"{r[k]:.3f}" for k in ("spearman_accuracy", "kendall_accuracy", "spearman_loss")),
-            f"{r['seconds']:.2f}",
-        ]
-        for r in part["rows"]
-    ]
+def _same(part: dict, which: str = "") -> str:
+    return f"Sparse against dense{which}, paired by size and seed: p = {part['p_value']:.2f} (Wilcoxon's signed ranks)."
+
+
+def _estimators(part: dict, space: str) -> str:
+    columns = ("spearman_accuracy", "kendall_accuracy", "spearman_loss")
+    rows = [[r["name"], *(f"{r[c]:.3f}" for c in columns), f"{r['seconds']:.2f}"] for r in part["rows"]]
     header = ["estimator", "Spearman, accuracy", "Kendall, accuracy", "Spearman, -loss", "s per network"]
-    count = len(part["truth"])
-    return f"### Estimators against full training ({count} architectures, {part['epochs']} epochs)\n\n" + markdown(
-        header, rows
-    )
+    what = f"{len(part['truth'])} architectures, {space}, {part['epochs']} epochs"
+    return f"### Estimators against full training ({what})\n\n{markdown(header, rows)}"
 
 
 def figures(numbers: dict[str, dict], folder: Path) -> list[Path]:
-    """Curves with bands of one standard deviation, as PNG files; none (and a line that says so) without matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        tqdm.write(f"reproduce density: no figures, {error}; pip install 'sparsenet[plot]'")
-        return []
+    """Curves with bands of one standard deviation, as PNG files."""
     made = []
-    for name, title in (("fashion", "Fashion-MNIST"), ("mnist", "MNIST")):
-        if f"a2_{name}" in numbers:
-            rows = numbers[f"a2_{name}"]["rows"]
-            made.append(
-                _curves(rows, "active", f"{title}: one hidden layer", "active weights", folder / f"capacity_{name}.png")
-            )
-        if f"a6_{name}" in numbers:
-            rows = numbers[f"a6_{name}"]["rows"]
-            made.append(
-                _curves(rows, "depth", f"{title}: 1 to 32 hidden layers", "hidden layers", folder / f"depth_{name}.png")
-            )
+    for name, part in numbers.items():
+        if name.startswith("a2_"):
+            made.append(_capacity_figure(part["rows"], TITLES[name], folder / f"{name}.png"))
+        elif name.startswith("a6_"):
+            made.append(_depth_figure(part["rows"], TITLES[name], folder / f"{name}.png"))
     if "a5_regret" in numbers:
-        made.append(_regret(numbers["a5_regret"], folder / "sampler_regret.png"))
+        made.append(_regret_figure(numbers["a5_regret"], folder / "a5_regret.png"))
     return made
 
 
-def _curves(rows: list[dict], axis: str, title: str, label: str, path: Path) -> Path:
-    """Accuracy and loss of sparse and dense networks, mean and one standard deviation over seeds."""
-    from sparsenet.architecture.search_plots import new_axes, save_figure
+def _panel(ax, rows: list[dict], axis: str, value: str, styles: dict[str, str] | None = None) -> None:
+    """Mean and one standard deviation of ``value`` along ``axis``, sparse and dense, one line style per mode."""
+    for mode, style in (styles or {"": "-"}).items():
+        for kind, colour in COLOURS.items():
+            own = [r for r in rows if r["kind"] == kind and r.get("mode", "") == mode]
+            groups = sorted(grouped(own, (axis,), value).items())
+            x = [k[0] for k, _ in groups]
+            mean = [statistics.fmean(v) for _, v in groups]
+            half = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in groups]
+            label = f"{kind}, {mode}" if mode else kind
+            ax.plot(x, mean, style, color=colour, marker="o", markersize=3.5, linewidth=1.5, label=label)
+            low, high = ([m + s * h for m, h in zip(mean, half, strict=True)] for s in (-1, 1))
+            ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    ax.set_ylabel("test accuracy (%)" if value == "accuracy" else "test loss (nats)")
+    if axis == "active":
+        ax.set_xlabel("active weights")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+    else:
+        depths = sorted({r["depth"] for r in rows})
+        ax.set_xlabel("hidden layers")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(depths, [str(d) for d in depths])
 
+
+def _capacity_figure(rows: list[dict], title: str, path: Path) -> Path:
     figure, both = new_axes(8.6, 3.6, ncols=2)
-    modes = ("plain", "small init", "modern") if axis == "depth" else (None,)
     for ax, value in zip(both, ("accuracy", "loss"), strict=True):
-        for mode in modes:
-            for kind, colour in COLOURS.items():
-                own = [r for r in rows if r["kind"] == kind and (mode is None or r["mode"] == mode)]
-                if not own:
-                    continue
-                groups = sorted(grouped(own, (axis,), value).items())
-                x = [k[0] for k, _ in groups]
-                mean = [statistics.fmean(v) for _, v in groups]
-                half = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in groups]
-                style = {"modern": "--", "small init": ":"}.get(mode, "-")
-                name = kind + {"modern": ", BatchNorm + residual", "small init": ", small init"}.get(mode, "")
-                ax.plot(x, mean, style, color=colour, marker="o", markersize=3.5, linewidth=1.5, label=name)
-                low, high = ([m + s * h for m, h in zip(mean, half, strict=True)] for s in (-1, 1))
-                ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-        ax.set_xlabel(label)
-        ax.set_ylabel("test accuracy (%)" if value == "accuracy" else "test loss (nats)")
-        if axis == "active":
-            ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
-        if axis == "depth":
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(sorted({r["depth"] for r in rows}), [str(d) for d in sorted({r["depth"] for r in rows})])
-    both[0].legend(frameon=False, fontsize=8, loc="lower left" if axis == "depth" else "lower right")
-    figure.suptitle(f"{title}, equal numbers of active weights (mean ± s.d.)", fontsize=10)
+        _panel(ax, rows, "active", value)
+    both[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle(f"{title}: one hidden layer, equal numbers of active weights (mean ± s.d.)", fontsize=10)
     return save_figure(figure, path)
 
 
-def _regret(part: dict, path: Path) -> Path:
-    from sparsenet.architecture.search_plots import GREY, SERIES, new_axes, save_figure
+def _depth_figure(rows: list[dict], title: str, path: Path) -> Path:
+    figure, (accuracy, loss, collapse) = new_axes(11.5, 3.7, ncols=3)
+    trained = {"plain": "-", "modern": "--"}
+    _panel(accuracy, rows, "depth", "accuracy", trained)
+    _panel(loss, rows, "depth", "loss", trained)
+    _panel(collapse, rows, "depth", "accuracy", {"plain": "-", "small init": ":"})
+    for ax, heading in ((accuracy, "modern: BatchNorm + residual"), (collapse, "small init: nn.Linear's default")):
+        ax.legend(frameon=False, fontsize=7.5, loc="lower left", title=heading, title_fontsize=7.5)
+    figure.suptitle(f"{title}: 1 to 32 hidden layers, equal numbers of active weights (mean ± s.d.)", fontsize=10)
+    return save_figure(figure, path)
 
+
+def _regret_figure(part: dict, path: Path) -> Path:
     figure, ax = new_axes()
-    for (kind, curves), colour in zip(part["curves"].items(), (GREY, SERIES[1], SERIES[0]), strict=False):
-        mean = [statistics.fmean(c[i] for c in curves) - part["optimum"] for i in range(len(curves[0]))]
-        ax.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=1.7, label=f"{kind} ({len(curves)} repeats)")
+    for (kind, curves), colour in zip(part["curves"].items(), (GREY, SERIES[1], SERIES[0]), strict=True):
+        steps = list(range(1, len(curves[0]) + 1))
+        regrets = [[c[i - 1] - part["optimum"] for c in curves] for i in steps]
+        mean = [statistics.fmean(r) for r in regrets]
+        error = [statistics.stdev(r) / len(r) ** 0.5 for r in regrets]
+        ax.plot(steps, mean, color=colour, linewidth=1.7, label=f"{kind} ({len(curves)} repeats)")
+        low, high = ([max(0.0, m + s * e) for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
+        ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.set_xlabel("evaluations")
-    ax.set_ylabel("mean regret of the best so far")
+    ax.set_ylabel("regret of the best so far (mean ± s.e.)")
     ax.set_yscale("symlog", linthresh=1e-3)
     ax.legend(frameon=False)
     return save_figure(figure, path)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from sparsenet.architecture.embedding import (
     AutoencoderConfig,
@@ -23,9 +26,9 @@ from sparsenet.architecture.embedding import (
     train_autoencoder,
 )
 from sparsenet.architecture.embedding_search import EmbeddingSearchConfig, RegressionData, search_embedding
-from sparsenet.architecture.network_codec import ACTIVATIONS, MIXED, NetworkSpace
+from sparsenet.architecture.network_codec import ACTIVATIONS, MIXED, NetworkSpace, ScaledOutput, layered
 
-__all__ = ["add_arguments", "read_table", "run"]
+__all__ = ["add_arguments", "load_network", "read_table", "run"]
 
 DEFAULT_STEPS = 3000  # about two minutes on one core
 
@@ -89,8 +92,41 @@ def autoencoder_for(args: argparse.Namespace, inputs: int) -> NetworkAutoencoder
     return model
 
 
+def save_network(path: Path, module: nn.Module, space: NetworkSpace) -> None:
+    """Writes a network that was handed over as safetensors, its form in the header, whole or not at all."""
+    network = module.network if isinstance(module, ScaledOutput) else module
+    linears = [layer for layer in network if isinstance(layer, nn.Linear)]
+    form = {
+        "sizes": [linears[0].in_features, *(linear.out_features for linear in linears)],
+        "activation": space.activation,
+        "bias": linears[0].bias is not None,
+        "scale": getattr(module, "scale", 1.0),
+        "shift": getattr(module, "shift", 0.0),
+    }
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file(network.state_dict(), str(part), metadata={"sparsenet_network": json.dumps(form)})
+    os.replace(part, path)
+
+
+def load_network(path: str | Path) -> nn.Module:
+    """The network that ``search --method embedding`` wrote, in the data's units: [batch, inputs] -> [batch, 1].
+
+    Raises ValueError for another file.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            form = json.loads((file.metadata() or {})["sparsenet_network"])
+        network = layered(form["sizes"], form["activation"], form["bias"])
+        network.load_state_dict(load_file(str(path)))
+        scaled = (form["scale"], form["shift"]) != (1.0, 0.0)
+        return ScaledOutput(network, form["scale"], form["shift"]) if scaled else network
+    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        rule = f"{path} must be a network of sparsenet search --method embedding"
+        raise ValueError(f"load_network: {rule}, got: {error}") from error
+
+
 def run(args: argparse.Namespace) -> int:
-    """Searches, prints the Pareto front, saves the chosen network (``network.pt``: a state_dict) and ``front.json``."""
+    """Searches, prints the Pareto front, saves the chosen network (``network.safetensors``) and ``front.json``."""
     x, y = read_table(args.data)
     data = RegressionData.from_arrays(x, y, seed=args.seed, centre=args.biases, scale_inputs=True)
     threads = torch.get_num_threads()
@@ -110,12 +146,13 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     module = chosen.module(data)
-    torch.save(module.state_dict(), folder / "network.pt")
+    file = folder / "network.safetensors"
+    save_network(file, module, model.space)
     rows = [[c.nonzeros, c.depth, c.valid_fvu, c.test_fvu, c.test_mpe] for c in front]
     (folder / "front.json").write_text(
         json.dumps({"columns": "weights depth valid_fvu test_fvu test_mpe", "rows": rows})
     )
     print(f"chosen: {chosen.nonzeros} weights, depth {chosen.depth}, test FVU {chosen.test_fvu:.4f}")
-    print(f"its weights: {folder / 'network.pt'}")
+    print(f"load it with sparsenet.architecture.embedding_command.load_network({str(file)!r})")
     print(module)
     return 0

@@ -8,14 +8,13 @@ is kept by its *hard* threshold (the reference logs the soft one), then pruned f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sparsenet.architecture.embedding import NetworkAutoencoder, sample_teachers
-from sparsenet.architecture.network_codec import NetworkBatch, NetworkSpace, ScaledOutput
+from sparsenet.architecture.network_codec import NetworkBatch, ScaledOutput
 
 __all__ = [
     "Candidate",
@@ -328,6 +327,12 @@ def tune(nets: NetworkBatch, x: Tensor, y: Tensor, iterations: int, learning_rat
     return replace(nets, weights=final, biases=None if biases is None else tuple(b.detach() for b in biases))
 
 
+def with_flat_weights(nets: NetworkBatch, flat: Tensor) -> NetworkBatch:
+    """The networks with all their weights taken from ``flat`` [n, weights], layer after layer."""
+    parts = flat.split([w[0].numel() for w in nets.weights], 1)
+    return replace(nets, weights=tuple(p.reshape(-1, *w.shape[1:]) for p, w in zip(parts, nets.weights, strict=True)))
+
+
 @torch.no_grad()
 def deletion_losses(nets: NetworkBatch, x: Tensor, y: Tensor) -> Tensor:
     """[n, weights]: the mean squared error after deleting each weight, by itself; infinite where it is zero already.
@@ -335,19 +340,13 @@ def deletion_losses(nets: NetworkBatch, x: Tensor, y: Tensor) -> Tensor:
     All deletions of all networks are one batch of n x weights networks, in slices that bound the memory.
     """
     flat = torch.cat([w.flatten(1) for w in nets.weights], 1)
-    n, total = flat.shape
     owner, place = (flat != 0).nonzero(as_tuple=True)
-    losses = torch.full((n, total), torch.inf)
+    losses = torch.full(flat.shape, torch.inf)
     for rows in torch.arange(len(owner)).split(512):
         variants = flat[owner[rows]]
         variants[torch.arange(len(rows)), place[rows]] = 0.0
-        weights, at = [], 0
-        for w in nets.weights:
-            size = w[0].numel()
-            weights.append(variants[:, at : at + size].reshape(-1, *w.shape[1:]))
-            at += size
-        source = nets.select(owner[rows])
-        losses[owner[rows], place[rows]] = (replace(source, weights=tuple(weights)).outputs(x) - y).square().mean(1)
+        changed = with_flat_weights(nets.select(owner[rows]), variants)
+        losses[owner[rows], place[rows]] = (changed.outputs(x) - y).square().mean(1)
     return losses
 
 
@@ -363,47 +362,8 @@ def prune_and_tune(
         counts = (losses < torch.inf).sum(1)
         quota = torch.where(counts > config.prune_to, (counts // 8).clamp(min=1), 0)
         rank = losses.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-        keep = (rank >= quota[:, None]).float()
-        pruned, at = [], 0
-        for w in nets.weights:
-            size = w[0].numel()
-            pruned.append(w * keep[:, at : at + size].reshape(w.shape))
-            at += size
-        nets = tune(replace(nets, weights=tuple(pruned)), x, y, config.tune_iterations // 4, 0.01)
+        flat = torch.cat([w.flatten(1) for w in nets.weights], 1)
+        pruned = with_flat_weights(nets, torch.where(rank >= quota[:, None], flat, 0.0))
+        nets = tune(pruned, x, y, config.tune_iterations // 4, 0.01)
         found += judged(nets, data, weights, "pruned")
     return found
-
-
-def train_directly(
-    space: NetworkSpace, data: RegressionData, depth: int, count: int, iterations: int, seed: int = 0
-) -> NetworkBatch:
-    """The baseline without an embedding: ``count`` dense networks of full width from random weights, by Adam."""
-    generator = torch.Generator().manual_seed(seed * 101 + depth)
-    weights = []
-    for out, inp in space.shapes(depth):
-        weights.append(torch.randn(count, out, inp, generator=generator) * (2.0 / inp) ** 0.5)
-    biases = tuple(torch.zeros(count, out) for out, _ in space.shapes(depth)) if space.bias else None
-    mixture = None
-    if space.activation == "mixed":
-        choice = torch.randint(3, (count, depth, space.width), generator=generator)
-        mixture = nn.functional.one_hot(choice, 3).float()
-    nets = NetworkBatch(space, tuple(weights), torch.ones(count, depth, space.width), biases, mixture)
-    return tune(nets, data.train_x[:2000], data.train_y[:2000], iterations, 0.02)
-
-
-def dense_then_prune(
-    space: NetworkSpace,
-    data: RegressionData,
-    config: EmbeddingSearchConfig,
-    depths: Iterable[int] | None = None,
-    prune: bool = True,
-) -> SearchOutcome:
-    """Baselines at the search's iterations and restarts: train dense (random restarts), then, with ``prune``, prune."""
-    found: list[Candidate] = []
-    weights = torch.zeros(len(config.sparsity_weights) * config.restarts)
-    for depth in depths or range(1, space.max_depth + 1):
-        nets = train_directly(space, data, depth, len(weights), config.iterations, config.seed)
-        found += judged(nets, data, weights, "dense")
-        if prune:
-            found += prune_and_tune(nets, data, weights, config)
-    return SearchOutcome(found)

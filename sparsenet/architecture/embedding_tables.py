@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from tqdm import tqdm
-
-from sparsenet.architecture.density_tables import markdown, verdict
+from sparsenet.architecture.reproduce_parts import markdown, times_table, verdict
+from sparsenet.architecture.search_plots import GREY, SERIES, new_axes, save_figure
 
 __all__ = ["figures", "tables"]
 
-METHODS = ("embedding", "dense, pruned", "random restarts")
+METHODS = ("embedding", "embedding, not pruned", "dense, pruned", "random restarts")
 # part -> what was measured for METHODS.md 3.8 without the final pruning: "FVU at weights"
 REFERENCE = {
     "c4_leaky_relu_14_seed0": ".0035 at 14; best .0002 at 56",
@@ -28,139 +27,107 @@ REFERENCE = {
 
 def tables(numbers: dict[str, dict]) -> str:
     """All tables of the parts that have been run, as Markdown."""
-    parts = [_checks(numbers), _autoencoders(numbers)]
-    parts += [_recovery(numbers), _per_depth(numbers)]
+    parts = [_checks(numbers), _autoencoders(numbers), _recovery(numbers), _per_depth(numbers)]
     if six := numbers.get("c6_sparsity_weights"):
         header = ["teacher", "sparsity weight", "median weights", "median FVU", "best: weights", "FVU", "MPE %"]
-        rows = [
-            [t, f"{w:g}", f"{n:g}", f"{f:.4f}", b, f"{bf:.4f}", f"{100 * m:.1f}"]
-            for t, w, n, f, b, bf, m in six["rows"]
-        ]
-        parts.append(
-            "### Sparsity weight, decoder 3, no pruning after the search (figure 4)\n\n" + markdown(header, rows)
-        )
-    parts += [_modern(numbers["modern"])] if "modern" in numbers else []
-    times = [[name, f"{n['wall_seconds']:.0f}", f"{n['cpu_seconds']:.0f}"] for name, n in numbers.items()]
-    parts.append("### Time (s)\n\n" + markdown(["part", "wall", "CPU"], times))
+        rows = [[t, f"{w:g}", f"{n:g}", fvu(f), b, fvu(bf), f"{100 * m:.1f}"] for t, w, n, f, b, bf, m in six["rows"]]
+        title = "### Sparsity weight, decoder 3, no pruning after the search (figure 4)"
+        parts.append(f"{title}\n\n{markdown(header, rows)}")
+    if "modern" in numbers:
+        parts.append(_modern(numbers["modern"]))
+    parts.append(times_table(numbers))
     return "\n\n".join(p for p in parts if p)
 
 
+def fvu(value: float) -> str:
+    """Four digits, or the order of magnitude; what rounding leaves is below 1e-6."""
+    if value >= 1e-3:
+        return f"{value:.4f}"
+    return f"{value:.0e}".replace("e-0", "e-") if value >= 1e-6 else "< 1e-6"
+
+
+def _error(found: list) -> str:
+    """``FVU (MPE)`` of [weights, depth, FVU, MPE]."""
+    return f"{fvu(found[2])} ({100 * found[3]:.1f} %)"
+
+
 def _checks(numbers: dict[str, dict]) -> str:
-    rows: list[list[object]] = []
+    rows = [*_autoencoder_checks(numbers), *_search_checks(numbers)]
+    named = [[check, target, ours, verdict(good)] for check, target, ours, good in sorted(rows, key=lambda r: r[0])]
+    return "### Acceptance checks\n\n" + markdown(["check", "target", "ours", ""], named)
 
-    def add(check: str, target: str, text: object, good: bool) -> None:
-        rows.append([check, target, text, verdict(good)])
 
+def _autoencoder_checks(numbers: dict[str, dict]) -> Iterator[tuple[str, str, str, bool]]:
+    """C1, C2, C3, C7: (check, target, ours, met)."""
     if one := numbers.get("c1_fixture"):
-        error = one["largest_error"]
-        add(
-            "C1",
-            "fixture within 1e-5; pack and unpack lossless",
-            f"{error:.1e}, {one['lossless']}",
-            error <= 1e-5 and one["lossless"],
-        )
+        error, lossless = one["largest_error"], one["lossless"]
+        target = "fixture within 1e-5; pack and unpack lossless"
+        yield "C1", target, f"{error:.1e}, {lossless}", error <= 1e-5 and lossless
     for name, most in (("leaky_relu", 0.05), ("sigmoid", 0.12), ("linear", 0.002)):
         if two := numbers.get(f"c2_{name}"):
             value, each = two["min_nmse"], two["decoder_nmse"]
-            add("C2", f"{name}: min over decoders <= {most}", f"{value:.4f}", value <= most)
-            add("C3", f"{name}: each decoder <= .5", " ".join(f"{v:.3f}" for v in each), max(each) <= 0.5)
-    fours = [numbers[n] for n in ("c4_leaky_relu_14_seed0", "c4_leaky_relu_14_seed1") if n in numbers]
-    for i, four in enumerate(fours):
-        best, small = four["embedding"]["best"], four["embedding"]["within"]["28"]
-        add("C4", f"teacher {i}: best FVU <= .01", f"{best[2]:.5f} at {best[0]}", best[2] <= 0.01)
-        add("C4", f"teacher {i}: <= 28 weights at FVU <= .03", f"{small[2]:.5f} at {small[0]}", small[2] <= 0.03)
+            yield "C2", f"{name}: min over decoders <= {most}", f"{value:.4f}", value <= most
+            yield "C3", f"{name}: each decoder <= .5", " ".join(f"{v:.3f}" for v in each), max(each) <= 0.5
+        if seven := numbers.get(f"c7_{name}"):
+            rho, moved = seven["spearman"], seven["permutation_distance"]
+            target = f"{name}: Spearman >= .6; permuted within 1e-4"
+            yield "C7", target, f"{rho:.3f}, {moved:.1e}", rho >= 0.6 and moved <= 1e-4
+
+
+def _search_checks(numbers: dict[str, dict]) -> Iterator[tuple[str, str, str, bool]]:
+    """C4, C5, C6: (check, target, ours, met)."""
     for part, limits in (
-        ("c5_leaky_relu_35", (("35", 0.10), ("70", 0.05))),
-        ("c5_linear_35", (("28", 0.001),)),
-        ("c5_sigmoid_fixture", (("70", 0.03),)),
+        ("c4_leaky_relu_14_seed0", {"best": 0.01, "28": 0.03}),
+        ("c4_leaky_relu_14_seed1", {"best": 0.01, "28": 0.03}),
+        ("c5_leaky_relu_35", {"35": 0.10, "70": 0.05}),
+        ("c5_linear_35", {"28": 0.001}),
+        ("c5_sigmoid_fixture", {"70": 0.03}),
     ):
         if part in numbers:
-            for count, most in limits:
-                found = numbers[part]["embedding"]["within"][count]
-                add(
-                    "C5",
-                    f"{part[3:]}: <= {count} weights at FVU <= {most}",
-                    f"{found[2]:.5f} at {found[0]}",
-                    found[2] <= most,
-                )
+            own = numbers[part]["embedding"]
+            for count, most in limits.items():
+                found = own["best"] if count == "best" else own["within"][count]
+                target = f"{part[3:]}: {'best' if count == 'best' else f'<= {count} weights'} at FVU <= {most}"
+                yield part[:2].upper(), target, f"{_error(found)} at {found[0]}", found[2] <= most
     if six := numbers.get("c6_sparsity_weights"):
         teachers = {r[0]: [q for q in six["rows"] if q[0] == r[0]] for r in six["rows"]}
         fewer = all(a[2] > b[2] for t in teachers.values() for a, b in pairwise(t))
         worse = all(a[3] <= b[3] for t in teachers.values() for a, b in pairwise(t))
-        add(
-            "C6", "weights fall, FVU does not, with the sparsity weight (medians)", f"{fewer}, {worse}", fewer and worse
-        )
-    for name in ("leaky_relu", "sigmoid"):
-        if seven := numbers.get(f"c7_{name}"):
-            rho, moved = seven["spearman"], seven["permutation_distance"]
-            add(
-                "C7",
-                f"{name}: Spearman >= .6; permuted within 1e-4",
-                f"{rho:.3f}, {moved:.1e}",
-                rho >= 0.6 and moved <= 1e-4,
-            )
-    return "### Acceptance checks\n\n" + markdown(["check", "target", "ours", ""], rows)
+        target = "weights fall, FVU does not, with the sparsity weight (medians)"
+        yield "C6", target, f"{fewer}, {worse}", fewer and worse
 
 
 def _autoencoders(numbers: dict[str, dict]) -> str:
     rows = []
-    known = {n[3:]: numbers[n] for n in numbers if n.startswith("c2_")}
+    known = {n[3:]: {**numbers[n], **numbers.get(f"c7_{n[3:]}", {})} for n in numbers if n.startswith("c2_")}
     known |= numbers.get("encoders", {}).get("rows", {})
     for name, n in known.items():
-        shares = " ".join(f"{s:.2f}" for s in n["shares"])
-        row = [name, n["steps"], f"{n['train_seconds']:.0f}", f"{n['min_nmse']:.4f}", f"{n['median_fvu']:.4f}"]
-        row += [f"{100 * n['mpe_mean']:.1f} / {100 * n['mpe_median']:.1f}", shares]
-        row.append(f"{n['permutation_distance']:.1e}" if "permutation_distance" in n else "")
+        row = [name, n["steps"], f"{n['train_seconds']:.0f}", f"{n['min_nmse']:.4f}", fvu(n["median_fvu"])]
+        row += [f"{100 * n['mpe_mean']:.1f} / {100 * n['mpe_median']:.1f}", " ".join(f"{s:.2f}" for s in n["shares"])]
+        geometry = "permutation_distance" in n
+        row += [f"{n['spearman']:.2f}", f"{n['permutation_distance']:.0e}"] if geometry else ["", ""]
         rows.append(row)
-    header = [
-        "autoencoder",
-        "steps",
-        "s",
-        "mean nMSE",
-        "median FVU",
-        "MPE % mean / median",
-        "shares of decoders 1-4",
-        "moved by permuting",
-    ]
-    return (
-        "### Autoencoders (nMSE: min over decoders of MSE / (var + .01), 512 fresh networks)\n\n"
-        + markdown(header, rows)
-        if rows
-        else ""
-    )
+    if not rows:
+        return ""
+    header = ["autoencoder", "steps", "s", "mean nMSE", "median FVU", "MPE % mean / median", "shares of decoders 1-4"]
+    header += ["Spearman of distances", "moved by permuting"]
+    title = "### Autoencoders (nMSE: min over decoders of MSE / (var + .01), 512 fresh networks)"
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 def _recovery(numbers: dict[str, dict]) -> str:
-    rows = []
+    counts, rows = (10, 14, 20, 35, 70), []
     for part, reference in REFERENCE.items():
-        if part not in numbers:
-            continue
-        for method in METHODS:
+        for method in METHODS if part in numbers else ():
             found = numbers[part][method]
-            cells = []
-            for count in ("10", "14", "20", "35", "70"):
-                entry = found["within"][count]
-                cells.append("-" if entry is None else f"{entry[2]:.4f} ({100 * entry[3]:.1f} %)")
-            best = found["best"]
-            label = part[3:] if method == "embedding" else ""
-            row = [
-                label,
-                method,
-                *cells,
-                f"{best[2]:.5f} ({100 * best[3]:.1f} %) at {best[0]}",
-                f"{found['seconds']:.0f}",
-            ]
-            rows.append([*row, reference if method == "embedding" else ""])
+            cells = [_error(small) if (small := found["within"][str(count)]) else "-" for count in counts]
+            seconds = f"{found['seconds']:.0f}" if "seconds" in found else ""
+            first = method == METHODS[0]
+            row = [part[3:] if first else "", method, *cells, f"{_error(found['best'])} at {found['best'][0]}", seconds]
+            rows.append([*row, reference if first else ""])
     if not rows:
         return ""
-    header = [
-        "data",
-        "method",
-        *(f"<= {c} weights" for c in (10, 14, 20, 35, 70)),
-        "best",
-        "s",
-        "reference (METHODS 3.8)",
-    ]
+    header = ["data", "method", *(f"<= {c} weights" for c in counts), "best", "s", "reference (METHODS 3.8)"]
     return "### Test FVU (MPE) within a number of weights, chosen by validation\n\n" + markdown(header, rows)
 
 
@@ -169,97 +136,148 @@ def _per_depth(numbers: dict[str, dict]) -> str:
     rows = []
     for part in REFERENCE:
         for depth, front in numbers.get(part, {}).get("embedding", {}).get("per_depth", {}).items():
-            best = min(front, key=lambda c: c[1])
-            small = next((c for c in front if c[1] <= 2 * best[1] + 1e-3), best)
-            rows.append([part[3:], depth, *(f"{c[0]} : {c[1]:.5f} ({100 * c[2]:.1f} %)" for c in (best, small))])
+            best = min(front, key=lambda c: c[2])
+            small = next((c for c in front if c[2] <= 2 * best[2] + 1e-3), best)
+            rows.append([part[3:], depth, *(f"{c[0]} : {_error(c)}" for c in (best, small))])
     if not rows:
         return ""
     header = ["data", "hidden layers", "best: weights : FVU (MPE)", "sparsest within 2 x that + .001"]
-    return "### Each decoder's networks (the paper's values are not published in what we have)\n\n" + markdown(
-        header, rows
-    )
+    title = "### Each decoder's networks (the paper's values are not published in what we have)"
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 def _modern(part: dict) -> str:
-    rows, kinds = [], list(part["rows"])
-    for function in part["rows"]["dense, pruned"]:
+    kinds, rows = part["rows"], []
+    for function in kinds["dense, pruned"]["functions"]:
         row = [function]
-        for kind in kinds:
-            entry = part["rows"][kind]
-            found = entry.get("functions", entry)[function]
+        for kind in kinds.values():
+            found = kind["functions"][function]
             small = found["within"]["35"]
-            row.append(f"{found['best'][2]:.4f} at {found['best'][0]}; {small[2]:.4f} at {small[0]}" if small else "-")
+            row += [
+                f"{_error(found['best'])} at {found['best'][0]}",
+                f"{_error(small)} at {small[0]}" if small else "-",
+            ]
         rows.append(row)
-    header = ["function", *(f"{k}: best; <= 35 weights (test FVU)" for k in kinds)]
-    means = [
-        statistics.fmean(v["min_nmse"] for v in [part["rows"][k]]) if "min_nmse" in part["rows"][k] else None
-        for k in kinds
-    ]
-    notes = ", ".join(f"{k}: autoencoder nMSE {m:.3f}" for k, m in zip(kinds, means, strict=True) if m is not None)
-    return (
-        f"### SWAT-NN's mode: biases and an activation per neuron, two-dimensional functions ({notes})\n\n"
-        + markdown(header, rows)
+    header = ["function", *(f"{kind}: {what}" for kind in kinds for what in ("best", "<= 35 weights"))]
+    trained = ", ".join(
+        f"{name} {kind['min_nmse']:.3f} after {kind['train_seconds']:.0f} s"
+        for name, kind in kinds.items()
+        if "min_nmse" in kind
     )
+    title = "### SWAT-NN's mode: biases and an activation per neuron, two-dimensional functions, test FVU (MPE)"
+    return f"{title}\n\nAutoencoders' mean nMSE: {trained}.\n\n{markdown(header, rows)}"
 
 
 def figures(numbers: dict[str, dict], folder: Path) -> list[Path]:
-    """Pareto fronts and training curves as PNG files; none (and a line that says so) without matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        tqdm.write(f"reproduce embedding: no figures, {error}; pip install 'sparsenet[plot]'")
-        return []
+    """Functions side by side, Pareto fronts, the sparsity weight and training curves as PNG files."""
     made = []
+    if "c2_leaky_relu" in numbers:
+        made.append(_match(numbers["c2_leaky_relu"], folder / "embedding_match.png"))
     if any(part in numbers for part in REFERENCE):
         made.append(_fronts(numbers, folder / "embedding_fronts.png"))
+        made.append(_overlays(numbers, folder / "embedding_overlays.png"))
+    if "c6_sparsity_weights" in numbers:
+        made.append(_sparsity(numbers["c6_sparsity_weights"], folder / "embedding_sparsity.png"))
     if any(n.startswith("c2_") for n in numbers):
         made.append(_training(numbers, folder / "embedding_training.png"))
     return made
 
 
-def _fronts(numbers: dict[str, dict], path: Path) -> Path:
-    from sparsenet.architecture.search_plots import GREY, SERIES, new_axes, save_figure
+def _grid(count: int, columns: int = 4):
+    """A figure and ``count`` small axes."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure, axes = new_axes(2.9 * columns, 2.5 * lines + 0.4, nrows=lines, ncols=columns, squeeze=False)
+    for ax in axes.flat:
+        ax.tick_params(labelsize=7)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, list(axes.flat[:count])
 
+
+def _legend(figure, ax) -> None:
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+def _line(points: list[float]) -> list[float]:
+    """The diagonal's t for each of ``points``."""
+    return [2 * i / (len(points) - 1) - 1 for i in range(len(points))]
+
+
+def _match(part: dict, path: Path) -> Path:
+    """Networks never seen in training against what the best decoder makes of their codes."""
+    figure, axes = _grid(len(part["slices"]))
+    for ax, own in zip(axes, part["slices"], strict=True):
+        t = _line(own["input"])
+        ax.plot(t, own["input"], color=SERIES[0], linewidth=2.6, alpha=0.5, label="network")
+        ax.plot(t, own["decoded"], "--", color=SERIES[1], linewidth=1.4, label="decoded from its code")
+        ax.set_title(f"{own['depth']} hidden layers, decoded with {own['decoder']}", fontsize=8)
+    _legend(figure, axes[0])
+    figure.suptitle("outputs along x = (t, t, t), leaky ReLU", fontsize=9)
+    return save_figure(figure, path)
+
+
+def _overlays(numbers: dict[str, dict], path: Path) -> Path:
+    """The paper's figure 5: target, sparse network, dense network."""
     parts = [p for p in REFERENCE if p in numbers]
-    columns = min(4, len(parts))
-    lines = -(-len(parts) // columns)
-    figure, axes = new_axes(2.9 * columns, 2.7 * lines, nrows=lines, ncols=columns, squeeze=False)
-    for ax, part in zip(axes.flat, parts, strict=False):
-        for method, colour, style in zip(METHODS, (SERIES[1], SERIES[0], GREY), ("-", "--", ":"), strict=True):
+    figure, axes = _grid(len(parts))
+    for ax, part in zip(axes, parts, strict=True):
+        own = numbers[part]["slices"]
+        t = _line(own["target"])
+        ax.plot(t, own["target"], color=GREY, linewidth=3, alpha=0.6, label="target")
+        ax.plot(t, own["sparse"], "--", color=SERIES[1], linewidth=1.4, label="embedding, at most 14 weights")
+        ax.plot(t, own["dense"], ":", color=SERIES[0], linewidth=1.6, label="dense, pruned: best")
+        weights = own["weights"]
+        ax.set_title(f"{part[3:].replace('_', ' ')}: {weights['sparse']} / {weights['dense']} weights", fontsize=8)
+    _legend(figure, axes[0])
+    figure.suptitle("outputs along x = (t, t, t)", fontsize=9)
+    return save_figure(figure, path)
+
+
+def _sparsity(part: dict, path: Path) -> Path:
+    """The paper's figure 4: non-zeros and error against the sparsity weight."""
+    figure, (weights, errors) = new_axes(7.6, 3.2, ncols=2)
+    for teacher, colour in zip(sorted({row[0] for row in part["rows"]}), SERIES, strict=False):
+        own = [row for row in part["rows"] if row[0] == teacher]
+        for ax, column in ((weights, 2), (errors, 3)):
+            x, y = [r[1] for r in own], [r[column] for r in own]
+            ax.plot(x, y, color=colour, marker="o", markersize=4, label=f"data of teacher {teacher}")
+    for ax, label in ((weights, "median non-zero weights"), (errors, "median test FVU")):
+        ax.set_xscale("log")
+        ax.set_xlabel("sparsity weight (multiples of c)")
+        ax.set_ylabel(label)
+    errors.set_yscale("log")
+    weights.legend(frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def _fronts(numbers: dict[str, dict], path: Path) -> Path:
+    parts = [p for p in REFERENCE if p in numbers]
+    styles = zip(METHODS, (SERIES[1], SERIES[3], SERIES[0], GREY), ("-", "-.", "--", ":"), strict=True)
+    figure, axes = _grid(len(parts))
+    for method, colour, style in styles:
+        for ax, part in zip(axes, parts, strict=True):
             front = numbers[part][method]["front"]
-            ax.plot(
-                [c[0] for c in front],
-                [max(c[2], 1e-6) for c in front],
-                style,
-                color=colour,
-                marker=".",
-                markersize=4,
-                linewidth=1.3,
-                label=method,
-            )
+            x, y = [c[0] for c in front], [max(c[2], 1e-6) for c in front]
+            ax.plot(x, y, style, color=colour, marker=".", markersize=4, linewidth=1.3, label=method)
+    for ax, part in zip(axes, parts, strict=True):
+        ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_title(part[3:].replace("_", " "), fontsize=9)
-        ax.set_xlabel("weights", fontsize=8)
-        ax.tick_params(labelsize=7)
-    for ax in axes.flat[len(parts) :]:
-        ax.remove()
-    axes[0, 0].set_ylabel("test FVU", fontsize=8)
-    axes[0, 0].legend(frameon=False, fontsize=7)
+        ax.set_xlabel("non-zero weights", fontsize=8)
+        ax.set_xticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
+        ax.minorticks_off()
+    axes[0].set_ylabel("test FVU (floor 1e-6)", fontsize=8)
+    _legend(figure, axes[0])
     return save_figure(figure, path)
 
 
 def _training(numbers: dict[str, dict], path: Path) -> Path:
-    from sparsenet.architecture.search_plots import SERIES, new_axes, save_figure
-
     figure, ax = new_axes(5.6, 3.4)
-    for colour, (name, part) in zip(SERIES, ((n, p) for n, p in numbers.items() if n.startswith("c2_")), strict=False):
-        ax.plot(
-            [s for s, _, _ in part["curve"]],
-            [v for _, v, _ in part["curve"]],
-            color=colour,
-            linewidth=1.6,
-            label=name[3:],
-        )
+    trained = {name[3:]: part["curve"] for name, part in numbers.items() if name.startswith("c2_")}
+    for colour, (name, curve) in zip(SERIES, trained.items(), strict=False):
+        steps, errors = [point[0] for point in curve], [point[1] for point in curve]
+        ax.plot(steps, errors, color=colour, linewidth=1.6, label=name.replace("_", " "))
     ax.set_yscale("log")
     ax.set_xlabel("step (64 fresh networks each)")
     ax.set_ylabel("training error, best decoder")

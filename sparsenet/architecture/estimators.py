@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsenet import data as datasets
 from sparsenet.architecture.search_space import Architecture, DensityMLP, weights_of
-from sparsenet.architecture.trials import TrialConfig, TrialData, effective_gradient_flow, train_trial
+from sparsenet.architecture.trials import TrialConfig, TrialData, TrialResult, effective_gradient_flow, train_trial
 
 __all__ = [
     "EstimatorRow",
@@ -58,15 +58,17 @@ def naswot(model: DensityMLP, x: Tensor) -> float:
     """``log |det K|``, ``K_ij = N_A - hamming(c_i, c_j)`` of the binary activation codes of the inputs ``x`` [n,
     features].
 
-    0 for a network without hidden layers: it has no codes.
+    Only neurons that compaction keeps have a code: the dead ones of a sparse network are constant, so that they make
+    all inputs alike and the score follows the nominal width. 0 for a network without hidden layers.
     """
+    live = model.live_neurons()
     model = copy.deepcopy(model).train()
     codes, h = [], x
     for i, (linear, after, skip) in enumerate(zip(model.linears, model.after, model.residual, strict=True)):
         y = after(linear(h))
         h = h + y if skip else y
         if i < model.architecture.depth:
-            codes.append((y > 0).double())
+            codes.append((y[:, live[i]] > 0).double())
     if not codes:
         return 0.0
     code = torch.cat(codes, 1)
@@ -167,6 +169,21 @@ class EstimatorRow:
     scores: list[float]
 
 
+class _Scores:
+    """What every estimator said about every architecture, and the seconds it took."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, measure: Callable[[], float], seconds: float | None = None) -> None:
+        """Scores one architecture; ``seconds``: what it took, where ``measure`` only reads it off."""
+        started = time.perf_counter()
+        self.values.setdefault(name, []).append(measure())
+        taken = time.perf_counter() - started if seconds is None else seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
+
+
 def compare_estimators(
     architectures: Sequence[Architecture],
     data: TrialData,
@@ -181,26 +198,24 @@ def compare_estimators(
     """
     if len(architectures) < 4:
         raise ValueError(f"compare_estimators: architectures must be at least 4, got {len(architectures)}")
-    truth: list[tuple[float, float]] = []
-    scores: dict[str, list[float]] = {}
-    spent: dict[str, float] = {}
     full = replace(config, train_fraction=1.0)
-    donors: list[DensityMLP] = []
-    train_trial(architectures[len(architectures) // 2], data, full, model_out=donors)
-
-    def score(name: str, measure: Callable[[], float]) -> None:
-        started = time.perf_counter()
-        scores.setdefault(name, []).append(measure())
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
-
-    for i, architecture in enumerate(architectures):
-        result = train_trial(architecture, data, full)
-        truth.append((result.loss, result.accuracy))
-        spent["full training"] = spent.get("full training", 0.0) + result.seconds
-        _zero_cost(architecture, data, config, score)
-        _partial(architecture, data, full, short_epochs, donors[0], score)
+    models: list[DensityMLP] = []
+    results: list[TrialResult] = []
+    for architecture in architectures:
+        results.append(train_trial(architecture, data, full, model_out=models))
         if report is not None:
-            report(f"{i + 1}/{len(architectures)} {architecture.active_weights} weights: {result.accuracy:.4f}")
+            done = f"{len(results)}/{len(architectures)} {architecture.active_weights} weights"
+            report(f"{done}: {results[-1].accuracy:.4f}")
+    scores = _Scores()
+    for i, (architecture, result) in enumerate(zip(architectures, results, strict=True)):
+        others = [m for j, m in enumerate(models) if j != i and m.architecture.depth == architecture.depth]
+        donor = min(others, key=lambda m: architecture.distance(m.architecture), default=None)
+        _zero_cost(architecture, data, config, scores)
+        _short(architecture, data, full, short_epochs, donor, scores)
+        _early(result, full.epochs, scores)
+    truth = [(result.loss, result.accuracy) for result in results]
+    scores.values["full training"] = [accuracy for _, accuracy in truth]
+    scores.seconds["full training"] = sum(result.seconds for result in results)
     accuracy, gain = [a for _, a in truth], [-loss for loss, _ in truth]
     rows = [
         EstimatorRow(
@@ -208,18 +223,15 @@ def compare_estimators(
             spearman(values, accuracy),
             kendall(values, accuracy),
             spearman(values, gain),
-            spent[name] / len(values),
+            scores.seconds[name] / len(values),
             values,
         )
-        for name, values in scores.items()
+        for name, values in scores.values.items()
     ]
-    rows.append(
-        EstimatorRow("full training", 1.0, 1.0, spearman(accuracy, gain), spent["full training"] / len(truth), accuracy)
-    )
     return rows, truth
 
 
-def _zero_cost(architecture: Architecture, data: TrialData, config: TrialConfig, score) -> None:
+def _zero_cost(architecture: Architecture, data: TrialData, config: TrialConfig, scores: _Scores) -> None:
     """Scores of the untrained network, on one batch of 128 examples."""
     model = architecture.build(
         block_size=config.block_size, norm=config.norm, residual=config.residual, seed=config.seed
@@ -234,39 +246,50 @@ def _zero_cost(architecture: Architecture, data: TrialData, config: TrialConfig,
             generator=torch.Generator().manual_seed(config.seed),
         )
     )
-    score("active weights (no network)", lambda: float(architecture.active_weights))
-    score("SynFlow", lambda: synflow(model))
-    score("NASWOT", lambda: naswot(model, x))
-    score("gradient norm", lambda: gradient_norm(model, x, y))
-    score("SNIP", lambda: snip(model, x, y))
+    scores.add("active weights (no network)", lambda: float(architecture.active_weights))
+    scores.add("SynFlow", lambda: synflow(model))
+    scores.add("NASWOT", lambda: naswot(model, x))
+    scores.add("gradient norm", lambda: gradient_norm(model, x, y))
+    scores.add("SNIP", lambda: snip(model, x, y))
+    scores.add("effective gradient flow, untrained", lambda: gradient_flow_at(model, x, y))
 
 
-def _partial(
-    architecture: Architecture, data: TrialData, full: TrialConfig, epochs: int, donor: DensityMLP, score
+def _short(
+    architecture: Architecture,
+    data: TrialData,
+    full: TrialConfig,
+    epochs: int,
+    donor: DensityMLP | None,
+    scores: _Scores,
 ) -> None:
-    """Scores of short trainings."""
+    """Scores of trainings of their own: fewer epochs, less data, weights of the nearest other architecture."""
     short = replace(full, epochs=epochs)
-    score(f"{epochs} epochs", lambda: train_trial(architecture, data, short).accuracy)
-    fifth = replace(short, train_fraction=0.2)
-    kept: list[float] = []
+    fifth, single = replace(short, train_fraction=0.2), replace(short, epochs=1, train_fraction=0.2)
+    flows: list[float] = []
 
     def few_examples() -> float:
         result = train_trial(architecture, data, fifth)
-        kept.append(result.gradient_flow)
+        flows.append(result.gradient_flow)
         return result.accuracy
 
-    score(f"20 % of the data, {epochs} epochs", few_examples)
-    score("effective gradient flow (same run)", lambda: -kept[0])
-    score(
-        "inherited weights, 20 % of the data, 1 epoch",
-        lambda: train_trial(architecture, data, replace(fifth, epochs=1), donor=donor).accuracy,
+    scores.add(f"{epochs} epochs", lambda: train_trial(architecture, data, short).accuracy)
+    scores.add(f"20 % of the data, {epochs} epochs", few_examples)
+    scores.add("effective gradient flow of that run", flows.pop, 0.0)
+    scores.add("20 % of the data, 1 epoch", lambda: train_trial(architecture, data, single).accuracy)
+    scores.add(
+        "20 % of the data, 1 epoch, inherited weights",
+        lambda: train_trial(architecture, data, single, donor=donor).accuracy,
     )
 
-    def extrapolated() -> float:
-        curve = train_trial(architecture, data, replace(full, epochs=4, schedule="constant", train_fraction=0.2)).curve
-        return extrapolate([a for _, _, a in curve], full.epochs)
 
-    score("extrapolated from 4 epochs of 20 %", extrapolated)
+def _early(result: TrialResult, epochs: int, scores: _Scores) -> None:
+    """What the pruners see: the first epochs of the full training itself."""
+    curve = [accuracy for _, _, accuracy in result.curve]
+    third = max(1, min(3, epochs - 1))
+    each = result.seconds / epochs
+    scores.add("epoch 1 of the full training (first rung)", lambda: curve[0], each)
+    scores.add(f"epoch {third} of the full training (second rung)", lambda: curve[third - 1], third * each)
+    scores.add(f"extrapolated from epochs 1 to {third}", lambda: extrapolate(curve[:third], epochs), third * each)
 
 
 def gradient_flow_at(model: nn.Module, x: Tensor, y: Tensor, p: float = 2.0, normalise: str | None = None) -> float:

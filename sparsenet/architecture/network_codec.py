@@ -8,8 +8,9 @@ A batch holds networks of *one* depth, padded to the full width; which neurons e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -167,35 +168,47 @@ class NetworkBatch:
         return sum((w != 0).flatten(1).sum(1) for w in self.effective().weights)
 
     def to_module(self, index: int, scale: float = 1.0) -> nn.Sequential:
-        """Network ``index`` as an ordinary module [batch, inputs] -> [batch, 1], missing neurons left out."""
-        net = self.effective()
-        layers: list[nn.Module] = []
-        before = torch.ones(self.space.inputs, dtype=torch.bool)
-        for layer, weight in enumerate(net.weights):
-            last = layer == self.depth
-            alive = torch.ones(1, dtype=torch.bool) if last else net.neurons[index, layer].detach() > 0.5
-            chosen = weight[index].detach()[alive][:, before]
-            linear = nn.Linear(chosen.shape[1], chosen.shape[0], bias=self.biases is not None)
-            with torch.no_grad():
-                linear.weight.copy_(chosen * scale if last else chosen)
+        """Network ``index`` as an ordinary module [batch, inputs] -> [batch, 1], without neurons that nothing reads."""
+        net = self.select([index]).scaled(torch.tensor([scale])).effective()
+        kept = net._read_neurons()
+        module = layered([int(k.sum()) for k in kept], self.space.activation, net.biases is not None)
+        with torch.no_grad():
+            for layer, weight in enumerate(net.weights):
+                after, linear = kept[layer + 1], module[2 * layer]
+                linear.weight.copy_(weight[0, after][:, kept[layer]])
                 if net.biases is not None:
-                    bias = net.biases[layer][index].detach()[alive]
-                    linear.bias.copy_(bias * scale if last else bias)
-            layers.append(linear)
-            if not last and self.mixture is not None:
-                layers.append(MixedActivation(self.mixture[index, layer].detach()[alive]))
-            elif not last:
-                layers.append(ACTIVATIONS[self.space.activation][1]())
-            before = alive
-        return nn.Sequential(*layers)
+                    linear.bias.copy_(net.biases[layer][0, after])
+                if net.mixture is not None and layer < self.depth:
+                    module[2 * layer + 1].share.copy_(net.mixture[0, layer, after])
+        return module
+
+    def _read_neurons(self) -> list[Tensor]:
+        """For the first network: bool per layer, inputs and output too, the neurons that exist and that one kept after
+        them reads; all that exist where none is read.
+        """
+        kept = [torch.ones(1, dtype=torch.bool)]
+        for layer in reversed(range(self.depth)):
+            alive = self.neurons[0, layer] > 0.5
+            read = alive & (self.weights[layer + 1][0, kept[0]] != 0).any(0)
+            kept.insert(0, read if bool(read.any()) else alive)
+        return [torch.ones(self.space.inputs, dtype=torch.bool), *kept]
+
+
+def layered(sizes: Sequence[int], activation: str, bias: bool) -> nn.Sequential:
+    """``nn.Linear`` layers of these sizes, inputs first, with the activation between them."""
+    layers: list[nn.Module] = []
+    for inp, out in pairwise(sizes):
+        layers.append(nn.Linear(inp, out, bias=bias))
+        layers.append(MixedActivation(out) if activation == MIXED else ACTIVATIONS[activation][1]())
+    return nn.Sequential(*layers[:-1])
 
 
 class MixedActivation(nn.Module):
     """Each feature through its own activation: ``share`` [features, 3] of sigmoid, tanh, leaky ReLU (slope 0.01)."""
 
-    def __init__(self, share: Tensor):
+    def __init__(self, features: int):
         super().__init__()
-        self.register_buffer("share", share.clone())
+        self.register_buffer("share", torch.zeros(features, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., features] -> [..., features]."""

@@ -1,18 +1,14 @@
 """``sparsenet reproduce density``: Tessera and Rosman's experiments and the acceptance checks A1 to A7.
 
-Each part writes its numbers to ``<out>/<part>.json`` as soon as it is done and is not run again while that file is
-there, so a killed run goes on where it was; ``--parts`` runs some. The tables print the published or required value
-beside ours.
+``--parts`` runs some; see ``reproduce_parts``. The tables print the published or required value beside ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,26 +16,32 @@ from pathlib import Path
 import torch
 
 from sparsenet import data as datasets
+from sparsenet.architecture import density_tables, reproduce_parts
 from sparsenet.architecture.estimators import compare_estimators
 from sparsenet.architecture.samplers import RandomSampler, StudySampler, random_parameters
 from sparsenet.architecture.search import load_dataset, retrain, search, write_report
 from sparsenet.architecture.search_space import Architecture, SearchSpace
 from sparsenet.architecture.search_workers import SearchConfig, open_study
-from sparsenet.architecture.trials import TrialConfig, TrialData, effective_gradient_flow, train_trial
+from sparsenet.architecture.trials import (
+    TrialConfig,
+    TrialData,
+    TrialResult,
+    effective_gradient_flow,
+    train_trial,
+)
 
 __all__ = ["PARTS", "add_arguments", "run"]
 
 WIDTHS = (5, 10, 25, 50, 75, 95)  # dense hidden units; the sparse twin has 100 at density units / 100
 DEPTHS = (1, 2, 4, 8, 16, 32)
 SEEDS = (0, 1, 2)
+UNTUNED = {"norm": "none", "learning_rate": 1e-3, "block_size": 1, "gradient_flow_samples": 0}
+PUBLISHED = {"activations": ("relu",), "allow_linear": False}
 MODES = {
-    "plain": {"norm": "none"},
-    "small init": {"norm": "none", "init": "small", "gradient_flow_samples": 0},
+    "plain": {},
+    "small init": {"init": "small"},
     "modern": {"norm": "batch", "residual": True},
 }
-# Digitised from the poster (METHODS 1.8): mean over all epochs at 100 % of MNIST's training data, not the last epoch's.
-POSTER_SPARSE = {3970: 86.5, 7940: 92.5, 19850: 95.6, 39700: 96.7, 59550: 97.06, 75430: 97.14}
-POSTER_DEPTHS = {1: 96.6, 2: 96.4, 4: 95.6, 8: 91.6, 16: 13.4, 32: 11.3}
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,15 @@ def gradient_flow_formula(task: Reproduction) -> dict:
 # --- A2, A6: dense against sparse ---
 
 
-def equal_capacity(task: Reproduction, dataset: datasets.Dataset, epochs: int) -> dict:
-    """A2: one hidden layer; dense ``u`` units against 100 units at density u / 100; three random patterns each."""
+def equal_capacity(task: Reproduction, dataset: datasets.Dataset, fraction: float = 1.0) -> dict:
+    """A2: one hidden layer; dense ``u`` units against 100 units at density u / 100; three random patterns each.
+
+    Ten epochs of Adam at a constant rate, on ``fraction`` of the training examples.
+    """
     data = TrialData.from_dataset(dataset, validation=0)
-    plain = {"norm": "none", "block_size": 1, "learning_rate": 1e-3, "schedule": "constant", "weight_decay": 0.0}
-    config = TrialConfig(epochs=task.count(epochs), **plain)
+    config = TrialConfig(
+        epochs=task.count(10), schedule="constant", weight_decay=0.0, train_fraction=fraction, **UNTUNED
+    )
     rows = []
     for units in WIDTHS:
         for kind in ("sparse", "dense"):
@@ -140,38 +146,46 @@ def equal_capacity(task: Reproduction, dataset: datasets.Dataset, epochs: int) -
                 )
                 result = train_trial(architecture, data, replace(config, seed=seed))
                 rows.append({"active": result.active_weights, "kind": kind, "seed": seed, **_figures(result)})
-    return {"rows": rows, "epochs": config.epochs}
+    return {"rows": rows, "epochs": config.epochs, "p_value": wilcoxon(rows, "active")}
 
 
-def depths(task: Reproduction, dataset: datasets.Dataset, epochs: int) -> dict:
-    """A6: 1 to 32 hidden layers, dense 75 against sparse W = 100 (.75; .5625; .75); from 8 layers also modern.
+def depths(task: Reproduction, dataset: datasets.Dataset) -> dict:
+    """A6: 1 to 32 hidden layers, dense 75 against sparse W = 100 (.75; .5625; .75), three epochs, three patterns.
 
-    ``plain`` starts with He's variance; ``small init`` with nn.Linear's default, a sixth of it, with which 32 layers
-    collapse as published; ``modern`` is BatchNorm and residual connections. The last two with one seed.
+    ``plain`` starts with He's variance; ``small init`` with nn.Linear's default, a sixth of it, with which deep
+    networks collapse as published; ``modern`` is BatchNorm and residual connections. The last two from 8 layers.
     """
     data = TrialData.from_dataset(dataset, validation=0)
     rows = []
     for depth in DEPTHS if task.scale >= 1 else DEPTHS[:3]:
-        for mode in ("plain", "small init", "modern") if depth >= 8 else ("plain",):
-            extra = MODES[mode]
-            config = TrialConfig(epochs=epochs, learning_rate=1e-3, block_size=1, **extra)
+        for mode in MODES if depth >= 8 else ("plain",):
+            config = TrialConfig(epochs=3, **(UNTUNED | MODES[mode]))
             for kind in ("sparse", "dense"):
                 width = 100 if kind == "sparse" else 75
                 densities = (0.75, *[0.5625] * (depth - 1), 0.75) if kind == "sparse" else (1.0,) * (depth + 1)
-                for seed in task.seeds if mode == "plain" else task.seeds[:1]:
+                for seed in task.seeds:
                     architecture = Architecture(data.features, data.num_classes, width, densities, pattern_seed=seed)
                     result = train_trial(architecture, data, replace(config, seed=seed))
                     rows.append({"depth": depth, "mode": mode, "kind": kind, "seed": seed, **_figures(result)})
-    return {"rows": rows, "epochs": epochs}
+    plain = [row for row in rows if row["mode"] == "plain"]
+    return {"rows": rows, "epochs": 3, "p_value": wilcoxon(plain, "depth")}
 
 
-def _figures(result) -> dict:
+def wilcoxon(rows: list[dict], axis: str) -> float:
+    """P-value of the signed-rank test that sparse and dense accuracies, paired by size and seed, are equal."""
+    from scipy.stats import wilcoxon as signed_rank
+
+    accuracy = {(r[axis], r["seed"], r["kind"]): r["accuracy"] for r in rows}
+    pairs = [(v, accuracy[size, seed, "dense"]) for (size, seed, kind), v in accuracy.items() if kind == "sparse"]
+    return float(signed_rank(*zip(*pairs, strict=True)).pvalue)
+
+
+def _figures(result: TrialResult) -> dict:
     curve = [a for _, _, a in result.curve]
     return {
         "accuracy": 100 * result.accuracy,
         "loss": result.loss,
         "mean_accuracy": 100 * sum(curve) / len(curve),
-        "flow": result.gradient_flow,
         "seconds": result.seconds,
     }
 
@@ -207,24 +221,15 @@ def headline(task: Reproduction, dataset: datasets.Dataset, sampler: str) -> dic
 # --- A4, A5: estimators and samplers ---
 
 
-def estimators(task: Reproduction) -> dict:
+def estimators(task: Reproduction, **bounds: object) -> dict:
     """A4: rank correlation of every estimator with full training, 16 architectures over capacity, Fashion-MNIST."""
     data = TrialData.from_dataset(task.fashion)
-    space = SearchSpace(784, 10, max_depth=3, max_width=256, min_density=0.02, max_active=80000)
+    space = SearchSpace(784, 10, max_depth=3, max_width=256, min_density=0.02, **bounds)
     count = 16 if task.scale >= 1 else 4
     architectures = []
     for i in range(count):  # sizes from 4,000 to 80,000, shapes at random
         shape = RandomSampler(space, seed=100 + i).ask().architecture
-        target = round(4000 * 20 ** (i / (count - 1)))
-        scaled = shape if shape.active_weights <= target else shape.scaled_to(target)
-        if shape.active_weights < target:
-            low, high = 1.0, 50.0
-            for _ in range(40):
-                middle = (low + high) / 2
-                tried = replace(shape, densities=tuple(min(1.0, d * middle) for d in shape.densities))
-                low, high = (middle, high) if tried.active_weights <= target else (low, middle)
-            scaled = replace(shape, densities=tuple(min(1.0, d * low) for d in shape.densities))
-        architectures.append(scaled)
+        architectures.append(shape.scaled_to(round(4000 * 20 ** (i / (count - 1)))))
     config = TrialConfig(epochs=task.count(6))
     rows, truth = compare_estimators(architectures, data, config, report=print)
     return {
@@ -244,7 +249,15 @@ def regret(task: Reproduction) -> dict:
     The table holds depth 1 and 2 with densities on 5 levels; a proposal is read at the nearest level. The objective is
     error + 0.2 * active / largest, so that neither the densest nor the sparsest network wins.
     """
-    space = SearchSpace(784, 10, max_depth=2, max_width=64, min_density=TABLE_LEVELS[0], pattern_seeds=1)
+    space = SearchSpace(
+        784,
+        10,
+        max_depth=2,
+        max_width=64,
+        min_density=TABLE_LEVELS[0],
+        pattern_seeds=1,
+        **PUBLISHED,
+    )
     data = TrialData.from_dataset(task.fashion)
     config = TrialConfig(epochs=2, train_fraction=min(1.0, 0.15 / task.scale), gradient_flow_samples=0)
     table: dict[str, float] = {}
@@ -261,7 +274,7 @@ def regret(task: Reproduction) -> dict:
     evaluations, repeats = (30, 10) if task.scale >= 1 else (12, 2)
     curves: dict[str, list[list[float]]] = {}
     for kind in ("random", "tpe", "gp"):
-        for seed in range(repeats if kind != "gp" else max(2, repeats // 2)):
+        for seed in range(repeats):
             sampler = RandomSampler(space, seed) if kind == "random" else StudySampler(space, kind, seed)
             best, curve = float("inf"), []
             for _ in range(evaluations):
@@ -306,76 +319,34 @@ def workers(task: Reproduction) -> dict:
     return {"trials_per_minute": rates, "ratio": rates[2] / rates[1], "load": os.getloadavg()[0]}
 
 
-PARTS: dict[str, Callable[[Reproduction], dict]] = {
+PARTS: dict[str, reproduce_parts.Part] = {
     "a1_counts": exact_counts,
     "a7_gradient_flow": gradient_flow_formula,
+    "same_seed": same_seed,
     "a3_mnist_random": lambda task: headline(task, task.mnist, "random"),
     "a3_mnist_tpe": lambda task: headline(task, task.mnist, "tpe"),
     "a3_fashion_random": lambda task: headline(task, task.fashion, "random"),
     "a3_fashion_tpe": lambda task: headline(task, task.fashion, "tpe"),
-    "a2_fashion": lambda task: equal_capacity(task, task.fashion, 10),
-    "a6_fashion": lambda task: depths(task, task.fashion, 3),
-    "a4_estimators": estimators,
+    "a4_estimators": lambda task: estimators(task, **PUBLISHED),
+    "a4_whole_space": estimators,
     "a5_regret": regret,
-    "a2_mnist": lambda task: equal_capacity(task, task.mnist, 6),
-    "a6_mnist": lambda task: depths(task, task.mnist, 1),
-    "same_seed": same_seed,
+    "a2_fashion": lambda task: equal_capacity(task, task.fashion),
+    "a2_mnist": lambda task: equal_capacity(task, task.mnist),
+    "a2_mnist_tenth": lambda task: equal_capacity(task, task.mnist, min(1.0, 0.1 / task.scale)),
+    "a6_fashion": lambda task: depths(task, task.fashion),
+    "a6_mnist": lambda task: depths(task, task.mnist),
     "workers": workers,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``sparsenet reproduce density``."""
+    reproduce_parts.add_arguments(parser, "reproduce-density", PARTS)
     parser.add_argument("--data-dir", help="folder with mnist/ and fashion-mnist/; default: as sparsenet.data.load")
-    parser.add_argument("--out", default="reproduce-density", help="folder of numbers, tables and figures")
-    parser.add_argument("--parts", default="all", help=f"comma-separated, of {', '.join(PARTS)}")
     parser.add_argument("--workers", type=int, default=2, help="processes of the searches, one thread each")
-    parser.add_argument("--scale", type=float, default=1.0, help="below 1: fewer examples, trials, seeds; a quick look")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the parts that are missing, prints the tables, draws the figures.
-
-    Raises ValueError for an unknown part or a scale outside (0, 1].
-    """
-    names = list(PARTS) if args.parts == "all" else args.parts.split(",")
-    unknown = [n for n in names if n not in PARTS]
-    if unknown:
-        raise ValueError(f"reproduce density: parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    if not 0 < args.scale <= 1:
-        raise ValueError(f"reproduce density: scale must lie in (0, 1], got {args.scale}")
+    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``reproduce_parts.reproduce``."""
     task = Reproduction(Path(args.out), args.data_dir, args.workers, args.scale)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    try:
-        run_parts(names, PARTS, task, task.out)
-    finally:
-        torch.set_num_threads(threads)
-    from sparsenet.architecture import density_tables
-
-    numbers = read_parts(task.out, PARTS)
-    print(density_tables.tables(numbers))
-    density_tables.figures(numbers, task.out)
-    return 0
-
-
-def run_parts(names: list[str], parts: dict[str, Callable], task, out: Path) -> None:
-    """Runs the named parts that have no file yet, each into ``<out>/<part>.json`` with its seconds."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        file = out / f"{name}.json"
-        if file.exists():
-            continue
-        print(f"[{time.strftime('%H:%M:%S')}] {name} ...", flush=True)
-        started, cpu = time.perf_counter(), time.process_time()
-        numbers = parts[name](task)
-        numbers |= {"wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        part = out / f".{name}.{os.getpid()}.part"
-        part.write_text(json.dumps(numbers, indent=1))
-        os.replace(part, file)
-        print(f"[{time.strftime('%H:%M:%S')}] {name}: {numbers['wall_seconds']:.0f} s", flush=True)
-
-
-def read_parts(out: Path, parts: dict[str, Callable]) -> dict[str, dict]:
-    """The numbers of every part that has been run."""
-    return {name: json.loads((out / f"{name}.json").read_text()) for name in parts if (out / f"{name}.json").exists()}
+    return reproduce_parts.reproduce("density", args, PARTS, task, density_tables.tables, density_tables.figures)

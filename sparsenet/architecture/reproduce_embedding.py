@@ -11,11 +11,13 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
+from sparsenet.architecture import embedding_tables, reproduce_parts
 from sparsenet.architecture.embedding import (
     AutoencoderConfig,
     NetworkAutoencoder,
@@ -25,11 +27,12 @@ from sparsenet.architecture.embedding import (
     save_autoencoder,
     train_autoencoder,
 )
+from sparsenet.architecture.embedding_baselines import dense_then_prune
 from sparsenet.architecture.embedding_search import (
+    Candidate,
     EmbeddingSearchConfig,
     RegressionData,
     SearchOutcome,
-    dense_then_prune,
     descend,
     judged,
     search_embedding,
@@ -37,7 +40,6 @@ from sparsenet.architecture.embedding_search import (
 from sparsenet.architecture.estimators import spearman
 from sparsenet.architecture.network_codec import MIXED, NetworkBatch, NetworkSpace, from_matrix, to_matrix
 from sparsenet.architecture.regression_functions import FUNCTIONS, sample_function
-from sparsenet.architecture.reproduce_density import read_parts, run_parts
 from sparsenet.architecture.teachers import FIXTURE_WEIGHTS, fixture_network, grid_points, random_networks
 
 __all__ = ["PARTS", "add_arguments", "run"]
@@ -62,14 +64,14 @@ class Reproduction:
         return load_autoencoder(self.out / f"autoencoder_{activation}.safetensors")
 
 
-def _trained(task: Reproduction, config: AutoencoderConfig, name: str) -> dict:
+def _trained(task: Reproduction, config: AutoencoderConfig, name: str) -> tuple[NetworkAutoencoder, dict]:
     """Trains, saves, evaluates (C2, C3)."""
     started, curve = time.perf_counter(), []
     every = max(1, config.steps // 20)
     model = train_autoencoder(config, lambda step, loss, seconds: curve.append((step, loss, seconds)), every)
     seconds = time.perf_counter() - started
     save_autoencoder(task.out / f"autoencoder_{name}.safetensors", model)
-    return {**evaluate_autoencoder(model), "train_seconds": seconds, "steps": config.steps, "curve": curve}
+    return model, {**evaluate_autoencoder(model), "train_seconds": seconds, "steps": config.steps, "curve": curve}
 
 
 def autoencoder(task: Reproduction, activation: str) -> dict:
@@ -77,7 +79,32 @@ def autoencoder(task: Reproduction, activation: str) -> dict:
     steps = task.steps(STEPS[activation])
     isometry = 0.3 if activation == "sigmoid" else 0.0  # the others order their codes by function without it (C7)
     config = AutoencoderConfig(NetworkSpace(activation=activation), steps=steps, isometry=isometry)
-    return _trained(task, config, activation)
+    model, numbers = _trained(task, config, activation)
+    return {**numbers, "slices": match_slices(model)}
+
+
+def diagonal(inputs: int, count: int = 61) -> torch.Tensor:
+    """[count, inputs]: points (t, t, ...) for t from -1 to 1."""
+    return torch.linspace(-1, 1, count)[:, None].expand(count, inputs)
+
+
+@torch.no_grad()
+def match_slices(model: NetworkAutoencoder) -> list[dict]:
+    """For two fresh networks of each depth: their outputs along the diagonal, and those of the best decoded network."""
+    x, line = grid_points(model.space.inputs), diagonal(model.space.inputs)
+    groups, y = sample_teachers(model.space, 2 * model.space.max_depth, x, torch.Generator().manual_seed(777))
+    z = torch.cat([model.encode(nets) for nets in groups])
+    winners = (model.errors(z, x, y).argmin(1) + 1).tolist()
+    teachers = [nets.select([i]) for nets in groups for i in range(len(nets))]
+    return [
+        {
+            "depth": teacher.depth,
+            "decoder": winner,
+            "input": teacher.outputs(line)[0].tolist(),
+            "decoded": model.decode(code[None], winner).outputs(line)[0].tolist(),
+        }
+        for teacher, winner, code in zip(teachers, winners, z, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -134,23 +161,28 @@ def teacher_data(teacher: NetworkBatch, seed: int) -> RegressionData:
     return RegressionData.from_arrays(x, teacher.outputs(x)[0], seed=seed)
 
 
-def _summary(outcome: SearchOutcome, seconds: float) -> dict:
-    best = outcome.best()
-    levels = {}
-    for count in WEIGHT_LEVELS:
-        found = outcome.within(count)
-        levels[count] = None if found is None else [found.nonzeros, found.depth, found.test_fvu, found.test_mpe]
+def _summary(outcome: SearchOutcome) -> dict:
+    """Test figures [weights, depth, FVU, MPE] of the networks that validation chooses."""
+
+    def row(c: Candidate) -> list:
+        return [c.nonzeros, c.depth, c.test_fvu, c.test_mpe]
+
+    small = {count: outcome.within(count) for count in WEIGHT_LEVELS}
     return {
-        "best": [best.nonzeros, best.depth, best.test_fvu, best.test_mpe],
-        "within": levels,
+        "best": row(outcome.best()),
+        "within": {count: found and row(found) for count, found in small.items()},
         "per_depth": {
-            d: [[c.nonzeros, c.test_fvu, c.test_mpe] for c in SearchOutcome(own).front()]
+            d: [row(c) for c in SearchOutcome([c for c in outcome.candidates if c.depth == d]).front()]
             for d in sorted({c.depth for c in outcome.candidates})
-            if (own := [c for c in outcome.candidates if c.depth == d])
         },
-        "front": [[c.nonzeros, c.depth, c.test_fvu, c.test_mpe, c.stage] for c in outcome.front()],
-        "seconds": seconds,
+        "front": [row(c) for c in outcome.front()],
     }
+
+
+def _timed(run_search: Callable[[], SearchOutcome]) -> tuple[SearchOutcome, dict]:
+    started = time.perf_counter()
+    outcome = run_search()
+    return outcome, {**_summary(outcome), "seconds": time.perf_counter() - started}
 
 
 def recover(task: Reproduction, activation: str, depth: int, nonzeros: int, seed: int) -> dict:
@@ -168,18 +200,22 @@ def recover(task: Reproduction, activation: str, depth: int, nonzeros: int, seed
             iterations=task.steps(1500), restarts=2, sparsity_weights=(1.0, 4.0), seed=seed, **tuning
         )
     data = teacher_data(teacher, seed)
-    numbers: dict = {"variance_over_mean_square": float(data.train_y.var())}
-    searches: dict[str, Callable[[], SearchOutcome]] = {
-        "embedding": lambda: search_embedding(model, data, config),
-        "dense, pruned": lambda: dense_then_prune(model.space, data, config),
-        "random restarts": lambda: dense_then_prune(
-            model.space, data, replace(config, restarts=2 * config.restarts), prune=False
-        ),
+    twice = replace(config, restarts=2 * config.restarts)
+    outcome, embedding = _timed(lambda: search_embedding(model, data, config))
+    numbers = {
+        "variance_over_mean_square": float(data.train_y.var()),
+        "embedding": embedding,
+        "embedding, not pruned": _summary(SearchOutcome([c for c in outcome.candidates if c.stage == "search"])),
     }
-    for name, run_search in searches.items():
-        started = time.perf_counter()
-        numbers[name] = _summary(run_search(), time.perf_counter() - started)
-        numbers[name]["seconds"] = time.perf_counter() - started
+    dense, numbers["dense, pruned"] = _timed(lambda: dense_then_prune(model.space, data, config))
+    _, numbers["random restarts"] = _timed(lambda: dense_then_prune(model.space, data, twice, prune=False))
+    line = diagonal(model.space.inputs)
+    shown = {"sparse": outcome.within(max(14, config.prune_to)), "dense": dense.best()}
+    numbers["slices"] = {
+        "target": (teacher.outputs(line)[0] / data.scale).tolist(),
+        **{name: c.nets.outputs(line)[0].tolist() for name, c in shown.items()},
+        "weights": {name: c.nonzeros for name, c in shown.items()},
+    }
     return numbers
 
 
@@ -203,25 +239,24 @@ def sparsity_weights(task: Reproduction) -> dict:
 
 
 def encoders(task: Reproduction) -> dict:
-    """The other encoders and decoders at equal steps, leaky ReLU: error, seconds, what re-permuting neurons does."""
+    """Encoders and decoders on leaky ReLU networks: error, seconds, what re-permuting neurons does to the code.
+
+    The convolutions cost ten times the others' time per step, so that they get fewer.
+    """
     rows = {}
-    for encoder, decoder in (
-        ("probe", "mlp"),
-        ("graph", "mlp"),
-        ("conv", "mlp"),
-        ("conv", "conv"),
-        ("transformer", "transformer"),
+    for encoder, decoder, steps in (
+        ("probe", "mlp", 1500),
+        ("graph", "mlp", 1500),
+        ("transformer", "mlp", 1500),
+        ("transformer", "transformer", 1500),
+        ("conv", "mlp", 600),
+        ("conv", "conv", 300),
     ):
+        hidden = {"transformer": 128, "graph": 64}.get(encoder, 512)
         config = AutoencoderConfig(
-            encoder=encoder,
-            decoder=decoder,
-            steps=task.steps(400),
-            latent=224 if encoder == "transformer" else 128,
-            hidden=128 if encoder == "transformer" else 64 if encoder == "graph" else 512,
-            batch=32,
+            encoder=encoder, decoder=decoder, steps=task.steps(steps), latent=224, hidden=hidden, batch=32
         )
-        numbers = _trained(task, config, f"{encoder}_{decoder}")
-        model = load_autoencoder(task.out / f"autoencoder_{encoder}_{decoder}.safetensors")
+        model, numbers = _trained(task, config, f"{encoder}_{decoder}")
         numbers.pop("curve")
         rows[f"{encoder} / {decoder}"] = {**numbers, **geometry(task, model=model)}
     return {"rows": rows}
@@ -230,28 +265,7 @@ def encoders(task: Reproduction) -> dict:
 def modern(task: Reproduction) -> dict:
     """SWAT-NN's mode (METHODS 3.7): 2 inputs, biases, an activation per neuron; eight two-dimensional functions."""
     space = NetworkSpace(inputs=2, activation=MIXED, bias=True)
-    rows: dict = {}
-    for encoder, decoder, latent, hidden, steps in (
-        ("probe", "mlp", 224, 512, 1500),
-        ("transformer", "transformer", 224, 64, 600),
-    ):
-        config = AutoencoderConfig(
-            space, encoder, decoder, latent=latent, hidden=hidden, steps=task.steps(steps), batch=32
-        )
-        name = f"modern_{encoder}"
-        rows[name] = _trained(task, config, name)
-        rows[name].pop("curve")
-        model = load_autoencoder(task.out / f"autoencoder_{name}.safetensors")
-        rows[name]["functions"] = {function: _function_row(task, model, function) for function in FUNCTIONS}
-    for function in FUNCTIONS:
-        data = RegressionData.from_arrays(*sample_function(function, 5000), centre=True)
-        outcome = dense_then_prune(space, data, _modern_search(task), depths=(2, 3))
-        rows.setdefault("dense, pruned", {})[function] = _summary(outcome, 0.0)
-    return {"rows": rows}
-
-
-def _modern_search(task: Reproduction) -> EmbeddingSearchConfig:
-    return EmbeddingSearchConfig(
+    search_config = EmbeddingSearchConfig(
         depths=(2, 3),
         iterations=task.steps(600),
         restarts=2,
@@ -260,16 +274,27 @@ def _modern_search(task: Reproduction) -> EmbeddingSearchConfig:
         tune_iterations=task.steps(200),
     )
 
+    def on_every_function(run_search: Callable[[RegressionData], SearchOutcome]) -> dict:
+        tables = {name: RegressionData.from_arrays(*sample_function(name, 5000), centre=True) for name in FUNCTIONS}
+        return {name: _timed(partial(run_search, data))[1] for name, data in tables.items()}
 
-def _function_row(task: Reproduction, model: NetworkAutoencoder, function: str) -> dict:
-    x, y = sample_function(function, 5000)
-    data = RegressionData.from_arrays(x, y, centre=True)
-    started = time.perf_counter()
-    outcome = search_embedding(model, data, _modern_search(task))
-    return _summary(outcome, time.perf_counter() - started)
+    rows: dict = {}
+    for encoder, decoder, hidden, steps in (("probe", "mlp", 512, 1500), ("transformer", "transformer", 64, 2500)):
+        config = AutoencoderConfig(
+            space, encoder, decoder, latent=224, hidden=hidden, steps=task.steps(steps), batch=32
+        )
+        model, numbers = _trained(task, config, f"modern_{encoder}")
+        numbers.pop("curve")
+        rows[encoder] = {
+            **numbers,
+            "functions": on_every_function(partial(search_embedding, model, config=search_config)),
+        }
+    dense = partial(dense_then_prune, space, config=search_config, depths=(2, 3))
+    rows["dense, pruned"] = {"functions": on_every_function(dense)}
+    return {"rows": rows}
 
 
-PARTS: dict[str, Callable[[Reproduction], dict]] = {
+PARTS: dict[str, reproduce_parts.Part] = {
     "c1_fixture": fixture,
     "c2_leaky_relu": lambda task: autoencoder(task, "leaky_relu"),
     "c2_sigmoid": lambda task: autoencoder(task, "sigmoid"),
@@ -292,34 +317,10 @@ PARTS: dict[str, Callable[[Reproduction], dict]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``sparsenet reproduce embedding``."""
-    parser.add_argument("--out", default="reproduce-embedding", help="folder of checkpoints, numbers, tables, figures")
-    parser.add_argument("--parts", default="all", help=f"comma-separated, of {', '.join(PARTS)}")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="below 1: shorter trainings and searches; a quick look"
-    )
+    reproduce_parts.add_arguments(parser, "reproduce-embedding", PARTS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the parts that are missing, prints the tables, draws the figures.
-
-    Raises ValueError for an unknown part or a scale outside (0, 1].
-    """
-    names = list(PARTS) if args.parts == "all" else args.parts.split(",")
-    unknown = [n for n in names if n not in PARTS]
-    if unknown:
-        raise ValueError(f"reproduce embedding: parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    if not 0 < args.scale <= 1:
-        raise ValueError(f"reproduce embedding: scale must lie in (0, 1], got {args.scale}")
+    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``reproduce_parts.reproduce``."""
     task = Reproduction(Path(args.out), args.scale)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run_parts(names, PARTS, task, task.out)
-    finally:
-        torch.set_num_threads(threads)
-    from sparsenet.architecture import embedding_tables
-
-    numbers = read_parts(task.out, PARTS)
-    print(embedding_tables.tables(numbers))
-    embedding_tables.figures(numbers, task.out)
-    return 0
+    return reproduce_parts.reproduce("embedding", args, PARTS, task, embedding_tables.tables, embedding_tables.figures)

@@ -71,6 +71,10 @@ class SearchReport:
         """Trials that trained to the end, by number."""
         return [t for t in self.trials if t.state == "finished"]
 
+    def stopped(self) -> list[TrialRecord]:
+        """Trials that a pruner stopped, by number; their accuracy is of their last epoch."""
+        return [t for t in self.trials if t.state == "pruned" and t.accuracy is not None]
+
     def best(self) -> TrialRecord:
         """The finished trial of smallest validation loss. ValueError when none finished."""
         if not self.finished():

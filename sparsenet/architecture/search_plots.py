@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,25 +53,16 @@ def plot_search(report: SearchReport, folder: Path) -> list[Path]:
 
 def _accuracy_against_weights(report: SearchReport, path: Path) -> Path:
     figure, ax = new_axes()
-    pruned = [t for t in report.trials if t.state == "pruned" and t.accuracy is not None]
-    done = report.finished()
-    ax.scatter(
-        [t.active_weights for t in pruned],
-        [100 * t.accuracy for t in pruned],
-        s=14,
-        color=GREY,
-        marker="x",
-        linewidths=0.9,
-        label=f"stopped early ({len(pruned)})",
-    )
-    ax.scatter(
-        [t.active_weights for t in done],
-        [100 * t.accuracy for t in done],
-        s=26,
-        color=SERIES[0],
-        label=f"finished ({len(done)})",
-    )
-    front = report.pareto()
+    stopped, done, front = report.stopped(), report.finished(), report.pareto()
+    for trials, label, style in (
+        (
+            stopped,
+            f"stopped early, where they stopped ({len(stopped)})",
+            {"s": 18, "color": GREY, "marker": "x", "linewidths": 1},
+        ),
+        (done, f"finished ({len(done)})", {"s": 28, "color": SERIES[0]}),
+    ):
+        ax.scatter([t.active_weights for t in trials], [100 * t.accuracy for t in trials], label=label, **style)
     ax.step(
         [t.active_weights for t in front],
         [100 * t.accuracy for t in front],
@@ -79,55 +71,55 @@ def _accuracy_against_weights(report: SearchReport, path: Path) -> Path:
         linewidth=1.6,
         label="Pareto front",
     )
-    lowest = min(100 * t.accuracy for t in done)
-    ax.set_ylim(bottom=max(0.0, lowest - 2.0))
+    # trials stopped after an epoch can be far below: the lowest quarter is not worth the space
+    lowest = sorted(100 * t.accuracy for t in (*stopped, *done))
+    ax.set_ylim(bottom=min(min(100 * t.accuracy for t in done), lowest[len(lowest) // 4]) - 0.5)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
     ax.set_xlabel("active weights")
     ax.set_ylabel("validation accuracy (%)")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="lower right", fontsize=8)
     return save_figure(figure, path)
 
 
 def _parallel_coordinates(report: SearchReport, path: Path) -> Path:
-    """One line per finished trial: depth, density of each layer, active weights, accuracy."""
+    """One line per trial: depth, density of each layer (logarithmic), active weights, accuracy; stopped ones faint."""
     import matplotlib as mpl
 
-    done = sorted(report.finished(), key=lambda t: t.accuracy)
-    depth = max(len(t.densities) for t in done)
-    names = [
-        "depth",
-        *[f"density {i + 1}" for i in range(depth - 1)],
-        "density out",
-        "active\nweights",
-        "accuracy\n(%)",
-    ]
+    trials = [*report.stopped(), *sorted(report.finished(), key=lambda t: t.accuracy)]
+    hidden = max(len(t.densities) for t in trials) - 1
+    names = ["depth", *[f"density {i + 1}" for i in range(hidden)], "density out", "active\nweights", "accuracy\n(%)"]
     rows = []
-    for t in done:
-        hidden = [d if d > 0 else None for d in t.densities[:-1]] + [None] * (depth - len(t.densities))
-        rows.append([t.depth, *hidden, t.densities[-1], t.active_weights, 100 * t.accuracy])
+    for t in trials:
+        densities = [math.log10(d) if d > 0 else None for d in t.densities[:-1]]
+        densities += [None] * (hidden - len(densities))
+        rows.append([t.depth, *densities, math.log10(t.densities[-1]), t.active_weights, 100 * t.accuracy])
+    columns = [[r[i] for r in rows if r[i] is not None] or [0.0] for i in range(len(names))]
+    low, span = [min(c) for c in columns], [(max(c) - min(c)) or 1.0 for c in columns]
     figure, ax = new_axes(8.4, 4.4)
-    columns = [[r[i] for r in rows if r[i] is not None] for i in range(len(names))]
-    low = [min(c) if c else 0.0 for c in columns]
-    span = [(max(c) - min(c)) or 1.0 if c else 1.0 for c in columns]
-    colours, scale = mpl.colormaps["viridis"], len(rows)
+    first = len(report.stopped())
     for rank, row in enumerate(rows):
         points = [(i, (v - low[i]) / span[i]) for i, v in enumerate(row) if v is not None]
-        colour = colours(0.92 * rank / max(1, scale - 1))
+        done = rank >= first
+        colour = mpl.colormaps["viridis"](0.92 * (rank - first) / max(1, len(rows) - first - 1)) if done else GREY
+        style = {"color": colour, "alpha": 0.9 if done else 0.3, "linewidth": 1.6 if done else 0.8}
         for (i, a), (j, b) in pairwise(points):
-            ax.plot((i, j), (a, b), "-" if j == i + 1 else ":", color=colour, alpha=0.8, linewidth=1.2)
+            ax.plot((i, j), (a, b), "-" if j == i + 1 else ":", **style)
     for i, (a, s) in enumerate(zip(low, span, strict=True)):
         ax.axvline(i, color="black", linewidth=0.7)
+        ends = (10**a, 10 ** (a + s)) if 0 < i <= hidden + 1 else (a, a + s)
+        form = ",.0f" if max(map(abs, ends)) >= 1000 else ".3g"
         label = {"fontsize": 7, "in_layout": False, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
-        form = ",.0f" if max(abs(a), abs(a + s)) >= 1000 else ".3g"
-        ax.text(i, -0.06, format(a, form), ha="center", va="top", **label)
-        ax.text(i, 1.06, format(a + s, form), ha="center", va="bottom", **label)
+        ax.text(i, -0.06, format(ends[0], form), ha="center", va="top", **label)
+        ax.text(i, 1.06, format(ends[1], form), ha="center", va="bottom", **label)
     ax.set_xticks(range(len(names)), names, fontsize=8)
     ax.tick_params(axis="x", length=0)
     ax.set_ylim(-0.14, 1.14)
     ax.set_yticks([])
-    ax.spines["left"].set_visible(False)
-    ax.spines["bottom"].set_visible(False)
+    ax.spines[["left", "bottom"]].set_visible(False)
     ax.grid(False)
-    ax.set_title("finished trials, bright = more accurate; dotted across skipped layers", fontsize=9)
+    ax.set_title(
+        "finished trials in colour, bright = more accurate; stopped ones grey; dotted: no such layer", fontsize=9
+    )
     return save_figure(figure, path)
 
 

@@ -9,7 +9,7 @@ is dead. Counts are exact, biases are not counted: layer l has ``round(d_l * n_l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -171,9 +171,20 @@ class Architecture:
         """Weights of the same layers at density 1."""
         return sum(out * inp for (out, inp), _, _ in self.layers)
 
+    def distance(self, other: Architecture) -> float:
+        """How different two architectures are: the sum over layers of ``|log(active / other's active)|``; inf for other
+        depths.
+        """
+        if self.depth != other.depth:
+            return math.inf
+        pairs = zip(self.active_per_layer, other.active_per_layer, strict=True)
+        return sum(abs(math.log(a / b)) for a, b in pairs)
+
     def scaled_to(self, active: int) -> Architecture:
-        """The architecture with all densities multiplied by one factor so that at most ``active`` remain."""
-        low, high = 0.0, 1.0
+        """The architecture with all densities multiplied by one factor, 1 at most each, so that ``active`` weights
+        remain, or the nearest number below.
+        """
+        low, high = 0.0, 1.0 / min(d for d in self.densities if d > 0)
         for _ in range(60):
             middle = (low + high) / 2
             if self._scaled(middle).active_weights <= active:
@@ -184,10 +195,8 @@ class Architecture:
 
     def _scaled(self, factor: float) -> Architecture:
         tiny = 1e-9  # a layer that exists stays: density 0 would skip it
-        densities = tuple(max(tiny, d * factor) if d > 0 else 0.0 for d in self.densities)
-        return Architecture(
-            self.in_features, self.out_features, self.width, densities, self.activation, self.linear, self.pattern_seed
-        )
+        densities = tuple(min(1.0, max(tiny, d * factor)) if d > 0 else 0.0 for d in self.densities)
+        return replace(self, densities=densities)
 
     def build(self, *, block_size: int = 1, norm: str = "none", residual: bool = False, seed: int = 0) -> DensityMLP:
         """The network, drawn from ``seed`` and the pattern seed; ``block_size`` 1 has exact counts (see DensityMLP)."""
@@ -332,8 +341,8 @@ class DensityMLP(nn.Module):
         """Active weights, counted in the layers as built."""
         return sum(active_count(layer) for layer in self.linears)
 
-    def live_widths(self) -> list[int]:
-        """Neurons of each hidden layer that have an active input and an active output, found from both ends."""
+    def live_neurons(self) -> list[Tensor]:
+        """Bool [width] per hidden layer: has active weights from inputs and to outputs; found from both ends."""
         masks = [m.float() for m in self.masks()]
         reach = [torch.ones(masks[0].shape[1])]
         for mask in masks:
@@ -342,7 +351,11 @@ class DensityMLP(nn.Module):
         for mask in reversed(masks):
             back.append((mask.t() @ back[-1] > 0).float())
         back.reverse()
-        return [int((r * b).sum()) for r, b in zip(reach[1:-1], back[1:-1], strict=True)]
+        return [(r * b).bool() for r, b in zip(reach[1:-1], back[1:-1], strict=True)]
+
+    def live_widths(self) -> list[int]:
+        """Neurons of each hidden layer that compaction would keep."""
+        return [int(live.sum()) for live in self.live_neurons()]
 
 
 def linear_of(layer: nn.Module) -> nn.Module:

@@ -238,9 +238,9 @@ def nearest_donor(
     found: list[tuple[float, int, Architecture]] = []
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
         other = architecture_of(space, trial.params)
-        if other.depth == architecture.depth and (weights / f"trial_{trial.number}.safetensors").is_file():
-            pairs = zip(other.active_per_layer, architecture.active_per_layer, strict=True)
-            found.append((sum(abs(math.log(a / b)) for a, b in pairs), trial.number, other))
+        distance = architecture.distance(other)
+        if distance < math.inf and (weights / f"trial_{trial.number}.safetensors").is_file():
+            found.append((distance, trial.number, other))
     if not found:
         return None
     _, number, other = min(found, key=lambda f: f[:2])

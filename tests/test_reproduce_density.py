@@ -51,12 +51,12 @@ def test_parts_that_train(tmp_path, capsys, small_images):
     printed = capsys.readouterr().out
     for expected in ("| A2 |", "| A3 |", "| A4 |", "1 to 32 hidden layers, MNIST", "poster", "NASWOT"):
         assert expected in printed
-    for name in ("a2_fashion.png", "a6_mnist.png", "search_mnist_random/accuracy_against_weights.png"):
+    for name in ("a2_fashion.png", "a6_mnist.png", "search_mnist_random_0/accuracy_against_weights.png"):
         assert (tmp_path / name).stat().st_size > 1000
     assert (tmp_path / "tables.md").read_text() in printed
     assert density_tables.tables(reproduce_parts.read_results(tmp_path / "results.json")) in printed
-    three = json.loads((tmp_path / "a3_mnist_random.json").read_text())
-    assert three["active"] <= 60000 and three["finished"] + three["pruned"] == 7
+    (found,) = json.loads((tmp_path / "a3_mnist_random.json").read_text())["searches"]
+    assert found["active"] <= 60000 and found["trials"] == 7
 
 
 @pytest.mark.slow

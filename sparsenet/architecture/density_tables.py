@@ -28,13 +28,13 @@ TITLES = {
 
 def tables(numbers: dict[str, dict]) -> str:
     """All tables of the parts that have been run, as Markdown."""
-    parts = [_checks(numbers)]
+    parts = [_checks(numbers), _searches(numbers)]
     parts += [_capacity(name, numbers[name]) for name in numbers if name.startswith("a2_")]
     parts += [_depths(name, numbers[name]) for name in numbers if name.startswith("a6_")]
     for name, space in (("a4_estimators", "ReLU only"), ("a4_whole_space", "linear layers and three activations")):
         if name in numbers:
             parts.append(_estimators(numbers[name], space))
-    return "\n\n".join([*parts, times_table(numbers)])
+    return "\n\n".join(p for p in [*parts, times_table(numbers)] if p)
 
 
 def _checks(numbers: dict[str, dict]) -> str:
@@ -85,13 +85,33 @@ def _checks(numbers: dict[str, dict]) -> str:
     return "### Acceptance checks\n\n" + markdown(["check", "target", "ours", ""], rows)
 
 
-def _headline_row(name: str, sampler: str, found: dict, least: float, loss: float | None) -> list[object]:
-    accuracy, losses = statistics.fmean(found["accuracy"]), statistics.fmean(found["loss"])
-    each = " ".join(f"{a:.2f}" for a in found["accuracy"])
-    target = f">= {least} %" + (f", loss <= {loss}" if loss else "") + ", N <= 60,000"
-    good = accuracy >= least and (loss is None or losses <= loss) and found["active"] <= 60000
-    text = f"{accuracy:.2f} % ({each}), loss {losses:.4f}, N = {found['active']}, {found['depth']} hidden layers"
-    return ["A3", f"{name}, {sampler}: {target}", text, verdict(good)]
+def _headline_row(name: str, sampler: str, found: dict, least: float, most: float | None) -> list[object]:
+    """Every search counts: the worst of the searches' means over retrainings must do."""
+    accuracies = [statistics.fmean(s["accuracy"]) for s in found["searches"]]
+    losses = [statistics.fmean(s["loss"]) for s in found["searches"]]
+    largest = max(s["active"] for s in found["searches"])
+    target = f">= {least} %" + (f", loss <= {most}" if most else "") + ", N <= 60,000"
+    good = min(accuracies) >= least and (most is None or max(losses) <= most) and largest <= 60000
+    each, their_losses = " ".join(f"{a:.2f}" for a in accuracies), " ".join(f"{v:.4f}" for v in losses)
+    return ["A3", f"{name}, {sampler}: {target}", f"{each} %, loss {their_losses}, N <= {largest}", verdict(good)]
+
+
+def _searches(numbers: dict[str, dict]) -> str:
+    """What every search of A3 found."""
+    rows = []
+    for name, part in numbers.items():
+        for seed, s in enumerate(part["searches"] if name.startswith("a3_") else ()):
+            layers = " ".join(str(active) for active, _ in s["layers"])
+            linear = [i + 1 for i, (_, act) in enumerate(s["layers"][:-1]) if act == "none"]
+            row = [name[3:].replace("_", ", "), seed, s["trial"], s["active"], layers, s["activation"]]
+            row += [", ".join(map(str, linear)) or "-", spread(s["accuracy"]), spread(s["loss"], 4)]
+            rows.append([*row, f"{s['finished']} of {s['trials']}"])
+    if not rows:
+        return ""
+    header = ["data, sampler", "seed", "trial", "active weights", "of each layer", "activation", "linear layers"]
+    header += ["test acc %", "test loss", "finished"]
+    title = "### Best network of every search, retrained on all data with three seeds and patterns"
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 def _depth_checks(data: str, six: dict | None, modern: dict[int, float]) -> list[list[object]]:

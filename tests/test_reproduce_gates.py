@@ -73,7 +73,7 @@ def test_every_part(tmp_path, capsys, small_images):
     assert reproduce_gates.run(arguments(tmp_path, "--scale", "0.01")) == 0
     printed = capsys.readouterr().out
     assert "| B8 |" in printed and "| B4 |" in printed and "Bayesian" in printed and "CaffeNet-shaped" in printed
-    assert {p.stem for p in tmp_path.glob("*.json")} == set(reproduce_gates.PARTS)
+    assert {p.stem for p in tmp_path.glob("*.json")} == {*reproduce_gates.PARTS, "results"}
     pictures = {p.stem for p in tmp_path.glob("*.png")}
     assert pictures == {n for n in reproduce_gates.PARTS if n not in WITHOUT_PICTURE}
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sparsenet.architecture import gate_plots
-from sparsenet.architecture.density_tables import markdown, verdict
 from sparsenet.architecture.estimators import spearman
+from sparsenet.architecture.reproduce_parts import markdown, verdict
 
 __all__ = ["figures", "tables"]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from sparsenet.architecture import gate_tables, reproduce_parts
 from sparsenet.architecture.gate_cells import (
     ALL,
     ALL_AND_DEPTH,
@@ -28,7 +29,6 @@ from sparsenet.architecture.gate_mechanics import caffenet_mechanics, running_pr
 from sparsenet.architecture.gate_training import Images
 from sparsenet.architecture.gated_networks import CAFFENET, caffenet_parameters, lenet, lenet_parameters
 from sparsenet.architecture.gates import TriStateReLU, architecture_penalty
-from sparsenet.architecture.reproduce_density import read_parts, run_parts
 from sparsenet.architecture.samplers import require_optuna
 
 __all__ = ["PARTS", "add_arguments", "run"]
@@ -277,28 +277,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the parts that are missing, prints the tables, draws the figures.
-
-    Raises ValueError for an unknown part or a scale outside (0, 1].
-    """
-    names = list(PARTS) if args.parts == "all" else args.parts.split(",")
-    unknown = [n for n in names if n not in PARTS]
-    if unknown:
-        raise ValueError(f"reproduce gates: parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    if not 0 < args.scale <= 1:
-        raise ValueError(f"reproduce gates: scale must lie in (0, 1], got {args.scale}")
+    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``reproduce_parts.reproduce``."""
     task = Reproduction(Path(args.out), args.data_dir, scale=args.scale)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    try:
-        run_parts(names, PARTS, task, task.out)
-    finally:
-        torch.set_num_threads(threads)
-    from sparsenet.architecture import gate_tables
-
-    numbers = read_parts(task.out, PARTS)
-    text = gate_tables.tables(numbers)
-    print(text)
-    (task.out / "tables.md").write_text(text + "\n")
-    gate_tables.figures(numbers, task.out)
-    return 0
+    return reproduce_parts.reproduce("gates", args, PARTS, task, gate_tables.tables, gate_tables.figures)

@@ -50,7 +50,7 @@ def reproduce(
         raise ValueError(f"reproduce {name}: scale must lie in (0, 1], got {args.scale}")
     out = Path(args.out)
     for part, numbers in read_parts(out, parts).items():
-        if numbers["scale"] != args.scale:
+        if numbers.get("scale", args.scale) != args.scale:
             got = f"{part} of scale {numbers['scale']}"
             raise ValueError(f"reproduce {name}: out must be a folder of parts of scale {args.scale}, got {got}")
     threads = torch.get_num_threads()

@@ -81,7 +81,8 @@ def check_norms(ops, layer: Layer) -> dict:
         p.rows,
         layer.grad_y.stride(0),
     )
-    ops.gradient_norms(*call, 0, p.shape[0], address(norms), stream())
+    space = scratch(ops.gradient_norms_workspace_bytes(*call))
+    ops.gradient_norms(*call, 0, p.shape[0], address(norms), address(space), space.numel(), stream())
     gradient = layer.grad_y.double().T @ layer.x.double()
     b = p.block
     full = torch.zeros(p.shape[0] * b, p.shape[1] * b, dtype=torch.float64, device=DEVICE)
@@ -91,7 +92,7 @@ def check_norms(ops, layer: Layer) -> dict:
     errors = {"norms": relative / 1e-4 if relative == relative else float("inf")}
     if p.num_blocks:
         grads = torch.full((p.num_blocks, b, b), float("nan"), dtype=dtype, device=DEVICE)
-        space = scratch(ops.candidate_gradients_workspace_bytes(DTYPES[dtype], b, layer.batch, p.num_blocks))
+        space = scratch(ops.candidate_gradients_workspace_bytes(*call, p.num_blocks))
         ops.candidate_gradients(
             *call,
             address(p.arrays[2]),

@@ -90,21 +90,10 @@ def bench_case(ops, rows, cols, batch, density, block, dtype, kind, with_rivals,
     norms = torch.empty(pattern.shape, device="cuda")
 
     def growth(layer):
-        ops.gradient_norms(
-            DTYPES[dtype],
-            block,
-            batch,
-            address(layer.x),
-            cols,
-            layer.x.stride(0),
-            address(layer.grad_y),
-            rows,
-            layer.grad_y.stride(0),
-            0,
-            pattern.shape[0],
-            address(norms),
-            stream(),
-        )
+        x, g = layer.x, layer.grad_y
+        call = (DTYPES[dtype], block, batch, address(x), cols, x.stride(0), address(g), rows, g.stride(0))
+        space = scratch(ops.gradient_norms_workspace_bytes(*call))
+        ops.gradient_norms(*call, 0, pattern.shape[0], address(norms), address(space), space.numel(), stream())
 
     passes = {
         "forward": cycle(Layer.forward),

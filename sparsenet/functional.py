@@ -13,11 +13,12 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsenet.cuda import kernels_by_device
 
 try:
     from sparsenet import _C
@@ -59,6 +60,7 @@ class PatternIndex:
         col: int32 [num_blocks], block columns, ascending in a row. Copied.
         shape: ``(out, in)``, elements.
         block_size: 1, 4, 8, 16, 32, 64 or 128.
+        native: what the native module made of the same indices before; default: they are checked now.
 
     Raises:
         ValueError: an index is out of range, unsorted or duplicated, or the pointers contradict each other.
@@ -68,8 +70,10 @@ class PatternIndex:
         observer: called in backward with ``(x, grad_output before the activation)``, both 2-D; see the Sparsifier.
     """
 
-    def __init__(self, crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int):
-        self.native = _C.Pattern(crow.numpy(force=True), col.numpy(force=True), *shape, block_size)
+    def __init__(self, crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int, native=None):
+        if native is None:
+            native = _native(crow.device).Pattern(_handed(crow), _handed(col), *shape, block_size)
+        self.native = native
         self.shape = shape
         self.block_size = block_size
         self.num_blocks = col.numel()
@@ -89,9 +93,13 @@ class PatternIndex:
             return self
         return PatternIndex(self.crow.to(device), self.col.to(device), self.shape, self.block_size)
 
+    def copy(self) -> PatternIndex:
+        """The same pattern with a life and public tensors of its own; the checked indices are shared."""
+        return PatternIndex(self.crow, self.col, self.shape, self.block_size, self.native)
+
     def row_indices(self) -> Tensor:
         """int32 [num_blocks]: the block row of each block."""
-        return torch.from_numpy(self.native.row).to(self.col.device)
+        return torch.as_tensor(self.native.row, device=self.col.device)
 
     def retire(self) -> None:
         """Marks the pattern as replaced: calls that still use it, or only ``col`` as compiled graphs do, raise."""
@@ -215,11 +223,28 @@ def _packed(t: Tensor) -> Tensor:
     return t.resolve_neg().contiguous()
 
 
+_cuda_ops = getattr(_C, "cuda", None)  # absent where there was no nvcc
+_cuda_kernels = None if _cuda_ops is None else kernels_by_device(_cuda_ops)
+
+
 def _native(device: torch.device):
-    """The module that serves ``device``."""
+    """What serves ``device``: the native module itself on the CPU, else the kernels of one GPU with the same calls."""
     if device.type == "cpu":
         return _C
-    raise RuntimeError(f"sparsenet: no kernels for device {device}; this build serves: cpu")
+    if device.type == "cuda" and _cuda_kernels is not None:
+        return _cuda_kernels(device)
+    served = "cpu" if _cuda_kernels is None else "cpu, cuda"
+    hint = "; build it where nvcc is: pip install --force-reinstall ." if device.type == "cuda" else ""
+    raise RuntimeError(f"sparsenet: no kernels for device {device}; this build serves: {served}{hint}")
+
+
+def _handed(indices: Tensor):
+    """Indices as the kernels of their device take them: a numpy array on the CPU, the tensor itself elsewhere."""
+    return indices.numpy(force=True) if indices.device.type == "cpu" else indices
+
+
+def _handed_int32(indices: Tensor):
+    return _handed(indices.to(torch.int32).contiguous())
 
 
 def forward(
@@ -531,7 +556,7 @@ def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tens
             )
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= limit):
             raise ValueError(f"{name}: {label} must lie in [0, {limit}), got {int(index.min())} to {int(index.max())}")
-        places.append(np.ascontiguousarray(index.numpy(force=True), dtype=np.int32))
+        places.append(_handed_int32(index.to(x.device)))
     grads = torch.empty(len(places[0]), block_size, block_size, dtype=x.dtype, device=x.device)
     if grads.numel():
         _native(x.device).candidate_gradients(
@@ -581,7 +606,8 @@ def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tenso
         >>> sn.functional.compact_blocks([values], old, torch.arange(4), torch.arange(4, 8), new)[0].equal(values[:1])
         True
     """
-    name, index, new_index = "compact_blocks", pattern.index, new_pattern.index
+    name, index = "compact_blocks", pattern.index
+    new_index = new_pattern.index.to(index.col.device)
     if index.block_size != new_index.block_size:
         raise ValueError(f"{name}: block_size must stay {index.block_size}, got {new_index.block_size}")
     b = index.block_size
@@ -598,7 +624,7 @@ def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tenso
             raise ValueError(f"{name}: {label} must have shape [{new}], got {list(chosen.shape)}")
         if new and (int(chosen.min()) < 0 or int(chosen.max()) >= old):
             raise ValueError(f"{name}: {label} must lie in [0, {old}), got {int(chosen.min())} to {int(chosen.max())}")
-        picked.append(np.ascontiguousarray(chosen.numpy(force=True), dtype=np.int32))
+        picked.append(_handed_int32(chosen.to(index.col.device)))
     sources = [t.detach().contiguous() for t in tensors]
     targets = [torch.empty(new_index.num_blocks, b, b, dtype=t.dtype, device=t.device) for t in tensors]
     if new_index.num_blocks and sources:
@@ -620,8 +646,8 @@ def row_order(rows: Tensor, cols: Tensor) -> Tensor:
     for t in (rows, cols):
         if t.dtype == torch.int64 and t.numel() and not -(2**31) <= int(t.min()) <= int(t.max()) < 2**31:
             raise ValueError(f"row_order: places must fit in int32, got {int(t.min())} to {int(t.max())}")
-    order = _C.row_order(*(np.ascontiguousarray(t.numpy(force=True), dtype=np.int32) for t in (rows, cols)))
-    return torch.from_numpy(order).to(rows.device, torch.int64)
+    order = _native(rows.device).row_order(*map(_handed_int32, (rows, cols)))
+    return torch.as_tensor(order, device=rows.device).long()
 
 
 def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
@@ -629,13 +655,16 @@ def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
     if scores.dtype == torch.float64:  # float32 would make ties of close scores: pass their ranks on
         unique, ranks = scores.unique(return_inverse=True)
         scores = torch.where(scores.isnan(), torch.nan, ranks) if len(unique) < 2**24 else scores
-    picked = _C.select_extreme(np.ascontiguousarray(scores.float().numpy(force=True)), k, largest)
-    return torch.from_numpy(picked).to(scores.device)
+    picked = _native(scores.device).select_extreme(_handed(scores.float().contiguous()), k, largest)
+    return torch.as_tensor(picked, device=scores.device)
 
 
 def native_build_info() -> dict:
     """What the native module says of itself: version, instruction sets, CUDA architectures, compiler."""
-    return dict(_C.build_info())
+    info = dict(_C.build_info())
+    info["cuda_archs"] = info["cuda_archs"].split() if info["cuda_archs"] else []
+    info["cuda_device"] = None if _cuda_ops is None else _cuda_ops.device_info()
+    return info
 
 
 def linear_workspace(

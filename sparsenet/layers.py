@@ -287,7 +287,9 @@ class SparseLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self._pattern.device != self.values.device and self.values.device.type != "meta":
-            self._pattern = self._pattern.to(self.values.device)
+            moved = self._pattern.to(self.values.device)
+            moved.index.label, moved.index.observer = self._pattern.index.label, self._pattern.index.observer
+            self._pattern = moved
         if self._element_mask is not None:
             self._element_mask = self._element_mask.to(self.values.device)
         return self
@@ -392,7 +394,11 @@ def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPat
 
 def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
     """Fills with U(-1, 1)."""
-    return t.uniform_(-1.0, 1.0, generator=generator if t.device.type == "cpu" else None)
+    if generator is None or generator.device.type == t.device.type:
+        return t.uniform_(-1.0, 1.0, generator=generator)
+    return t.copy_(
+        torch.empty(t.shape, dtype=t.dtype, device=generator.device).uniform_(-1.0, 1.0, generator=generator)
+    )
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:

@@ -180,7 +180,7 @@ class BlockPattern:
 
     def copy(self) -> BlockPattern:
         """An equal pattern with index memory of its own."""
-        return BlockPattern._from_index(PatternIndex(self.index.crow, self.index.col, self.shape, self.block_size))
+        return BlockPattern._from_index(self.index.copy())
 
     # --- what it says ---
 
@@ -321,10 +321,8 @@ def carried_from(old: BlockPattern, new: BlockPattern) -> Tensor:
             f"BlockPattern: shape and block_size must stay {old.shape}, {old.block_size}, "
             f"got {new.shape}, {new.block_size}"
         )
-    old_keys = old.linear_places()
-    new_keys = new.linear_places()
-    at = torch.searchsorted(old_keys, new_keys)
-    found = torch.zeros_like(new_keys, dtype=torch.bool)
-    inside = at < len(old_keys)
-    found[inside] = old_keys[at[inside]] == new_keys[inside]
-    return torch.where(found, at, -1)
+    old_keys, new_keys = old.linear_places(), new.linear_places()
+    if not len(old_keys):
+        return torch.full_like(new_keys, -1)
+    at = torch.searchsorted(old_keys, new_keys).clamp(max=len(old_keys) - 1)
+    return torch.where(old_keys[at] == new_keys, at, -1)

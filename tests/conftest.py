@@ -19,6 +19,12 @@ import sparsenet
 
 PACKAGE_PARENT = Path(sparsenet.__file__).resolve().parent.parent  # of the package under test, installed or not
 
+if os.environ.get("SPARSENET_TEST_DEVICE") == "cuda-emulated":  # test_cuda_python.py runs the op tests so
+    import cuda_emulated
+
+    device = cuda_emulated.serving()  # closed when the last reference to it goes
+    device.__enter__()
+
 hypothesis.settings.register_profile("sparsenet", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.load_profile("sparsenet")
 

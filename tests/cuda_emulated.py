@@ -23,6 +23,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparsenet import functional
+from sparsenet.cuda import CudaKernels
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = Path(os.environ.get("SPARSENET_EMULATOR_CSRC", ROOT / "csrc"))  # the mutation tests point it at changed sources
 EMULATOR = ROOT / "tests" / "emulator"
@@ -127,6 +130,22 @@ def load(flavour: str | None = None):
         spec.loader.exec_module(module)
         _loaded[flavour] = module
     return _loaded[flavour]
+
+
+def kernels() -> CudaKernels:
+    """The emulated device behind the calls that sparsenet.functional makes; its memory is the CPU's."""
+    return CudaKernels(load(), torch.device("cpu"))
+
+
+@contextmanager
+def serving():
+    """Inside the block the emulated CUDA kernels serve CPU tensors, for everything in sparsenet."""
+    emulated, native = kernels(), functional._native
+    functional._native = lambda device: emulated
+    try:
+        yield emulated.ops
+    finally:
+        functional._native = native
 
 
 def run_child(*arguments: str, asan: bool = False, **variables: str) -> subprocess.CompletedProcess:

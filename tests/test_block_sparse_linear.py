@@ -169,6 +169,8 @@ def negative_bit(t):
 
 
 LAYOUTS = [negative_bit, transposed, every_second, padded_rows, offset_by_one, odd_address]
+if os.environ.get("SPARSENET_TEST_DEVICE"):  # no GPU reads elements at odd addresses
+    LAYOUTS.remove(odd_address)
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -411,6 +413,8 @@ def test_nan_and_inf_spread_through_active_blocks_only(block_size, dtype, specia
         y, _, grad_values, _ = run(x, values, pattern, bias, grad_y)
         assert torch.equal(~y.isfinite()[20], active[:, column]) and y[:20].isfinite().all() and y[21:].isfinite().all()
         at = grad_values[pattern.col_indices == column // block_size, :, column % block_size]
+        inside = pattern.row_indices[pattern.col_indices == column // block_size].unsqueeze(1) * block_size
+        at = at[inside + torch.arange(block_size) < shape[0]]
         assert not at.isfinite().any() or at.numel() == 0
         others = grad_values.clone()
         others[pattern.col_indices == column // block_size, :, column % block_size] = 0

@@ -39,22 +39,11 @@ def check_norms(module, dtype, block, batch, rows, cols, pads=(0, 0), seed=0, ro
     block_rows, block_cols = -(-rows // block), -(-cols // block)
     begin, end = row_range or (0, block_rows)
     norms = emulated.empty((end - begin, block_cols), "float32")
-    with emulated.memory(module, {"x": xs, "grad_z": gs}, {"norms": norms}):
-        module.gradient_norms(
-            emulated.DTYPE_CODES[dtype],
-            block,
-            batch,
-            pointer(xs),
-            cols,
-            cols + pads[0],
-            pointer(gs),
-            rows,
-            rows + pads[1],
-            begin,
-            end,
-            pointer(norms),
-            0,
-        )
+    call = (emulated.DTYPE_CODES[dtype], block, batch, pointer(xs), cols, cols + pads[0])
+    call += (pointer(gs), rows, rows + pads[1])
+    workspace = emulated.aligned((module.gradient_norms_workspace_bytes(*call),), np.uint8)
+    with emulated.memory(module, {"x": xs, "grad_z": gs}, {"norms": norms, "workspace": workspace}):
+        module.gradient_norms(*call, begin, end, pointer(norms), pointer(workspace), workspace.nbytes, 0)
     gradient = blocks(g.T @ x, block)[begin:end]
     # Every element's error enters its square as 2 |G| e + e^2; the squares are then added in fp32.
     error = blocks(tolerance("float32", batch, np.abs(g).T @ np.abs(x)), block)[begin:end]
@@ -107,24 +96,17 @@ def check_candidates(module, dtype, block, batch, rows, cols, pads=(0, 0), seed=
         (chosen // gradient.shape[1]).astype(np.int32),
         (chosen % gradient.shape[1]).astype(np.int32),
     )
-    code = emulated.DTYPE_CODES[dtype]
     grads = emulated.empty((count, block, block), dtype)
-    workspace = emulated.aligned((module.candidate_gradients_workspace_bytes(code, block, batch, count),), np.uint8)
+    call = (emulated.DTYPE_CODES[dtype], block, batch, pointer(xs), cols, cols + pads[0])
+    call += (pointer(gs), rows, rows + pads[1])
+    workspace = emulated.aligned((module.candidate_gradients_workspace_bytes(*call, count),), np.uint8)
     with emulated.memory(
         module,
         {"x": xs, "grad_z": gs, "rows": place_rows, "cols": place_cols},
         {"grads": grads, "workspace": workspace},
     ):
         module.candidate_gradients(
-            code,
-            block,
-            batch,
-            pointer(xs),
-            cols,
-            cols + pads[0],
-            pointer(gs),
-            rows,
-            rows + pads[1],
+            *call,
             pointer(place_rows),
             pointer(place_cols),
             count,
@@ -161,18 +143,34 @@ def test_candidates_split_the_batch(module):
         assert check_candidates(module, dtype, 32, 600, 96, 96)[1:] == ["reduce_splits"]
 
 
+def test_misaligned_rows_are_copied_for_the_tensor_cores(module):
+    assert check_norms(module, "bfloat16", 16, 40, 45, 51) == ["copy_rows", "copy_rows", "gradient_norms_sm80"]
+    assert check_norms(module, "bfloat16", 16, 40, 48, 51) == ["copy_rows", "gradient_norms_sm80"]
+    assert check_candidates(module, "float16", 32, 40, 45, 51, count=2) == [
+        "copy_rows",
+        "copy_rows",
+        "grad_weight_sm80",
+    ]
+
+
 def test_no_candidates(module):
     assert check_candidates(module, "float32", 16, 8, 32, 32, count=0) == []
 
 
 def test_refusals(module):
     with pytest.raises(ValueError, match=r"block rows must be a range within 0..3, got 1..5"):
-        module.gradient_norms(0, 16, 4, 0, 32, 32, 0, 48, 48, 1, 5, 0, 0)
+        module.gradient_norms(0, 16, 4, 0, 32, 32, 0, 48, 48, 1, 5, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="workspace must have at least"):
         module.set_device(num_multiprocessors=64)
         module.candidate_gradients(0, 16, 600, 0, 32, 32, 0, 48, 48, 0, 0, 3, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="block_gradient_squared_norms: block_size must be 1, 4, 8"):
-        module.gradient_norms(0, 3, 4, 0, 32, 32, 0, 48, 48, 0, 1, 0, 0)
+        module.gradient_norms(0, 3, 4, 0, 32, 32, 0, 48, 48, 0, 1, 0, 0, 0, 0)
+    with pytest.raises(
+        ValueError, match="x must start at a multiple of its element's 2 bytes, got an address 1 past one"
+    ):
+        module.gradient_norms(1, 16, 4, 1, 32, 32, 0, 48, 48, 0, 1, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="block_gradient_squared_norms: workspace must have at least 256 bytes, got 0"):
+        module.gradient_norms(1, 16, 4, 2, 32, 32, 0, 48, 48, 0, 1, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("variant,batch", [(1, 17), (2, 17)])
@@ -193,7 +191,7 @@ def test_rows_that_start_past_element_2_to_the_31(module, variant, batch):
     call = (1, 16, batch, pointer(arrays[0]), size, stride, pointer(arrays[1]), size, stride)
     inputs = {"x": arrays[0], "grad_z": arrays[1], "place": place}
     with emulated.memory(module, inputs, {"norms": norms, "grads": grads}):
-        module.gradient_norms(*call, 0, 2, pointer(norms), 0)
+        module.gradient_norms(*call, 0, 2, pointer(norms), 0, 0, 0)
         module.candidate_gradients(*call, pointer(place), pointer(place), 1, pointer(grads), 0, 0, 0)
     np.testing.assert_allclose(norms, (gradient**2).sum((2, 3)), rtol=1e-5)
     np.testing.assert_allclose(fetched(grads, "bfloat16", 16)[0], gradient[1, 1], rtol=2**-8, atol=1e-4)

@@ -6,6 +6,7 @@ import cuda_emulated as emulated
 import numpy as np
 import pytest
 from cuda_emulated import Pattern, pointer
+from test_block_pattern import BAD_INDICES
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,14 @@ def workspace_for(module, count, block_rows, block_cols):
     return emulated.aligned((module.pattern_workspace_bytes(count, block_rows, block_cols),), np.uint8)
 
 
-def build(module, source: dict, block_rows, block_cols, count):
-    """Through pattern_from_places or pattern_from_csr, by the names in `source`."""
+def build(module, rows, cols, block_rows, block_cols, count):
+    """Through pattern_from_places."""
     out, order = outputs(block_rows, block_cols, count), np.full(count, -9, dtype=np.int32)
     workspace = workspace_for(module, count, block_rows, block_cols)
-    call = module.pattern_from_places if "rows" in source else module.pattern_from_csr
-    with emulated.memory(module, source, {**out, "order": order, "workspace": workspace}):
-        call(
-            *map(pointer, source.values()),
+    with emulated.memory(module, {"rows": rows, "cols": cols}, {**out, "order": order, "workspace": workspace}):
+        module.pattern_from_places(
+            pointer(rows),
+            pointer(cols),
             *map(pointer, out.values()),
             block_rows,
             block_cols,
@@ -50,6 +51,26 @@ def build(module, source: dict, block_rows, block_cols, count):
             0,
         )
     return out, order
+
+
+def build_from_csr(module, crow, col, shape, block):
+    """Through pattern_from_csr; `shape` in elements."""
+    out = outputs(*(-(-n // block) for n in shape), len(col))
+    workspace = workspace_for(module, len(col), 1, 1)
+    with emulated.memory(module, {"crow_in": crow, "col_in": col}, {**out, "workspace": workspace}):
+        module.pattern_from_csr(
+            pointer(crow),
+            len(crow),
+            pointer(col),
+            *shape,
+            block,
+            *map(pointer, out.values()),
+            len(col),
+            pointer(workspace),
+            workspace.nbytes,
+            0,
+        )
+    return out
 
 
 def same(out: dict, pattern: Pattern) -> None:
@@ -65,56 +86,45 @@ def test_places_in_any_order_become_the_canonical_pattern(module, block_rows, bl
     rng = np.random.default_rng(0)
     pattern = Pattern(rng.random((block_rows, block_cols)) < density, 1, block_rows, block_cols)
     shuffle = rng.permutation(pattern.num_blocks)
-    out, order = build(
-        module, {"rows": pattern.row[shuffle], "cols": pattern.col[shuffle]}, block_rows, block_cols, pattern.num_blocks
-    )
+    out, order = build(module, pattern.row[shuffle], pattern.col[shuffle], block_rows, block_cols, pattern.num_blocks)
     same(out, pattern)
     np.testing.assert_array_equal(shuffle[order], np.arange(pattern.num_blocks))
 
 
-def test_csr_with_unsorted_columns(module):
-    rng = np.random.default_rng(1)
-    pattern = Pattern.random("power_law", 40, 60, 1, rng)
-    col = np.concatenate(
-        [rng.permutation(pattern.col[a:b]) for a, b in zip(pattern.crow, pattern.crow[1:], strict=False)]
-    )
-    out, order = build(module, {"crow": pattern.crow, "col": col.astype(np.int32)}, 40, 60, pattern.num_blocks)
-    same(out, pattern)
-    np.testing.assert_array_equal(col[order], pattern.col)
+@pytest.mark.parametrize("kind", ["random", "power_law", "empty_rows", "none", "dense"])
+@pytest.mark.parametrize("block", [1, 4])
+def test_csr_gets_its_transposed_index(module, kind, block):
+    pattern = Pattern.random(kind, 40 * block - 1, 60 * block, block, np.random.default_rng(1))
+    same(build_from_csr(module, pattern.crow, pattern.col, (pattern.rows, pattern.cols), block), pattern)
 
 
-@pytest.mark.parametrize(
-    "crow,col,message",
-    [
-        ([1, 2, 3], [0, 1, 2], "crow_indices must start at 0, got 1"),
-        ([0, 2, 2], [0, 1, 2], "crow_indices must end at the number of blocks, 3, got 2"),
-        ([0, 4, 3], [0, 1, 2], "crow_indices must not decrease, got 4 before 3 at 1"),
-        ([0, -1, 3], [0, 1, 2], "crow_indices must not decrease, got 0 before -1 at 0"),
-        ([0, 2, 3], [0, 4, 2], "column indices must be in 0..3, got 4 at 1"),
-        ([0, 2, 3], [-1, 1, 2], "column indices must be in 0..3, got -1 at 0"),
-        ([0, 2, 3], [2147483647, 1, -5], "column indices must be in 0..3, got 2147483647 at 0"),
-        ([0, 2, 3], [1, 1, 2], r"blocks must be unique, got \(0, 1\) twice"),
-    ],
-)
-def test_hostile_csr_is_refused(module, crow, col, message):
+@pytest.mark.parametrize(("crow", "col", "message"), BAD_INDICES)
+def test_hostile_csr_is_refused_in_the_words_of_the_cpu(module, crow, col, message):
     for seed in (1, 2):
         module.configure(seed=seed)
-        with pytest.raises(ValueError, match=message):
-            build(module, {"crow": np.array(crow, np.int32), "col": np.array(col, np.int32)}, 2, 4, 3)
+        with pytest.raises(ValueError, match="^BlockPattern: " + message):
+            build_from_csr(module, np.array(crow, np.int32), np.array(col, np.int32), (8, 12), 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (8, 0), (0, 0)])
+def test_blocks_of_an_empty_matrix_are_refused(module, shape):
+    crow = np.array([0] * (shape[0] // 4) + [1], np.int32)
+    with pytest.raises(ValueError, match="crow_indices must begin with 0, got 1|col_indices must lie in"):
+        build_from_csr(module, crow, np.zeros(1, np.int32), shape, 4)
 
 
 @pytest.mark.parametrize(
     "rows,cols,message",
     [
-        ([0, 2], [0, 1], "row indices must be in 0..1, got 2 at 1"),
-        ([-3, 0], [0, 1], "row indices must be in 0..1, got -3 at 0"),
-        ([0, 1], [9, 9], "column indices must be in 0..3, got 9 at 0"),
-        ([1, 1], [2, 2], r"blocks must be unique, got \(1, 2\) twice"),
+        ([0, 2], [0, 1], r"rows must lie in \[0, 2\), got 2 at 1"),
+        ([-3, 0], [0, 1], r"rows must lie in \[0, 2\), got -3 at 0"),
+        ([0, 1], [9, 9], r"cols must lie in \[0, 4\), got 9 at 0"),
+        ([1, 1], [2, 2], r"places must differ, got \(1, 2\) twice"),
     ],
 )
 def test_hostile_places_are_refused(module, rows, cols, message):
     with pytest.raises(ValueError, match=message):
-        build(module, {"rows": np.array(rows, np.int32), "cols": np.array(cols, np.int32)}, 2, 4, 2)
+        build(module, np.array(rows, np.int32), np.array(cols, np.int32), 2, 4, 2)
 
 
 def select(module, scores, k, highest):
@@ -139,13 +149,15 @@ def test_ranking_with_ties_by_lower_index(module, count, highest):
         np.testing.assert_array_equal(select(module, scores, k, highest), expected[:k])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_scores_that_are_not_finite_are_refused(module, bad):
+def test_infinite_scores_rank_and_nan_is_refused(module):
     scores = np.arange(40, dtype=np.float32)
-    scores[[17, 30]] = bad
-    with pytest.raises(ValueError, match=f"select_scores: scores must be finite, got -?{abs(bad)} at 17"):
+    scores[[5, 17, 30]] = np.inf, -np.inf, np.inf
+    assert select(module, scores, 3, True).tolist() == [5, 30, 39]
+    assert select(module, scores, 2, False).tolist() == [17, 0]
+    scores[[17, 30]] = np.nan, -np.float32(np.nan)
+    with pytest.raises(ValueError, match="select_extreme: scores must not be NaN, got NaN at 17"):
         select(module, scores, 3, True)
-    with pytest.raises(ValueError, match=r"k must be in 0..40, got 41"):
+    with pytest.raises(ValueError, match=r"select_extreme: k must lie in \[0, 40\], got 41"):
         select(module, scores, 41, True)
 
 
@@ -223,12 +235,12 @@ def test_hostile_rewires_are_refused(module):
         return np.array(values, np.int32)
 
     for dropped, rows, cols, message in (
-        (i32(4), empty, empty, "dropped must be block numbers in 0..3, got 4 at 0"),
-        (i32(0, -1), empty, empty, "dropped must be block numbers in 0..3, got -1 at 1"),
+        (i32(4), empty, empty, r"dropped must lie in \[0, 4\), got 4 at 0"),
+        (i32(0, -1), empty, empty, r"dropped must lie in \[0, 4\), got -1 at 1"),
         (i32(1, 1), empty, empty, "dropped must list each block once"),
-        (empty, i32(2), i32(2), r"blocks must be unique, got \(2, 2\) twice"),
-        (empty, i32(0), i32(7), "grown column indices must be in 0..3, got 7 at 0"),
-        (i32(0), i32(0, 1, 1), i32(1, 2, 2), r"blocks must be unique, got \(1, 2\) twice"),
+        (empty, i32(2), i32(2), r"places must differ, got \(2, 2\) twice"),
+        (empty, i32(0), i32(7), r"grown cols must lie in \[0, 4\), got 7 at 0"),
+        (i32(0), i32(0, 1, 1), i32(1, 2, 2), r"places must differ, got \(1, 2\) twice"),
     ):
         with pytest.raises(ValueError, match=message):
             update(module, pattern, dropped, rows, cols)
@@ -267,9 +279,9 @@ def test_empty_work_list(module):
 
 
 def test_sizes_that_do_not_fit_are_refused(module):
-    with pytest.raises(ValueError, match=r"count must be in 0..2147483647, got 2147483648"):
+    with pytest.raises(ValueError, match=r"count must lie in \[0, 2147483647\], got 2147483648"):
         module.pattern_workspace_bytes(2**31, 4, 4)
-    with pytest.raises(ValueError, match=r"num_blocks must be in 0..4, got 5"):
-        build(module, {"rows": np.zeros(5, np.int32), "cols": np.zeros(5, np.int32)}, 2, 2, 5)
+    with pytest.raises(ValueError, match=r"num_blocks must lie in \[0, 4\], got 5"):
+        build(module, np.zeros(5, np.int32), np.zeros(5, np.int32), 2, 2, 5)
     with pytest.raises(ValueError, match="workspace must have at least"):
         module.pattern_from_places(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 0, 0, 256, 1, 0)

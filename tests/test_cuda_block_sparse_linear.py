@@ -196,11 +196,30 @@ def test_split_and_whole_agree_to_rounding_and_each_is_reproducible(module):
         assert all((r == results[0]).all() for r in results)
 
 
-def test_misaligned_rows_take_the_simt_kernel(module):
-    kernels = check_forward(module, "bfloat16", 16, 20, 33, 35, "random", "none", (0, 0))  # rows of 70 bytes
-    assert kernels == ["forward_simt"]
-    kernels = check_forward(module, "bfloat16", 16, 20, 33, 40, "random", "none", (0, 0), offset=1)
-    assert kernels == ["forward_simt"]
+def test_misaligned_rows_are_copied_for_the_tensor_cores(module):
+    for batch, kernel in ((20, "forward_small_sm80"), (40, "forward_sm80")):
+        kernels = check_forward(module, "bfloat16", 16, batch, 33, 35, "random", "none", (0, 0))  # rows of 70 bytes
+        assert kernels == ["copy_rows", kernel]
+        kernels = check_forward(module, "bfloat16", 16, batch, 33, 40, "random", "none", (0, 0), offset=1)
+        assert kernels == ["copy_rows", kernel]
+    module.force_variant(1)
+    assert check_forward(module, "bfloat16", 16, 20, 33, 35, "random", "none", (0, 0)) == ["forward_simt"]
+
+
+def test_rows_of_an_input_may_lie_on_each_other(module):
+    """An expanded x: row stride 0."""
+    rng = np.random.default_rng(0)
+    pattern = Pattern.random("random", 32, 48, 16, rng)
+    values = pattern.values(rng, "float32")
+    row, y, w = (
+        stored(rng.standard_normal((1, 48)), "float32"),
+        emulated.empty((20, 32), "float32"),
+        stored(values, "float32"),
+    )
+    module.linear_forward(
+        pattern.handle(module), 0, 0, 20, pointer(row), 0, pointer(w), 0, pointer(y), 32, 0, 0, 0, 0, 0
+    )
+    np.testing.assert_allclose(y, np.repeat(row @ pattern.dense(values).T, 20, 0), rtol=1e-5, atol=1e-5)
 
 
 def test_nan_reaches_only_rows_with_an_active_block(module):
@@ -233,11 +252,11 @@ def refuse(module, match, **changes):
             changes.get("activation", 0),
             4,
             pointer(x),
-            changes.get("x_stride", 32),
-            pointer(values),
-            0,
-            pointer(y),
             32,
+            pointer(values),
+            changes.get("bias", 0),
+            pointer(y),
+            changes.get("y_stride", 32),
             0,
             0,
             0,
@@ -250,7 +269,8 @@ def test_refusals(module):
     refuse(module, "block_size must be 1, 4, 8, 16, 32, 64 or 128, got 24", block_size=24)
     refuse(module, "dtype must be float32, bfloat16, float16 or float64, got code 9", dtype=9)
     refuse(module, "activation must be none, relu, gelu or silu, got code 7", activation=7)
-    refuse(module, "x must have a row stride of at least 32, got 31", x_stride=31)
+    refuse(module, "y must have a row stride of at least 32, got 31", y_stride=31)
+    refuse(module, "bias must start at a multiple of its element's 4 bytes, got an address 2 past one", bias=4098)
     module.force_variant(2)
     refuse(module, "variant must be able to serve this call, got sm80")
     with pytest.raises(ValueError, match="variant must be automatic, simt or sm80, got 5"):
@@ -300,6 +320,6 @@ def test_the_choice_follows_arch_dtype_batch_and_alignment(module):
     assert choice() == "forward_sm80"
     assert choice(batch=8) == "forward_small_sm80"
     assert choice(dtype="float32") == "forward_simt"
-    assert choice(address=258) == choice(stride=65) == "forward_simt"
+    assert choice(address=258) == choice(stride=65) == "forward_sm80"  # after a copy
     module.set_device(arch=75)
     assert choice() == "forward_simt"

@@ -6,30 +6,23 @@
 #include <numeric>
 
 #include "../check.h"
+#include "../pattern_sizes.h"
 
 namespace sparsenet::cpu {
 namespace {
 
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
 
-bool is_supported_block(int64_t b) { return b == 1 || b == 4 || b == 8 || b == 16 || b == 32 || b == 64 || b == 128; }
-
 } // namespace
 
 Pattern::Pattern(const int32_t* crow, int64_t crow_length, const int32_t* col, int64_t num_blocks, int64_t rows,
                  int64_t cols, int64_t block_size) {
-  SPARSENET_CHECK(is_supported_block(block_size),
-                  "BlockPattern: block_size must be one of 1, 4, 8, 16, 32, 64, 128, got ", block_size);
-  SPARSENET_CHECK(rows >= 0 && cols >= 0 && rows <= kInt32Max && cols <= kInt32Max,
-                  "BlockPattern: shape must have sizes from 0 to 2147483647, got (", rows, ", ", cols, ")");
+  check_pattern_sizes(crow_length, num_blocks, rows, cols, block_size);
   view_.rows = rows;
   view_.cols = cols;
   view_.block_size = int32_t(block_size);
   view_.num_blocks = num_blocks;
   const int64_t block_rows = view_.block_rows(), block_cols = view_.block_cols();
-  SPARSENET_CHECK(crow_length == block_rows + 1, "BlockPattern: crow_indices must have ", block_rows + 1,
-                  " entries (block rows + 1), got ", crow_length);
-  SPARSENET_CHECK(num_blocks <= kInt32Max, "BlockPattern: there must be at most 2147483647 blocks, got ", num_blocks);
   SPARSENET_CHECK(crow[0] == 0, "BlockPattern: crow_indices must begin with 0, got ", crow[0]);
   SPARSENET_CHECK(crow[block_rows] == num_blocks, "BlockPattern: crow_indices must end with the number of blocks ",
                   num_blocks, ", got ", crow[block_rows]);

@@ -1,8 +1,10 @@
 // The two element-wise steps of backward, on any architecture.
 //
-//   grad_z[m, n] = grad_y[m, n] activation'(saved[m, n])       3 elements moved per element, a thread per element
+//   grad_z[m, n] = grad_y[m, n] activation'(saved[m, n])       3 elements moved per element
 //   grad_bias[n] = sum_m grad_z[m, n]                          1 element read per element
 //
+// grad_z: a CTA takes kThreads columns of kRows rows, a thread one column; without an activation it is a copy, to rows
+// that start on 16-byte boundaries.
 // grad_bias: a CTA takes 32 columns; its 8 warps read every eighth row, coalesced along n, and their eight partial sums
 // are added in warp order, so the bits do not depend on scheduling.
 #pragma once
@@ -24,20 +26,31 @@ struct ActivationGradient {
   Activation activation;
 };
 
-struct ElementwiseConfig {
+struct RowsConfig {
   static constexpr int kThreads = 256;
+  static constexpr int kRows = 8;
 };
 
 template <typename T>
-SPARSENET_KERNEL(ElementwiseConfig::kThreads)
+SPARSENET_KERNEL(RowsConfig::kThreads)
 activation_gradient_kernel(const ActivationGradient<T> p) {
-  const int64_t element = block_index() * ElementwiseConfig::kThreads + thread_index();
-  if (element >= p.batch * p.n_size) return;
-  const int64_t m = element / p.n_size, n = element % p.n_size;
-  Accumulator<T> gradient = to_accumulator(load_global(p.grad_y + m * p.grad_y_stride + n));
-  if (p.activation != Activation::none)
-    gradient *= activation_derivative(to_accumulator(load_global(p.saved + m * p.saved_stride + n)), p.activation);
-  store_global(p.grad_z + m * p.grad_z_stride + n, from_accumulator<T>(gradient));
+  const auto cta = static_cast<uint32_t>(block_index());
+  const auto column_tiles = static_cast<uint32_t>(ceil_div(p.n_size, RowsConfig::kThreads));
+  const int64_t n = static_cast<int64_t>(cta % column_tiles) * RowsConfig::kThreads + thread_index();
+  const int64_t m0 = static_cast<int64_t>(cta / column_tiles) * RowsConfig::kRows;
+  if (n >= p.n_size) return;
+  SPARSENET_UNROLL
+  for (int i = 0; i < RowsConfig::kRows; ++i) {
+    const int64_t m = m0 + i;
+    if (m >= p.batch) return;
+    const T grad_y = load_global(p.grad_y + m * p.grad_y_stride + n);
+    T grad_z = grad_y; // as it is, NaN's bits too
+    if (p.activation != Activation::none)
+      grad_z = from_accumulator<T>(
+          to_accumulator(grad_y) *
+          activation_derivative(to_accumulator(load_global(p.saved + m * p.saved_stride + n)), p.activation));
+    store_global(p.grad_z + m * p.grad_z_stride + n, grad_z);
+  }
 }
 
 template <typename T>
@@ -74,8 +87,9 @@ column_sums_kernel(const ColumnSums<T> p) {
 
 template <typename T>
 void launch_activation_gradient(const ActivationGradient<T>& p, Stream stream) {
-  launch("activation_gradient", activation_gradient_kernel<T>,
-         {.ctas = ceil_div(p.batch * p.n_size, ElementwiseConfig::kThreads), .threads = ElementwiseConfig::kThreads},
+  launch(p.activation == Activation::none ? "copy_rows" : "activation_gradient", activation_gradient_kernel<T>,
+         {.ctas = ceil_div(p.n_size, RowsConfig::kThreads) * ceil_div(p.batch, RowsConfig::kRows),
+          .threads = RowsConfig::kThreads},
          stream, p);
 }
 

@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <vector>
+
 #include "ops.h"
 
 namespace py = pybind11;
@@ -133,6 +135,14 @@ void register_linear(py::module_& module) {
       [](int32_t dtype, int32_t block_size) { return preferred_rows_per_group(static_cast<DType>(dtype), block_size); },
       py::arg("dtype"), py::arg("block_size"));
   module.def(
+      "preferred_work",
+      [](const Pattern& pattern, int32_t dtype, int64_t batch, bool transposed) {
+        const WorkShape shape = preferred_work(pattern.view, static_cast<DType>(dtype), batch, transposed);
+        return py::make_tuple(shape.rows_per_group, shape.split_length);
+      },
+      py::arg("pattern"), py::arg("dtype"), py::arg("batch"), py::arg("transposed"),
+      "(rows_per_group, split_length) of the work list to build; split_length 0: none is read.");
+  module.def(
       "choose_linear_forward",
       [](const Pattern& pattern, int32_t dtype, int64_t batch, Pointer x, int64_t x_stride, Pointer values) {
         return choose_linear_forward(
@@ -229,25 +239,37 @@ void register_gradients(py::module_& module) {
       py::arg("dtype"), py::arg("block_size"), py::arg("batch"), py::arg("x"), py::arg("in_features"),
       py::arg("x_stride"), py::arg("grad_z"), py::arg("out_features"), py::arg("grad_z_stride"));
   module.def(
+      "gradient_norms_workspace_bytes",
+      [](int32_t dtype, int32_t block_size, int64_t batch, Pointer x, int64_t in_features, int64_t x_stride,
+         Pointer grad_z, int64_t out_features, int64_t grad_z_stride) {
+        return gradient_norms_workspace_bytes(
+            norms_op(dtype, block_size, batch, x, in_features, x_stride, grad_z, out_features, grad_z_stride, 0, 0, 0));
+      },
+      py::arg("dtype"), py::arg("block_size"), py::arg("batch"), py::arg("x"), py::arg("in_features"),
+      py::arg("x_stride"), py::arg("grad_z"), py::arg("out_features"), py::arg("grad_z_stride"));
+  module.def(
       "gradient_norms",
       [](int32_t dtype, int32_t block_size, int64_t batch, Pointer x, int64_t in_features, int64_t x_stride,
          Pointer grad_z, int64_t out_features, int64_t grad_z_stride, int64_t block_row_begin, int64_t block_row_end,
-         Pointer norms, Stream stream) {
+         Pointer norms, Pointer workspace, int64_t workspace_bytes, Stream stream) {
         gradient_norms(norms_op(dtype, block_size, batch, x, in_features, x_stride, grad_z, out_features, grad_z_stride,
                                 block_row_begin, block_row_end, norms),
-                       stream);
+                       workspace_of(workspace, workspace_bytes), stream);
       },
       py::arg("dtype"), py::arg("block_size"), py::arg("batch"), py::arg("x"), py::arg("in_features"),
       py::arg("x_stride"), py::arg("grad_z"), py::arg("out_features"), py::arg("grad_z_stride"),
-      py::arg("block_row_begin"), py::arg("block_row_end"), py::arg("norms"), py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("block_row_begin"), py::arg("block_row_end"), py::arg("norms"), py::arg("workspace"),
+      py::arg("workspace_bytes"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   module.def(
       "candidate_gradients_workspace_bytes",
-      [](int32_t dtype, int32_t block_size, int64_t batch, int64_t num_places) {
-        return candidate_gradients_workspace_bytes(
-            candidates_op(dtype, block_size, batch, 0, 0, 0, 0, 0, 0, 0, 0, num_places, 0));
+      [](int32_t dtype, int32_t block_size, int64_t batch, Pointer x, int64_t in_features, int64_t x_stride,
+         Pointer grad_z, int64_t out_features, int64_t grad_z_stride, int64_t num_places) {
+        return candidate_gradients_workspace_bytes(candidates_op(dtype, block_size, batch, x, in_features, x_stride,
+                                                                 grad_z, out_features, grad_z_stride, 0, 0, num_places,
+                                                                 0));
       },
-      py::arg("dtype"), py::arg("block_size"), py::arg("batch"), py::arg("num_places"));
+      py::arg("dtype"), py::arg("block_size"), py::arg("batch"), py::arg("x"), py::arg("in_features"),
+      py::arg("x_stride"), py::arg("grad_z"), py::arg("out_features"), py::arg("grad_z_stride"), py::arg("num_places"));
   module.def(
       "candidate_gradients",
       [](int32_t dtype, int32_t block_size, int64_t batch, Pointer x, int64_t in_features, int64_t x_stride,
@@ -281,16 +303,18 @@ void register_pattern(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "pattern_from_csr",
-      [](Pointer crow_in, Pointer col_in, Pointer crow, Pointer col, Pointer row, Pointer t_crow, Pointer t_row,
-         Pointer t_block, int64_t block_rows, int64_t block_cols, int64_t num_blocks, Pointer order, Pointer workspace,
-         int64_t workspace_bytes, Stream stream) {
-        pattern_from_csr(as<int32_t>(crow_in), as<int32_t>(col_in),
-                         arrays(crow, col, row, t_crow, t_row, t_block, block_rows, block_cols, num_blocks),
-                         as<int32_t>(order), workspace_of(workspace, workspace_bytes), stream);
+      [](Pointer crow_in, int64_t crow_length, Pointer col_in, int64_t rows, int64_t cols, int64_t block_size,
+         Pointer crow, Pointer col, Pointer row, Pointer t_crow, Pointer t_row, Pointer t_block, int64_t num_blocks,
+         Pointer workspace, int64_t workspace_bytes, Stream stream) {
+        const int64_t b = block_size > 0 ? block_size : 1; // refused below
+        pattern_from_csr(
+            {as<int32_t>(crow_in), as<int32_t>(col_in), crow_length, rows, cols, block_size},
+            arrays(crow, col, row, t_crow, t_row, t_block, (rows + b - 1) / b, (cols + b - 1) / b, num_blocks),
+            workspace_of(workspace, workspace_bytes), stream);
       },
-      py::arg("crow_in"), py::arg("col_in"), py::arg("crow"), py::arg("col"), py::arg("row"), py::arg("t_crow"),
-      py::arg("t_row"), py::arg("t_block"), py::arg("block_rows"), py::arg("block_cols"), py::arg("num_blocks"),
-      py::arg("order"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"),
+      py::arg("crow_in"), py::arg("crow_length"), py::arg("col_in"), py::arg("rows"), py::arg("cols"),
+      py::arg("block_size"), py::arg("crow"), py::arg("col"), py::arg("row"), py::arg("t_crow"), py::arg("t_row"),
+      py::arg("t_block"), py::arg("num_blocks"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "select_scores",
@@ -335,6 +359,24 @@ void register_pattern(py::module_& module) {
       },
       py::arg("input"), py::arg("source"), py::arg("output"), py::arg("num_blocks"), py::arg("block_bytes"),
       py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "compact_blocks",
+      [](const Pattern& from, const Pattern& to, Pointer rows, Pointer cols, const std::vector<Pointer>& sources,
+         const std::vector<Pointer>& targets, const std::vector<int32_t>& element_bytes, Stream stream) {
+        std::vector<GatheredBlocks> tensors;
+        for (size_t i = 0; i < sources.size(); ++i)
+          tensors.push_back({as<void>(sources[i]), as<void>(targets.at(i)), element_bytes.at(i)});
+        const py::gil_scoped_release release;
+        compact_blocks({.from = from.view,
+                        .to = to.view,
+                        .rows = as<int32_t>(rows),
+                        .cols = as<int32_t>(cols),
+                        .tensors = tensors.data(),
+                        .num_tensors = static_cast<int64_t>(tensors.size())},
+                       stream);
+      },
+      py::arg("source"), py::arg("target"), py::arg("rows"), py::arg("cols"), py::arg("sources"), py::arg("targets"),
+      py::arg("element_bytes"), py::arg("stream"));
   module.def("work_list_capacity", &work_list_capacity, py::arg("num_rows"), py::arg("num_blocks"),
              py::arg("rows_per_group"), py::arg("split_length"));
   module.attr("work_item_bytes") = sizeof(WorkItem);

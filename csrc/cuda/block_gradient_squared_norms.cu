@@ -1,4 +1,6 @@
 // block_gradient_squared_norms and candidate gradients on CUDA: checks, choice, launch.
+#include <utility>
+
 #include "choose.h"
 #include "outer_product.cuh"
 
@@ -27,6 +29,8 @@ OuterProduct<T> operands(const Matrix& grad_z, const Matrix& x, int32_t block_si
 void check_operands(const char* op, DType dtype, int32_t block_size, const Matrix& grad_z, const Matrix& x) {
   check_dtype(op, dtype);
   check_block_size(op, block_size);
+  check_address(op, "x", dtype, x.data);
+  check_address(op, "grad_output", dtype, grad_z.data);
   SPARSENET_CHECK(grad_z.rows == x.rows, op, ": grad_output must have as many rows as x, ", x.rows, ", got ",
                   grad_z.rows);
 }
@@ -39,23 +43,62 @@ void check_norms(const GradientNorms& op) {
                   op.block_row_end);
 }
 
+// The operands where the kernel reads them: copies with aligned rows where that lets the tensor cores work.
+struct Operands {
+  Matrix grad_z;
+  Matrix x;
+  int64_t bytes = 0; // of the copies, at the start of the workspace
+};
+
+Operands plan_operands(DType dtype, int32_t block_size, const Matrix& grad_z, const Matrix& x, void* workspace) {
+  Operands plan{.grad_z = grad_z, .x = x};
+  for (Matrix* matrix : {&plan.grad_z, &plan.x}) {
+    if (!worth_aligning(dtype, block_size, *matrix)) continue;
+    const Matrix original = *matrix;
+    *matrix = aligned_copy(dtype, original, static_cast<char*>(workspace) + plan.bytes);
+    plan.bytes += aligned_copy_bytes(dtype, original);
+  }
+  return plan;
+}
+
+void copy_operands(DType dtype, const Matrix& grad_z, const Matrix& x, const Operands& plan, Stream stream) {
+  for (const auto& [from, to] : {std::pair{&grad_z, &plan.grad_z}, std::pair{&x, &plan.x}})
+    if (from->data != to->data)
+      activation_backward({.dtype = dtype, .activation = Activation::none, .grad_y = *from, .saved = {}, .grad_z = *to},
+                          stream);
+}
+
+void check_workspace(const char* op, const Workspace& workspace, int64_t bytes) {
+  SPARSENET_CHECK(workspace.bytes >= bytes, op, ": workspace must have at least ", bytes, " bytes, got ",
+                  workspace.bytes);
+}
+
 int32_t candidate_splits(const PlaceGradients& op) { return batch_splits(op.num_places, op.block_size, op.x.rows); }
 
 } // namespace
 
 std::string choose_gradient_norms(const GradientNorms& op) {
   check_norms(op);
-  const OuterKernel kernel = choose_outer(op.dtype, op.block_size, op.grad_z, op.x);
+  const Operands plan = plan_operands(op.dtype, op.block_size, op.grad_z, op.x, nullptr);
+  const OuterKernel kernel = choose_outer(op.dtype, op.block_size, plan.grad_z, plan.x);
   return kernel == OuterKernel::sm80 ? "gradient_norms_sm80" : "gradient_norms_simt"; // one SIMT kernel for all sizes
 }
 
-void gradient_norms(const GradientNorms& op, Stream stream) {
+int64_t gradient_norms_workspace_bytes(const GradientNorms& op) {
   check_norms(op);
-  const OuterKernel kernel = choose_outer(op.dtype, op.block_size, op.grad_z, op.x);
+  return plan_operands(op.dtype, op.block_size, op.grad_z, op.x, nullptr).bytes;
+}
+
+void gradient_norms(const GradientNorms& op, Workspace workspace, Stream stream) {
+  check_norms(op);
+  const Operands plan = plan_operands(op.dtype, op.block_size, op.grad_z, op.x, workspace.data);
+  check_workspace(kNorms, workspace, plan.bytes);
+  const OuterKernel kernel = choose_outer(op.dtype, op.block_size, plan.grad_z, plan.x);
   if (op.block_row_begin == op.block_row_end || op.x.cols == 0) return;
+  copy_operands(op.dtype, op.grad_z, op.x, plan, stream);
   with_dtype(op.dtype, [&](auto element) {
     using T = decltype(element);
-    OuterProduct<T> outer = operands<T>(op.grad_z, op.x, op.block_size);
+    OuterProduct<T> outer = operands<T>(plan.grad_z, plan.x, op.block_size);
     outer.row_begin = op.block_row_begin;
     outer.row_end = op.block_row_end;
     outer.norms = op.norms;
@@ -67,27 +110,29 @@ void gradient_norms(const GradientNorms& op, Stream stream) {
 
 int64_t candidate_gradients_workspace_bytes(const PlaceGradients& op) {
   check_operands(kCandidates, op.dtype, op.block_size, op.grad_z, op.x);
+  SPARSENET_CHECK(op.num_places >= 0, kCandidates, ": num_places must not be negative, got ", op.num_places);
+  const int64_t copies = plan_operands(op.dtype, op.block_size, op.grad_z, op.x, nullptr).bytes;
   const int32_t splits = candidate_splits(op);
-  if (splits == 1) return 0;
-  return splits * op.num_places * op.block_size * op.block_size * (op.dtype == DType::float64 ? 8 : 4);
+  if (splits == 1) return copies;
+  return copies + splits * op.num_places * op.block_size * op.block_size * (op.dtype == DType::float64 ? 8 : 4);
 }
 
 void candidate_gradients(const PlaceGradients& op, Workspace workspace, Stream stream) {
-  const int64_t bytes = candidate_gradients_workspace_bytes(op);
-  SPARSENET_CHECK(workspace.bytes >= bytes, kCandidates, ": workspace must have at least ", bytes, " bytes, got ",
-                  workspace.bytes);
-  SPARSENET_CHECK(op.num_places >= 0, kCandidates, ": num_places must not be negative, got ", op.num_places);
-  const OuterKernel kernel = choose_outer(op.dtype, op.block_size, op.grad_z, op.x);
+  check_workspace(kCandidates, workspace, candidate_gradients_workspace_bytes(op));
+  const Operands plan = plan_operands(op.dtype, op.block_size, op.grad_z, op.x, workspace.data);
+  const OuterKernel kernel = choose_outer(op.dtype, op.block_size, plan.grad_z, plan.x);
   if (op.num_places == 0) return;
+  copy_operands(op.dtype, op.grad_z, op.x, plan, stream);
   with_dtype(op.dtype, [&](auto element) {
     using T = decltype(element);
-    OuterProduct<T> outer = operands<T>(op.grad_z, op.x, op.block_size);
+    OuterProduct<T> outer = operands<T>(plan.grad_z, plan.x, op.block_size);
     outer.place_rows = op.place_rows;
     outer.place_cols = op.place_cols;
     outer.num_places = op.num_places;
     outer.gradients = static_cast<T*>(op.grads);
     outer.splits = candidate_splits(op);
-    outer.partials = outer.splits > 1 ? static_cast<Accumulator<T>*>(workspace.data) : nullptr;
+    void* partials = static_cast<char*>(workspace.data) + plan.bytes;
+    outer.partials = outer.splits > 1 ? static_cast<Accumulator<T>*>(partials) : nullptr;
     if constexpr (sizeof(T) == 2)
       if (kernel == OuterKernel::sm80) return launch_grad_weight_sm80<T>(outer, stream);
     launch_grad_weight_simt<T>(outer, stream);

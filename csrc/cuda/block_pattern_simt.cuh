@@ -6,57 +6,35 @@
 // Nothing here has been timed on hardware yet.
 #pragma once
 
+#include "elements.cuh"
 #include "radix_sort.cuh"
 
 namespace sparsenet::cuda {
 
-struct ElementConfig {
-  static constexpr int kThreads = 256;
-};
-SPARSENET_DEVICE int64_t element_index() { return block_index() * ElementConfig::kThreads + thread_index(); }
-
-template <typename Params>
-void launch_elements(const char* name, void (*kernel)(Params), int64_t elements, Stream stream, const Params& params) {
-  launch(name, kernel, {.ctas = ceil_div(elements, ElementConfig::kThreads), .threads = ElementConfig::kThreads},
-         stream, params);
-}
-
+// The high digit is the stage of checking: an earlier stage's fault is the one that is told.
 enum class Fault : int {
-  row_range = 1,
-  col_range,
-  duplicate,
-  pointer_start,
-  pointer_order,
-  pointer_end,
-  not_finite,
-  dropped_range,
-  dropped_twice
+  pointer_start = 0x01,
+  pointer_end = 0x02,
+  pointer_order = 0x03,
+  dropped_range = 0x04,
+  not_a_number = 0x05,
+  row_range = 0x11,
+  col_range = 0x12,
+  col_order = 0x13,
+  duplicate = 0x21,
+  dropped_twice = 0x22
 };
 
 constexpr unsigned long long kNoFault = ~0ull;
 SPARSENET_DEVICE void report(unsigned long long* first_fault, int64_t index, Fault fault) {
-  atomic_min_global(first_fault, (static_cast<unsigned long long>(index) << 8) | static_cast<unsigned>(fault));
-}
-
-// First position in sorted[0..count) whose value is >= bound.
-template <typename T>
-SPARSENET_DEVICE int64_t lower_bound(const T* sorted, int64_t count, T bound) {
-  int64_t begin = 0, end = count;
-  while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
-    if (load_global(sorted + middle) < bound)
-      begin = middle + 1;
-    else
-      end = middle;
-  }
-  return begin;
+  const auto code = static_cast<unsigned long long>(fault);
+  atomic_min_global(first_fault, (code >> 4) << 60 | static_cast<unsigned long long>(index) << 8 | code);
 }
 
 struct PatternKeys {
-  const int32_t* rows; // places, or null: positions of `pointers`
+  const int32_t* rows;
   const int32_t* cols;
-  const int32_t* pointers; // [block_rows + 1]
-  const int32_t* dropped;  // update: flags [num_old], else null
+  const int32_t* dropped; // update: flags [num_old], else null
   const int32_t* grown_rows;
   const int32_t* grown_cols;
   int64_t num_old; // elements from rows/cols; the rest are grown places
@@ -69,26 +47,11 @@ struct PatternKeys {
   unsigned long long* first_fault;
 };
 
-static SPARSENET_KERNEL(ElementConfig::kThreads) check_pointers_kernel(const PatternKeys p) {
-  const int64_t i = element_index();
-  if (i > p.block_rows) return;
-  const int32_t pointer = load_global(p.pointers + i);
-  if (i == 0 && pointer != 0) report(p.first_fault, i, Fault::pointer_start);
-  if (i == p.block_rows && pointer != p.count) report(p.first_fault, i, Fault::pointer_end);
-  if (i < p.block_rows && pointer > load_global(p.pointers + i + 1)) report(p.first_fault, i, Fault::pointer_order);
-}
-
 static SPARSENET_KERNEL(ElementConfig::kThreads) make_keys_kernel(const PatternKeys p) {
   const int64_t i = element_index();
   if (i >= p.count) return;
   const bool grown = i >= p.num_old;
-  int64_t row = 0;
-  if (grown)
-    row = load_global(p.grown_rows + i - p.num_old);
-  else if (p.rows != nullptr)
-    row = load_global(p.rows + i);
-  else
-    row = lower_bound(p.pointers, p.block_rows + 1, static_cast<int32_t>(i + 1)) - 1;
+  const int64_t row = grown ? load_global(p.grown_rows + i - p.num_old) : load_global(p.rows + i);
   const int64_t col = grown ? load_global(p.grown_cols + i - p.num_old) : load_global(p.cols + i);
   if (row < 0 || row >= p.block_rows)
     report(p.first_fault, i, Fault::row_range);
@@ -97,6 +60,46 @@ static SPARSENET_KERNEL(ElementConfig::kThreads) make_keys_kernel(const PatternK
   const bool leaves = !grown && p.dropped != nullptr && load_global(p.dropped + i) != 0;
   store_global(p.keys + i, leaves ? p.dropped_key : static_cast<uint64_t>(row * p.block_cols + col));
   store_global(p.payload + i, static_cast<int32_t>(grown ? p.num_old - 1 - i : i));
+}
+
+// Row pointers and columns as they were handed over: checked, copied, and keyed for the transposed index. Where the
+// pointers are wrong a block's row is whatever the search ends at; the pattern is then refused.
+struct ReadCsr {
+  const int32_t* crow;
+  const int32_t* col;
+  PatternArrays out;
+  uint64_t* t_keys;
+  int32_t* t_payload;
+  unsigned long long* first_fault;
+};
+
+static SPARSENET_KERNEL(ElementConfig::kThreads) read_pointers_kernel(const ReadCsr p) {
+  const int64_t i = element_index();
+  if (i > p.out.block_rows) return;
+  const int32_t pointer = load_global(p.crow + i);
+  store_global(p.out.crow + i, pointer);
+  if (i == 0 && pointer != 0) report(p.first_fault, 0, Fault::pointer_start);
+  if (i == p.out.block_rows && pointer != p.out.num_blocks) report(p.first_fault, 0, Fault::pointer_end);
+  if (i == p.out.block_rows) return;
+  const int32_t next = load_global(p.crow + i + 1);
+  if (pointer > next || next > p.out.num_blocks) report(p.first_fault, i, Fault::pointer_order);
+}
+
+static SPARSENET_KERNEL(ElementConfig::kThreads) read_columns_kernel(const ReadCsr p) {
+  const int64_t i = element_index();
+  if (i >= p.out.num_blocks) return;
+  int64_t row = lower_bound(p.crow, p.out.block_rows + 1, static_cast<int32_t>(i + 1)) - 1;
+  if (row >= p.out.block_rows) row = p.out.block_rows - 1;
+  if (row < 0) row = 0;
+  const int32_t col = load_global(p.col + i);
+  if (col < 0 || col >= p.out.block_cols)
+    report(p.first_fault, i, Fault::col_range);
+  else if (i > 0 && i > load_global(p.crow + row) && load_global(p.col + i - 1) >= col)
+    report(p.first_fault, i, Fault::col_order);
+  store_global(p.out.col + i, col);
+  store_global(p.out.row + i, static_cast<int32_t>(row));
+  store_global(p.t_keys + i, static_cast<uint64_t>(col * p.out.block_rows + row));
+  store_global(p.t_payload + i, static_cast<int32_t>(i));
 }
 
 struct MarkDropped {
@@ -170,7 +173,8 @@ struct UnpackTransposed {
 static SPARSENET_KERNEL(ElementConfig::kThreads) unpack_transposed_kernel(const UnpackTransposed p) {
   const int64_t i = element_index();
   if (i >= p.out.num_blocks) return;
-  store_global(p.out.t_row + i, static_cast<int32_t>(load_global(p.keys + i) % p.out.block_rows));
+  const int64_t rows = p.out.block_rows > 0 ? p.out.block_rows : 1; // none: the pattern will be refused
+  store_global(p.out.t_row + i, static_cast<int32_t>(load_global(p.keys + i) % rows));
   store_global(p.out.t_block + i, load_global(p.payload + i));
 }
 
@@ -187,7 +191,7 @@ static SPARSENET_KERNEL(ElementConfig::kThreads) score_keys_kernel(const ScoreKe
   const int64_t i = element_index();
   if (i >= p.count) return;
   const uint32_t bits = bits_of(load_global(p.scores + i) + 0.0f); // -0 and +0 are the same score
-  if ((bits & 0x7f800000u) == 0x7f800000u) report(p.first_fault, i, Fault::not_finite);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) report(p.first_fault, i, Fault::not_a_number);
   const uint32_t ascending = bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
   store_global(p.keys + i, static_cast<uint64_t>(p.highest ? ~ascending : ascending));
   store_global(p.payload + i, static_cast<int32_t>(i));
@@ -225,10 +229,6 @@ static SPARSENET_KERNEL(ElementConfig::kThreads) inactive_places_kernel(const In
   store_global(p.place_rows + target, static_cast<int32_t>(row));
   store_global(p.place_cols + target, col);
 }
-
-struct alignas(16) Word16 {
-  uint32_t words[4];
-};
 
 struct GatherBlocks {
   const void* in;

@@ -14,9 +14,15 @@ constexpr const char* kOp = "block_sparse_linear";
 
 int64_t accumulator_bytes(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
-void check_matrix(const char* name, const Matrix& matrix, int64_t rows, int64_t cols) {
+void check_matrix(const char* name, DType dtype, const Matrix& matrix, int64_t rows, int64_t cols) {
+  check_address(kOp, name, dtype, matrix.data);
   SPARSENET_CHECK(matrix.rows == rows && matrix.cols == cols, kOp, ": ", name, " must have shape [", rows, ", ", cols,
                   "], got [", matrix.rows, ", ", matrix.cols, "]");
+}
+
+// Rows of an input may lie anywhere, on each other too (an expanded tensor); those of an output may not overlap.
+void check_output(const char* name, DType dtype, const Matrix& matrix, int64_t rows, int64_t cols) {
+  check_matrix(name, dtype, matrix, rows, cols);
   SPARSENET_CHECK(matrix.stride >= cols || rows <= 1, kOp, ": ", name, " must have a row stride of at least ", cols,
                   ", got ", matrix.stride);
 }
@@ -73,41 +79,72 @@ void check_forward(const LinearForward& op) {
   check_pattern(op.pattern);
   check_dtype(kOp, op.dtype);
   check_activation(op.activation);
-  check_matrix("x", op.x, op.x.rows, op.pattern.cols);
-  check_matrix("y", op.y, op.x.rows, op.pattern.rows);
-  if (op.pre_activation.data != nullptr) check_matrix("pre_activation", op.pre_activation, op.x.rows, op.pattern.rows);
+  check_matrix("x", op.dtype, op.x, op.x.rows, op.pattern.cols);
+  check_output("y", op.dtype, op.y, op.x.rows, op.pattern.rows);
+  check_address(kOp, "values", op.dtype, op.values);
+  check_address(kOp, "bias", op.dtype, op.bias);
+  if (op.pre_activation.data != nullptr)
+    check_output("pre_activation", op.dtype, op.pre_activation, op.x.rows, op.pattern.rows);
 }
 
-ProductKernel forward_kernel(const LinearForward& op) {
-  return choose_product(op.dtype, op.pattern.block_size, op.x.rows, op.x, op.values, false);
+// Forward: x where the kernel reads it, and what lies in the workspace.
+struct ForwardPlan {
+  Matrix x;
+  ProductKernel kernel = ProductKernel::simt;
+  int64_t copy_bytes = 0; // of an aligned x
+  int64_t partial_bytes = 0;
+  int64_t bytes() const { return copy_bytes + partial_bytes; }
+};
+
+ForwardPlan plan_forward(const LinearForward& op, const WorkList& work, void* workspace) {
+  ForwardPlan plan{.x = op.x};
+  if (worth_aligning(op.dtype, op.pattern.block_size, op.x)) {
+    plan.x = aligned_copy(op.dtype, op.x, workspace);
+    plan.copy_bytes = aligned_copy_bytes(op.dtype, op.x);
+  }
+  plan.kernel = choose_product(op.dtype, op.pattern.block_size, op.x.rows, plan.x, op.values, false);
+  plan.partial_bytes = partial_bytes(work, plan.kernel, op.pattern.block_size, op.x.rows, op.dtype);
+  return plan;
+}
+
+void copy_rows(DType dtype, const Matrix& from, const Matrix& to, Stream stream) {
+  activation_backward({.dtype = dtype, .activation = Activation::none, .grad_y = from, .saved = {}, .grad_z = to},
+                      stream);
 }
 
 // Backward: what is computed from what, and where it lies in the workspace.
 struct BackwardPlan {
-  Matrix grad_z; // grad_y itself without an activation
+  Matrix grad_z; // grad_y itself where there is no activation and its rows are aligned
+  Matrix x;
   ProductKernel product = ProductKernel::simt;
   OuterKernel outer = OuterKernel::simt;
   int32_t splits = 1;
   int64_t grad_z_bytes = 0;
+  int64_t x_bytes = 0;
   int64_t partial_bytes = 0; // grad_x and grad_values use the same place one after the other
-  int64_t bytes() const { return grad_z_bytes + partial_bytes; }
+  int64_t bytes() const { return grad_z_bytes + x_bytes + partial_bytes; }
 };
 
 BackwardPlan plan_backward(const LinearBackward& op, const WorkList& work, void* workspace) {
   BackwardPlan plan;
   plan.grad_z = op.grad_y;
-  if (op.activation != Activation::none) {
-    plan.grad_z.data = workspace;
-    plan.grad_z.stride = round_up(op.pattern.rows, 8);
-    plan.grad_z_bytes = round_up(op.grad_y.rows * plan.grad_z.stride * element_bytes(op.dtype), 256);
-  }
+  plan.x = op.x;
   const int32_t b = op.pattern.block_size;
+  const bool multiplied = op.grad_x.data != nullptr || op.grad_values != nullptr;
+  if (op.activation != Activation::none || (multiplied && worth_aligning(op.dtype, b, op.grad_y))) {
+    plan.grad_z = aligned_copy(op.dtype, op.grad_y, workspace);
+    plan.grad_z_bytes = aligned_copy_bytes(op.dtype, op.grad_y);
+  }
+  if (op.grad_values != nullptr && worth_aligning(op.dtype, b, op.x)) {
+    plan.x = aligned_copy(op.dtype, op.x, static_cast<char*>(workspace) + plan.grad_z_bytes);
+    plan.x_bytes = aligned_copy_bytes(op.dtype, op.x);
+  }
   if (op.grad_x.data != nullptr) {
     plan.product = choose_product(op.dtype, b, op.grad_y.rows, plan.grad_z, op.values, true);
     plan.partial_bytes = partial_bytes(work, plan.product, b, op.grad_y.rows, op.dtype);
   }
   if (op.grad_values != nullptr) {
-    plan.outer = choose_outer(op.dtype, b, plan.grad_z, op.x);
+    plan.outer = choose_outer(op.dtype, b, plan.grad_z, plan.x);
     plan.splits = batch_splits(op.pattern.num_blocks, b, op.grad_y.rows);
     if (plan.splits > 1)
       plan.partial_bytes =
@@ -120,20 +157,21 @@ void check_backward(const LinearBackward& op) {
   check_pattern(op.pattern);
   check_dtype(kOp, op.dtype);
   check_activation(op.activation);
-  check_matrix("grad_y", op.grad_y, op.grad_y.rows, op.pattern.rows);
+  check_matrix("grad_y", op.dtype, op.grad_y, op.grad_y.rows, op.pattern.rows);
   if (op.activation != Activation::none && op.grad_y.rows > 0)
     SPARSENET_CHECK(op.saved.data != nullptr || op.pattern.rows == 0, kOp,
                     ": saved must be given where there is an activation, got null");
-  if (op.activation != Activation::none) check_matrix("saved", op.saved, op.grad_y.rows, op.pattern.rows);
-  if (op.grad_x.data != nullptr) check_matrix("grad_x", op.grad_x, op.grad_y.rows, op.pattern.cols);
-  if (op.grad_values != nullptr) check_matrix("x", op.x, op.grad_y.rows, op.pattern.cols);
+  if (op.activation != Activation::none) check_matrix("saved", op.dtype, op.saved, op.grad_y.rows, op.pattern.rows);
+  check_address(kOp, "values", op.dtype, op.values);
+  if (op.grad_x.data != nullptr) check_output("grad_x", op.dtype, op.grad_x, op.grad_y.rows, op.pattern.cols);
+  if (op.grad_values != nullptr) check_matrix("x", op.dtype, op.x, op.grad_y.rows, op.pattern.cols);
 }
 
 } // namespace
 
 std::string choose_linear_forward(const LinearForward& op) {
   check_forward(op);
-  return name_of(forward_kernel(op), false);
+  return name_of(plan_forward(op, {}, nullptr).kernel, false);
 }
 std::string choose_grad_input(const LinearBackward& op) {
   check_backward(op);
@@ -146,15 +184,17 @@ std::string choose_grad_weight(const LinearBackward& op) {
 
 int64_t linear_forward_workspace_bytes(const LinearForward& op, const WorkList& work) {
   check_forward(op);
-  return partial_bytes(work, forward_kernel(op), op.pattern.block_size, op.x.rows, op.dtype);
+  return plan_forward(op, work, nullptr).bytes();
 }
 
 void linear_forward(const LinearForward& op, const WorkList& work, Workspace workspace, Stream stream) {
   check_forward(op);
-  const ProductKernel kernel = forward_kernel(op);
+  const ForwardPlan plan = plan_forward(op, work, workspace.data);
   const PatternView& pattern = op.pattern;
-  check_workspace(kOp, workspace, partial_bytes(work, kernel, pattern.block_size, op.x.rows, op.dtype));
+  check_workspace(kOp, workspace, plan.bytes());
   if (op.x.rows == 0 || pattern.rows == 0) return;
+  if (plan.copy_bytes > 0) copy_rows(op.dtype, op.x, plan.x, stream);
+  void* partials = static_cast<char*>(workspace.data) + plan.copy_bytes;
   with_dtype(op.dtype, [&](auto element) {
     using T = decltype(element);
     Product<T> product{};
@@ -165,15 +205,15 @@ void linear_forward(const LinearForward& op, const WorkList& work, Workspace wor
     product.batch = op.x.rows;
     product.k_size = pattern.cols;
     product.n_size = pattern.rows;
-    product.a = static_cast<const T*>(op.x.data);
-    product.a_stride = op.x.stride;
+    product.a = static_cast<const T*>(plan.x.data);
+    product.a_stride = plan.x.stride;
     product.values = static_cast<const T*>(op.values);
     product.bias = static_cast<const T*>(op.bias);
     product.y = static_cast<T*>(op.y.data);
     product.y_stride = op.y.stride;
     product.pre_activation = static_cast<T*>(op.pre_activation.data);
     product.pre_activation_stride = op.pre_activation.stride;
-    run_product<T, false>(product, kernel, work, pattern.block_rows(), workspace.data, stream);
+    run_product<T, false>(product, plan.kernel, work, pattern.block_rows(), partials, stream);
   });
 }
 
@@ -187,8 +227,9 @@ void linear_backward(const LinearBackward& op, const WorkList& work, Workspace w
   const BackwardPlan plan = plan_backward(op, work, workspace.data);
   check_workspace(kOp, workspace, plan.bytes());
   const PatternView& pattern = op.pattern;
-  void* partials = static_cast<char*>(workspace.data) + plan.grad_z_bytes;
-  if (op.activation != Activation::none)
+  void* partials = static_cast<char*>(workspace.data) + plan.grad_z_bytes + plan.x_bytes;
+  if (plan.x_bytes > 0) copy_rows(op.dtype, op.x, plan.x, stream);
+  if (plan.grad_z_bytes > 0)
     activation_backward(
         {.dtype = op.dtype, .activation = op.activation, .grad_y = op.grad_y, .saved = op.saved, .grad_z = plan.grad_z},
         stream);
@@ -221,9 +262,9 @@ void linear_backward(const LinearBackward& op, const WorkList& work, Workspace w
     if (op.grad_values != nullptr && pattern.num_blocks > 0) {
       OuterProduct<T> outer{};
       outer.g = grad_z;
-      outer.x = static_cast<const T*>(op.x.data);
+      outer.x = static_cast<const T*>(plan.x.data);
       outer.g_stride = plan.grad_z.stride;
-      outer.x_stride = op.x.stride;
+      outer.x_stride = plan.x.stride;
       outer.batch = op.grad_y.rows;
       outer.n_size = pattern.rows;
       outer.k_size = pattern.cols;
@@ -244,7 +285,6 @@ void linear_backward(const LinearBackward& op, const WorkList& work, Workspace w
 void activation_backward(const ActivationBackward& op, Stream stream) {
   check_dtype("activation_backward", op.dtype);
   check_activation(op.activation);
-  if (op.grad_y.rows == 0 || op.grad_y.cols == 0) return;
   with_dtype(op.dtype, [&](auto element) {
     using T = decltype(element);
     launch_activation_gradient<T>({.grad_y = static_cast<const T*>(op.grad_y.data),

@@ -14,6 +14,10 @@ std::atomic<Variant> forced{Variant::automatic};
 constexpr int64_t kSmallBatch = 32;   // up to here forward streams the weights as the M side of the instruction
 constexpr int64_t kSplitRows = 256;   // the least batch rows that are worth a split of their own
 constexpr int32_t kTileColumns = 128; // output columns of an sm_80 CTA
+constexpr int64_t kTileRows = 128;    // batch rows of an sm_80 CTA
+constexpr int64_t kMostTiles = 256;
+constexpr int64_t kLongestOverMean = 4; // groups longer than this many times the mean are cut
+constexpr int64_t kLeastColumns = 512;  // columns of blocks that are worth a piece of their own
 
 // Asynchronous copies move 16 bytes: rows must start on a 16-byte boundary.
 bool rows_aligned(const Matrix& matrix, DType dtype) {
@@ -55,6 +59,18 @@ OuterKernel choose_outer(DType dtype, int32_t block_size, const Matrix& g, const
   return block_size < 16 ? OuterKernel::small_simt : OuterKernel::simt;
 }
 
+bool worth_aligning(DType dtype, int32_t block_size, const Matrix& matrix) {
+  return forced != Variant::simt && tensor_cores_serve(dtype, block_size) && !rows_aligned(matrix, dtype);
+}
+
+Matrix aligned_copy(DType dtype, const Matrix& matrix, void* data) {
+  return {data, matrix.rows, matrix.cols, round_up(matrix.cols, 16 / element_bytes(dtype))};
+}
+
+int64_t aligned_copy_bytes(DType dtype, const Matrix& matrix) {
+  return round_up(matrix.rows * aligned_copy(dtype, matrix, nullptr).stride * element_bytes(dtype), 256);
+}
+
 int32_t rows_per_group(ProductKernel kernel, int32_t block_size) {
   return kernel == ProductKernel::sm80 ? kTileColumns / block_size : 1;
 }
@@ -64,6 +80,19 @@ int32_t preferred_rows_per_group(DType dtype, int32_t block_size) {
   check_block_size("preferred_rows_per_group", block_size);
   const bool sm80 = forced != Variant::simt && tensor_cores_serve(dtype, block_size);
   return rows_per_group(sm80 ? ProductKernel::sm80 : ProductKernel::simt, block_size);
+}
+
+WorkShape preferred_work(const PatternView& pattern, DType dtype, int64_t batch, bool transposed) {
+  const int32_t group = preferred_rows_per_group(dtype, pattern.block_size);
+  const int64_t groups = ceil_div(transposed ? pattern.block_cols() : pattern.block_rows(), group);
+  if (groups == 0 || pattern.block_size < 16) return {group, 0};
+  // Rows several times longer than the mean would finish alone; with a small batch there are not enough CTAs at all.
+  const int64_t longest = kLongestOverMean * ceil_div(pattern.num_blocks, groups);
+  int64_t tiles = 1;
+  while (tiles * kTileRows < batch && tiles < kMostTiles) tiles *= 2; // powers of two: few lists a pattern
+  const int64_t filling = ceil_div(pattern.num_blocks * tiles, 2 * device_properties().num_multiprocessors);
+  const int64_t least = std::max<int64_t>(8, kLeastColumns / pattern.block_size);
+  return {group, std::max(least, std::min(longest, filling))};
 }
 
 int32_t batch_splits(int64_t num_places, int32_t block_size, int64_t batch) {
@@ -100,6 +129,13 @@ std::string name_of(OuterKernel kernel, const char* op) {
 void check_dtype(const char* op, DType dtype) {
   SPARSENET_CHECK(dtype >= DType::float32 && dtype <= DType::float64, op,
                   ": dtype must be float32, bfloat16, float16 or float64, got code ", static_cast<int32_t>(dtype));
+}
+
+void check_address(const char* op, const char* name, DType dtype, const void* data) {
+  const auto past =
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % static_cast<uint64_t>(element_bytes(dtype)));
+  SPARSENET_CHECK(past == 0, op, ": ", name, " must start at a multiple of its element's ", element_bytes(dtype),
+                  " bytes, got an address ", past, " past one");
 }
 
 void check_block_size(const char* op, int32_t block_size) {

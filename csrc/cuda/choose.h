@@ -16,6 +16,12 @@ ProductKernel choose_product(DType dtype, int32_t block_size, int64_t batch, con
 // grad_weight, candidate gradients, norms.
 OuterKernel choose_outer(DType dtype, int32_t block_size, const Matrix& g, const Matrix& x);
 
+// Whether a copy with rows on 16-byte boundaries lets the tensor cores serve what they otherwise could not.
+bool worth_aligning(DType dtype, int32_t block_size, const Matrix& matrix);
+// Where such a copy goes: `data` with the next such stride, and the bytes it takes.
+Matrix aligned_copy(DType dtype, const Matrix& matrix, void* data);
+int64_t aligned_copy_bytes(DType dtype, const Matrix& matrix);
+
 // Block rows that one CTA of a kernel works on.
 int32_t rows_per_group(ProductKernel kernel, int32_t block_size);
 
@@ -26,6 +32,8 @@ std::string name_of(ProductKernel kernel, bool transposed);
 std::string name_of(OuterKernel kernel, const char* op);
 
 void check_dtype(const char* op, DType dtype);
+// A GPU faults on an element that is not where its type may be.
+void check_address(const char* op, const char* name, DType dtype, const void* data);
 void check_block_size(const char* op, int32_t block_size);
 
 } // namespace sparsenet::cuda

@@ -63,6 +63,13 @@ std::string choose_grad_input(const LinearBackward& op);
 std::string choose_grad_weight(const LinearBackward& op);
 // Block rows that a CTA of the automatic variant shares an X tile between: the rows_per_group to build a WorkList with.
 int32_t preferred_rows_per_group(DType dtype, int32_t block_size);
+// How to build the work list of a call: rows_per_group and split_length (0: the kernel reads no list). Depends on the
+// batch only through its power of two. Heuristics that have not been timed yet.
+struct WorkShape {
+  int32_t rows_per_group = 1;
+  int64_t split_length = 0;
+};
+WorkShape preferred_work(const PatternView& pattern, DType dtype, int64_t batch, bool transposed);
 
 int64_t linear_forward_workspace_bytes(const LinearForward& op, const WorkList& work);
 void linear_forward(const LinearForward& op, const WorkList& work, Workspace workspace, Stream stream);
@@ -83,7 +90,8 @@ void activation_backward(const ActivationBackward& op, Stream stream);
 
 // block_gradient_squared_norms -----------------------------------------------------------------------------------
 std::string choose_gradient_norms(const GradientNorms& op);
-void gradient_norms(const GradientNorms& op, Stream stream);
+int64_t gradient_norms_workspace_bytes(const GradientNorms& op);
+void gradient_norms(const GradientNorms& op, Workspace workspace, Stream stream);
 
 // The dense gradient's blocks at a list of places in any order: grads[i] = block (place_rows[i], place_cols[i]) of
 // grad_z^T x. A CTA gathers its operands place by place, so no row index is needed (the CPU op's CandidateGradients
@@ -123,13 +131,22 @@ int64_t pattern_workspace_bytes(int64_t count, int64_t block_rows, int64_t block
 // throws on an index out of range or a duplicate.
 void pattern_from_places(const int32_t* place_rows, const int32_t* place_cols, const PatternArrays& out, int32_t* order,
                          Workspace workspace, Stream stream);
-// The same from row pointers and columns (unsorted within a row allowed); refuses pointers that do not start at 0,
-// decrease, or do not end at num_blocks.
-void pattern_from_csr(const int32_t* crow, const int32_t* col, const PatternArrays& out, int32_t* order,
-                      Workspace workspace, Stream stream);
+
+// Row pointers and columns on the device, as Python was given them.
+struct CsrSource {
+  const int32_t* crow = nullptr; // [crow_length]
+  const int32_t* col = nullptr;  // [out.num_blocks]
+  int64_t crow_length = 0;
+  int64_t rows = 0; // of the matrix, elements
+  int64_t cols = 0;
+  int64_t block_size = 1;
+};
+// Checks and copies them and adds the transposed index. Waits for the stream; refuses what the CPU refuses, in the same
+// words.
+void pattern_from_csr(const CsrSource& source, const PatternArrays& out, Workspace workspace, Stream stream);
 
 // selected[0..k) = indices of the k lowest (or highest) scores, best first, equal scores by lower index. Waits for the
-// stream and throws on NaN or infinity.
+// stream and throws on NaN.
 void select_scores(const float* scores, int64_t count, int64_t k, bool highest, int32_t* selected, Workspace workspace,
                    Stream stream);
 
@@ -153,6 +170,10 @@ void update_pattern(const PatternUpdate& op, Workspace workspace, Stream stream)
 // out[i] = in[source[i]], zeros where source[i] < 0: values, gradients and optimizer moments after a rewire.
 void gather_blocks(const void* in, const int32_t* source, void* out, int64_t num_blocks, int64_t block_bytes,
                    Stream stream);
+
+// compact_blocks --------------------------------------------------------------------------------------------------
+// The op of the CPU (types.h) with every array on the device; rows and cols lie within the old matrix.
+void compact_blocks(const CompactBlocks& op, Stream stream);
 
 // Work list of `groups` = ceil(block_rows / rows_per_group) groups; groups with more than split_length blocks are cut.
 // items has room for work_list_capacity(...). Waits for the stream; returns the list over `items`.

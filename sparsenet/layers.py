@@ -155,9 +155,15 @@ class SparseLinear(nn.Module):
         """[..., in_features] -> [..., out_features]."""
         while True:
             pattern, mask = self._pattern, self._element_mask  # in the reverse of the order in which they are replaced
+            own = self._parameters  # a dictionary is faster than nn.Module's attributes
+            values, bias = (
+                own["values"] if "values" in own else self.values,
+                own["bias"] if "bias" in own else self.bias,
+            )
             try:
-                values = self.values if mask is None else functional.snapshot(self.values) * mask
-                return functional.block_sparse_linear(x, values, pattern, self.bias, self.activation)
+                if mask is not None:
+                    values = functional.snapshot(values) * mask
+                return functional.block_sparse_linear(x, values, pattern, bias, self.activation)
             except (RuntimeError, ValueError, TypeError):  # half old, half new: another thread is rewiring
                 if not (pattern.index.retired and self._was_rewired(pattern)):
                     raise

@@ -155,11 +155,7 @@ class SparseLinear(nn.Module):
         """[..., in_features] -> [..., out_features]."""
         while True:
             pattern, mask = self._pattern, self._element_mask  # in the reverse of the order in which they are replaced
-            own = self._parameters  # a dictionary is faster than nn.Module's attributes
-            values, bias = (
-                own["values"] if "values" in own else self.values,
-                own["bias"] if "bias" in own else self.bias,
-            )
+            values, bias = self._fast("values"), self._fast("bias")
             try:
                 if mask is not None:
                     values = functional.snapshot(values) * mask
@@ -167,6 +163,13 @@ class SparseLinear(nn.Module):
             except (RuntimeError, ValueError, TypeError):  # half old, half new: another thread is rewiring
                 if not (pattern.index.retired and self._was_rewired(pattern)):
                     raise
+
+    def _fast(self, name: str) -> Tensor | None:
+        """A parameter, or what torch.nn.utils put in its place, without nn.Module's slow look for attributes."""
+        try:
+            return self._parameters[name]
+        except KeyError:
+            return getattr(self, name)
 
     def _was_rewired(self, pattern: BlockPattern) -> bool:
         """Whether another thread, which has begun to replace ``pattern``, is done; waits up to a second."""

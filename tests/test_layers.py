@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import sparsenet as sn
@@ -568,6 +569,17 @@ def test_autocast():
     assert layer.values.grad.dtype == x.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
         assert layer(x).dtype == torch.float32
+
+
+def test_pruned_by_torch():
+    """torch.nn.utils.prune puts a plain attribute in a parameter's place."""
+    layer = SparseLinear(16, 8, density=0.5, block_size=4)
+    torch.nn.utils.prune.l1_unstructured(layer, "bias", amount=4)
+    torch.nn.utils.prune.l1_unstructured(layer, "values", amount=0.5)
+    zeros = [int((t == 0).sum()) for t in (layer.bias, layer.values)]
+    assert zeros[0] == 4 and zeros[1] == layer.values.numel() // 2
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight_dense(), layer.bias))
 
 
 def test_module_habits():

@@ -39,6 +39,12 @@ def fixed_seed_and_threads():
 
 
 @pytest.fixture
+def one_thread():
+    """One thread, for small matrices: a second costs more than it gives."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def run_child(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """``run_child(code, *arguments, timeout=120, check=True, **environment)``: Python code in a process of its own.
 

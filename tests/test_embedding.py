@@ -46,12 +46,7 @@ from sparsenet.architecture.teachers import grid_points, normalised, random_netw
 MODERN = NetworkSpace(inputs=2, activation=MIXED, bias=True)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed=0):

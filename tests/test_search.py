@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_search import QUICK, SMALL, toy_data
 
 from sparsenet.architecture.search_space import Architecture, SearchSpace
 from sparsenet.architecture.trials import TrialConfig, TrialData, evaluate
@@ -30,24 +31,7 @@ from sparsenet.architecture.samplers import (  # noqa: E402
 from sparsenet.architecture.search import SearchConfig, retrain, search, write_report  # noqa: E402
 from sparsenet.architecture.search_workers import only_search, open_study, requeue_lost  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def two_moons(n=400, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, 8, generator=g) * 2 - 1
-    y = (x[:, 0] * x[:, 1] + 0.5 * x[:, 2] > 0).long()
-    return TrialData.from_arrays(x, y)
-
-
-SMALL = SearchSpace(8, 2, max_depth=3, max_width=16, min_density=0.05, max_active=200)
-QUICK = TrialConfig(epochs=2, batch_size=64)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- bad input ---
@@ -90,18 +74,18 @@ def test_bad_names_of_samplers_and_pruners():
 def test_without_optuna_one_line_says_how(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sparsenet\[search\]'"):
-        search(SMALL, two_moons())
+        search(SMALL, toy_data())
     assert RandomSampler(SMALL, 0).ask().number == 0  # random search by itself needs none
 
 
 def test_data_and_space_must_fit():
     with pytest.raises(ValueError, match="data must have the space's 9 features and 2 classes, got 8 features"):
-        search(replace(SMALL, in_features=9), two_moons())
+        search(replace(SMALL, in_features=9), toy_data())
 
 
 def test_several_workers_need_a_folder():
     with pytest.raises(ValueError, match="folder must be given with several workers"):
-        search(SMALL, two_moons(), SearchConfig(workers=2))
+        search(SMALL, toy_data(), SearchConfig(workers=2))
 
 
 # --- samplers ---
@@ -184,31 +168,31 @@ def test_random_parameters_stay_inside_the_space():
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_search_with_every_pruner(pruner):
     config = SearchConfig(trials=6, sampler="random", pruner=pruner, trial=replace(QUICK, epochs=4))
-    report = search(SMALL, two_moons(), config)
+    report = search(SMALL, toy_data(), config)
     assert len(report.trials) == 6
     assert report.best().loss == min(t.loss for t in report.finished())
     front = report.pareto()
     assert [t.accuracy for t in front] == sorted(t.accuracy for t in front)
-    again = search(SMALL, two_moons(), config)
+    again = search(SMALL, toy_data(), config)
     assert [t.parameters for t in again.trials] == [t.parameters for t in report.trials]
 
 
 def test_search_goes_on_and_refuses_another(tmp_path):
     config = SearchConfig(trials=2, sampler="tpe", pruner="none", trial=QUICK)
-    search(SMALL, two_moons(), config, folder=tmp_path)
-    more = search(SMALL, two_moons(), replace(config, trials=4), folder=tmp_path)
+    search(SMALL, toy_data(), config, folder=tmp_path)
+    more = search(SMALL, toy_data(), replace(config, trials=4), folder=tmp_path)
     assert [t.number for t in more.trials] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="storage must hold a search of the same space"):
-        search(replace(SMALL, max_width=32), two_moons(), config, folder=tmp_path)
+        search(replace(SMALL, max_width=32), toy_data(), config, folder=tmp_path)
     with only_search(tmp_path / "search.db"), pytest.raises(OSError, match="in use by another search"):
-        search(SMALL, two_moons(), config, folder=tmp_path)
+        search(SMALL, toy_data(), config, folder=tmp_path)
 
 
 def test_multi_objective_search_and_inheritance(tmp_path):
     config = SearchConfig(trials=4, sampler="nsga2", pruner="none", multi_objective=True, trial=QUICK)
-    assert len(search(SMALL, two_moons(), config).finished()) == 4
+    assert len(search(SMALL, toy_data(), config).finished()) == 4
     config = SearchConfig(trials=4, sampler="random", pruner="none", inherit=True, trial=QUICK)
-    report = search(SMALL, two_moons(), config, folder=tmp_path)
+    report = search(SMALL, toy_data(), config, folder=tmp_path)
     assert len(list((tmp_path / "weights").glob("trial_*.safetensors"))) == len(report.finished()) == 4
 
 
@@ -216,7 +200,7 @@ def test_a_diverging_trial_fails_and_the_search_goes_on():
     config = SearchConfig(
         trials=3, sampler="random", pruner="none", trial=replace(QUICK, learning_rate=1e30, norm="none")
     )
-    report = search(SMALL, two_moons(), config)
+    report = search(SMALL, toy_data(), config)
     assert [t.state for t in report.trials] == ["failed"] * 3
     with pytest.raises(ValueError, match="at least one trial must finish, got none of 3"):
         report.best()
@@ -231,10 +215,10 @@ def test_lost_trials_are_queued_again_first(tmp_path):
     study.ask()  # as if killed before it had parameters
     study.ask({"depth": distributions(SMALL)["depth"]})  # ... and in the middle of them
     assert requeue_lost(study, SMALL) == 1
-    report = search(SMALL, two_moons(), config, folder=tmp_path)
+    report = search(SMALL, toy_data(), config, folder=tmp_path)
     assert [t.state for t in report.trials] == ["lost", *["finished"] * 4]
     assert report.trials[1].parameters == lost.params
-    straight = search(SMALL, two_moons(), config)  # no kill: the same four trials
+    straight = search(SMALL, toy_data(), config)  # no kill: the same four trials
     assert [t.parameters for t in report.finished()] == [t.parameters for t in straight.trials]
 
 
@@ -245,7 +229,7 @@ sys.path.insert(0, {tests!r})
 import test_search as t
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    t.search(t.SMALL, t.two_moons(), t.replace(t.KILL_CONFIG, workers={workers}, trials=100000), folder={folder!r})
+    t.search(t.SMALL, t.toy_data(), t.replace(t.KILL_CONFIG, workers={workers}, trials=100000), folder={folder!r})
 """
 KILL_CONFIG = SearchConfig(trials=5, sampler="random", pruner="none", trial=replace(QUICK, epochs=8))
 
@@ -271,13 +255,14 @@ def test_a_killed_search_loses_at_most_the_running_trials(tmp_path, workers):
     before = {t.number: t.params for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"}
     running = states(study).count("RUNNING")
     assert running <= workers
-    report = search(SMALL, two_moons(), replace(KILL_CONFIG, trials=len(before) + 2), folder=folder)
+    again = replace(KILL_CONFIG, workers=workers, trials=len(before) + 2)
+    report = search(SMALL, toy_data(), again, folder=folder)
     after = {t.number: t.parameters for t in report.finished()}
     assert all(after[n] == p for n, p in before.items())
     assert len(after) == len(before) + 2
     assert sum(t.state == "lost" for t in report.trials) == report.requeued <= running
     # none lost, none twice, and the numbers do not depend on who computed them: as a search that was never killed
-    straight = search(SMALL, two_moons(), replace(KILL_CONFIG, trials=len(after)))
+    straight = search(SMALL, toy_data(), replace(KILL_CONFIG, trials=len(after)))
     assert sorted(t.loss for t in straight.trials) == sorted(t.loss for t in report.finished())
 
 
@@ -302,15 +287,9 @@ def group_is_alive(group):
     return False
 
 
-def test_two_workers_share_the_trials(tmp_path):
-    config = SearchConfig(trials=3, sampler="random", pruner="none", workers=2, trial=QUICK)
-    report = search(SMALL, two_moons(), config, folder=tmp_path)
-    assert sorted(t.number for t in report.finished()) == [0, 1, 2]
-
-
 @pytest.mark.slow
 def test_a_failing_worker_is_named(tmp_path):
-    data = two_moons()
+    data = toy_data()
     wrong = replace(data, eval_x=data.eval_x[:, :5])  # nothing checks it before a worker evaluates
     with pytest.raises(RuntimeError, match="a worker failed; run again to resume(.|\n)*Traceback"):
         search(SMALL, wrong, SearchConfig(trials=2, sampler="random", workers=2, trial=QUICK), folder=tmp_path)
@@ -319,7 +298,7 @@ def test_a_failing_worker_is_named(tmp_path):
 def test_plots_and_report(tmp_path):
     pytest.importorskip("matplotlib")
     config = SearchConfig(trials=5, sampler="random", trial=replace(QUICK, epochs=3))
-    report = search(SMALL, two_moons(), config)
+    report = search(SMALL, toy_data(), config)
     write_report(report, [], tmp_path)
     for name in ("accuracy_against_weights.png", "parallel_coordinates.png", "best_so_far.png", "report.json"):
         assert (tmp_path / name).stat().st_size > 500
@@ -328,7 +307,7 @@ def test_plots_and_report(tmp_path):
 def test_retrain_uses_every_example_and_another_pattern_per_seed():
     from sparsenet.data import Dataset
 
-    data = two_moons()
+    data = toy_data()
     dataset = Dataset("toy", data.train_x, data.train_y, data.eval_x, data.eval_y, 2, "here")
     results = retrain(Architecture(8, 2, 16, (0.5, 0.5)), dataset, replace(QUICK, train_fraction=0.1), (0, 1))
     assert [r.active_weights for r in results] == [80, 80]

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_search import QUICK, SMALL, toy_data
 
 from sparsenet.architecture.search_space import Architecture, SearchSpace, covering_order
 from sparsenet.architecture.trials import (
     TrialConfig,
-    TrialData,
     effective_gradient_flow,
     evaluate,
     inherit_,
@@ -17,24 +17,7 @@ from sparsenet.architecture.trials import (
     train_trial,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def two_moons(n=400, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, 8, generator=g) * 2 - 1
-    y = (x[:, 0] * x[:, 1] + 0.5 * x[:, 2] > 0).long()
-    return TrialData.from_arrays(x, y)
-
-
-SMALL = SearchSpace(8, 2, max_depth=3, max_width=16, min_density=0.05, max_active=200)
-QUICK = TrialConfig(epochs=2, batch_size=64)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- A1: exact counts ---
@@ -64,7 +47,7 @@ def test_counts_are_exact_in_every_block_size(block_size):
 
 
 def test_masked_weights_stay_zero_while_training():
-    data = two_moons()
+    data = toy_data()
     models = []
     train_trial(
         Architecture(8, 2, 20, (0.3, 0.3, 0.5)), data, replace(QUICK, block_size=4, norm="none"), model_out=models
@@ -191,7 +174,7 @@ def test_effective_gradient_flow_refuses():
 
 
 def test_a_trial_learns_and_repeats_itself():
-    data, config = two_moons(), TrialConfig(epochs=25, batch_size=32, block_size=1)
+    data, config = toy_data(), TrialConfig(epochs=25, batch_size=32, block_size=1)
     architecture = Architecture(8, 2, 24, (0.6, 0.6))
     first, second = (train_trial(architecture, data, config) for _ in range(2))
     assert first.accuracy > 0.8
@@ -201,7 +184,7 @@ def test_a_trial_learns_and_repeats_itself():
 
 def test_train_fraction_and_constant_schedule():
     result = train_trial(
-        Architecture(8, 2, 8, (0.5, 0.5)), two_moons(), replace(QUICK, train_fraction=0.2, schedule="constant")
+        Architecture(8, 2, 8, (0.5, 0.5)), toy_data(), replace(QUICK, train_fraction=0.2, schedule="constant")
     )
     assert 0 <= result.accuracy <= 1
     assert [learning_rate_at(QUICK, s, 100) for s in (0, 4, 99)] == pytest.approx([0.2, 1.0, 0.0], abs=1e-3)
@@ -230,7 +213,7 @@ def test_inheriting_between_dense_and_sparse_and_other_shapes():
 
 def test_evaluate_leaves_the_mode():
     model = Architecture(8, 2, 8, (0.5, 0.5)).build(norm="batch").train()
-    loss, accuracy = evaluate(model, two_moons())
+    loss, accuracy = evaluate(model, toy_data())
     assert model.training and loss > 0 and 0 <= accuracy <= 1
 
 

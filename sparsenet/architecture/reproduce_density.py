@@ -304,10 +304,10 @@ def same_seed(task: Reproduction) -> dict:
 def workers(task: Reproduction) -> dict:
     """Trials per minute of one and of two worker processes, one thread each, from the first start to the last end."""
     data = TrialData.from_dataset(task.fashion)
-    space = SearchSpace(784, 10, max_depth=1, max_width=128, min_density=0.3, max_density=0.4)
+    space = SearchSpace(784, 10, max_depth=2, min_depth=2, max_width=256, min_density=0.15, max_density=0.2)
+    trial = TrialConfig(epochs=task.count(6), train_fraction=min(1.0, 0.5 / task.scale))
     rates = {}
     for count in (1, 2):
-        trial = TrialConfig(epochs=2, train_fraction=min(1.0, 0.5 / task.scale))
         config = SearchConfig(trials=task.count(12, 4), sampler="random", pruner="none", workers=count, trial=trial)
         folder = task.out / f"workers_{count}_{time.time_ns()}"
         search(space, data, config, folder=folder)

@@ -356,7 +356,10 @@ def test_bad_regression_tables(tmp_path):
     with pytest.raises(ValueError, match=r"path must end in .npz or .csv"):
         read_table(tmp_path / "a.txt")
     (tmp_path / "a.csv").write_text("1,2\n3,nan\n")
-    with pytest.raises(ValueError, match="must be rows of two or more numbers each"):
+    with pytest.raises(ValueError, match="must hold numbers only, got none in row 2, column 2"):
+        read_table(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("1\n3\n")
+    with pytest.raises(ValueError, match=r"must be rows of two or more numbers each, got \[2\]"):
         read_table(tmp_path / "a.csv")
     np.savez(tmp_path / "b.npz", x=np.ones(3))
     with pytest.raises(ValueError, match="must hold x and y, got x"):

@@ -67,8 +67,11 @@ def read_table(path: str | Path) -> tuple[Tensor, Tensor]:
     table = np.genfromtxt(path, delimiter=",", dtype=float)
     if table.ndim == 2 and np.isnan(table[0]).all():
         table = table[1:]  # a header
-    if table.ndim != 2 or table.shape[1] < 2 or np.isnan(table).any():
-        raise ValueError(f"read_table: {path} must be rows of two or more numbers each, got {table.shape} with gaps")
+    if table.ndim != 2 or table.shape[1] < 2:
+        raise ValueError(f"read_table: {path} must be rows of two or more numbers each, got {list(table.shape)}")
+    if np.isnan(table).any():
+        row, column = np.argwhere(np.isnan(table))[0]
+        raise ValueError(f"read_table: {path} must hold numbers only, got none in row {row + 1}, column {column + 1}")
     return torch.from_numpy(table[:, :-1]).float(), torch.from_numpy(table[:, -1]).float()
 
 

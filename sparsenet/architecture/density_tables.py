@@ -31,6 +31,10 @@ def tables(numbers: dict[str, dict]) -> str:
     parts = [_checks(numbers), _searches(numbers)]
     parts += [_capacity(name, numbers[name]) for name in numbers if name.startswith("a2_")]
     parts += [_depths(name, numbers[name]) for name in numbers if name.startswith("a6_")]
+    if "pareto" in numbers:
+        rows = [[n, depth, f"{acc:.2f}", f"{loss:.4f}"] for n, depth, acc, loss in numbers["pareto"]["front"]]
+        title = f"### Pareto front of {numbers['pareto']['trials']} trials, MNIST, a third of the data, 6 epochs"
+        parts.append(f"{title}\n\n{markdown(['active weights', 'hidden layers', 'validation acc %', 'loss'], rows)}")
     for name, space in (("a4_estimators", "ReLU only"), ("a4_whole_space", "linear layers and three activations")):
         if name in numbers:
             parts.append(_estimators(numbers[name], space))

@@ -266,7 +266,7 @@ def test_a_killed_search_loses_at_most_the_running_trials(tmp_path, workers):
     assert sorted(t.loss for t in straight.trials) == sorted(t.loss for t in report.finished())
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     """What ``condition`` returns when it is true; errors (the database is being made) count as not yet."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -100,7 +100,7 @@ def record_of(space: SearchSpace, trial: optuna.trial.FrozenTrial) -> TrialRecor
     if trial.state.name == "WAITING" or not has_parameters(space, trial):
         return None
     state = states.get(trial.state.name) or ("failed" if "reason" in trial.user_attrs else "lost")
-    architecture = architecture_of(space, trial.params)
+    architecture, result = architecture_of(space, trial.params), trial.user_attrs.get("result", {})
     return TrialRecord(
         trial.number,
         state,
@@ -108,8 +108,8 @@ def record_of(space: SearchSpace, trial: optuna.trial.FrozenTrial) -> TrialRecor
         architecture.densities,
         architecture.active_weights,
         trial.values[0] if trial.values else None,
-        trial.user_attrs.get("accuracy"),
-        trial.user_attrs.get("seconds", 0.0),
+        result.get("accuracy"),
+        result.get("seconds", 0.0),
         dict(trial.params),
     )
 
@@ -210,13 +210,9 @@ class _Progress:
         notes = {"pruned": pruned}
         if done:
             best = min(done, key=lambda t: t.values[0])
-            accuracy = f"{100 * best.user_attrs.get('accuracy', float('nan')):.2f} %"
-            notes = {
-                "best": f"{best.values[0]:.4f}",
-                "acc": accuracy,
-                "active": str(best.user_attrs["active_weights"]),
-                **notes,
-            }
+            result = best.user_attrs["result"]
+            accuracy, active = f"{100 * result['accuracy']:.2f} %", str(result["active_weights"])
+            notes = {"best": f"{best.values[0]:.4f}", "acc": accuracy, "active": active, **notes}
         self.bar.set_postfix(notes)
 
 

@@ -174,7 +174,7 @@ def work(
             if sum(is_done(t) for t in study.get_trials(deepcopy=False)) >= config.trials:
                 return
             trial = study.ask(distributions(space))
-        run_one(study, trial, architecture_of(space, trial.params), data, config, weights)
+        run_one(study, trial, space, data, config, weights)
         if after is not None:
             after(study)
 
@@ -182,7 +182,7 @@ def work(
 def run_one(
     study: optuna.Study,
     trial: optuna.Trial,
-    architecture: Architecture,
+    space: SearchSpace,
     data: TrialData,
     config: SearchConfig,
     weights: Path | None,
@@ -190,10 +190,11 @@ def run_one(
     """Trains one trial and tells the study; a pruned or diverged trial is told as such."""
     import optuna
 
-    seen: list[tuple[float, float]] = []
+    architecture = architecture_of(space, trial.params)
+    seen: list[float] = []
 
     def report(epoch: int, loss: float, accuracy: float) -> None:
-        seen.append((loss, accuracy))
+        seen.append(accuracy)
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} after epoch {epoch}")
         if not config.multi_objective:
@@ -201,23 +202,20 @@ def run_one(
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-    trial.set_user_attr("active_weights", architecture.active_weights)
-    trial.set_user_attr("layers", architecture.active_per_layer)
-    donor = nearest_donor(study, architecture, config, weights) if config.inherit else None
+    donor = nearest_donor(study, space, architecture, config, weights) if config.inherit else None
     models: list[DensityMLP] = []
     try:
         result = train_trial(architecture, data, config.trial, report, donor, models)
     except optuna.TrialPruned:
-        trial.set_user_attr("accuracy", seen[-1][1])
+        trial.set_user_attr("result", {"accuracy": seen[-1]})
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         return
     except FloatingPointError as error:
         trial.set_user_attr("reason", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return
-    for key in ("accuracy", "live_widths", "seconds", "curve", "gradient_flow"):
-        trial.set_user_attr(key, getattr(result, key))
-    if config.inherit and weights is not None:
+    trial.set_user_attr("result", asdict(result))
+    if config.inherit:
         weights.mkdir(parents=True, exist_ok=True)
         part = weights / f".{trial.number}.{os.getpid()}.part"
         save_file(models[0].state_dict(), str(part))
@@ -227,14 +225,11 @@ def run_one(
 
 
 def nearest_donor(
-    study: optuna.Study, architecture: Architecture, config: SearchConfig, weights: Path | None
+    study: optuna.Study, space: SearchSpace, architecture: Architecture, config: SearchConfig, weights: Path
 ) -> DensityMLP | None:
-    """The trained network of the most similar finished trial: same depth, nearest densities (log scale)."""
+    """The trained network of the most similar finished trial of the same depth; None before there is one."""
     import optuna
 
-    if weights is None:
-        return None
-    space = SearchSpace(**{**study.user_attrs["identity"]["space"]})
     found: list[tuple[float, int, Architecture]] = []
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
         other = architecture_of(space, trial.params)

@@ -31,6 +31,7 @@ _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # block row, float32 score and their selection. Other: Python objects, small tensors, the heap's rounding.
 _INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 30, 80, 36
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
+_PRUNED_AT_ONCE = 0.05  # gradual pruning: the largest share of the blocks that leaves at one of 30 rewires
 
 
 class BudgetError(ValueError):
@@ -282,7 +283,7 @@ def plan(
         dtype=dtype,
         states=OPTIMIZER_STATES[optimizer] if optimizer != "sgd" or momentum else 0,
         grows_by_gradient=POLICIES[policy].needs_gradient,
-        drop_fraction=0.0 if policy == "static" else drop_fraction,
+        drop_fraction={"static": 0.0, "gmp": _PRUNED_AT_ONCE}.get(policy, drop_fraction),
         threads=threads or torch.get_num_threads(),
         input_bytes=input_bytes,
     )

@@ -15,15 +15,15 @@ TRAIN = """
     import json, sys, torch
     import sparsenet as sn
     how = json.loads(sys.argv[1])
-    sizes = how.pop("sizes")
+    sizes, steps = how.pop("sizes"), how.pop("steps", 7)
     config = sn.TrainConfig(hidden=tuple(sizes[1:-1]), epochs=1, rewire_every=3, rewire_until=1.0, log_every=1,
                             progress=False, validation=0.0, **how)
     plan = config.plan(sizes[0], sizes[-1])
     trainer = sn.Trainer(plan, config)
-    n = 7 * config.batch_size
+    n = steps * config.batch_size
     x, y = torch.randint(256, (n, sizes[0]), dtype=torch.uint8), torch.randint(sizes[-1], (n,))
     trainer.fit((x, y))
-    trainer.evaluate((x[: n // 7], y[: n // 7]))
+    trainer.evaluate((x[: config.batch_size], y[: config.batch_size]))
     print(json.dumps([plan.predicted_peak_bytes, trainer.peak.stop(), plan.budget_bytes, trainer.peak.method]))
 """
 
@@ -36,7 +36,7 @@ PREDICTED = [
 PREDICTED_SLOWLY = [
     MAIN_JOB | {"policy": "static"},
     MAIN_JOB | {"budget": "256MiB", "batch_size": 1024},
-    MAIN_JOB | {"policy": "gmp", "budget": "96MiB", "batch_size": 128},
+    MAIN_JOB | {"policy": "gmp", "budget": "96MiB", "batch_size": 128, "steps": 60},
     {"sizes": [784, 4096, 4096, 10], "budget": "64MiB", "dtype": "bfloat16"},
     {"sizes": [784, 2048, 2048, 2048, 10], "budget": "64MiB", "block_size": 4},
     {"sizes": [784, 2048, 2048, 10], "budget": "64MiB", "block_size": 1, "batch_size": 128},
@@ -44,7 +44,7 @@ PREDICTED_SLOWLY = [
     {"sizes": [3072, 4096, 4096, 10], "budget": "96MiB", "block_size": 64, "batch_size": 64},
     {"sizes": [784, 8192, 8192, 10], "budget": "256MiB", "block_size": 128, "distribution": "uniform"},
     {"sizes": [784, 16384, 16384, 10], "budget": "256MiB", "batch_size": 64},
-    {"sizes": [784, 1024, 1024, 10], "budget": "24MiB", "batch_size": 64, "optimizer": "sgd", "momentum": 0.0},
+    {"sizes": [784, 1024, 1024, 10], "budget": "16MiB", "batch_size": 64, "optimizer": "sgd", "momentum": 0.0},
 ]
 
 

@@ -18,7 +18,7 @@ from sparsenet.unit_weights import unit_weights
 
 __all__ = ["Compactor", "Interval"]
 
-_COUNT = "closed_checks"  # of a gate: int64 [units], checks in a row at which each was closed
+_COUNT = "closed_checks"  # of a gate: int32 [units], checks in a row at which each was closed
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Compactor:
         spare = {}
         for name, gate in _gates(net).items():
             closed = gate.closed_units()
-            before = gate._buffers.get(_COUNT, torch.zeros_like(closed, dtype=torch.int64))
+            before = gate._buffers.get(_COUNT, torch.zeros_like(closed, dtype=torch.int32))
             count = torch.where(closed, before + 1, 0)
             gate.register_buffer(_COUNT, count, persistent=False)  # a buffer per unit: compaction takes it along
             spare[name] = (count < self.patience).nonzero().flatten().tolist()

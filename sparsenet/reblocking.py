@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,22 +128,23 @@ def fullest_order(signatures: Tensor, block_size: int) -> Tensor | None:
     members = label.argsort(stable=True).split(counts.tolist())
     order = [units[: len(units) // block_size * block_size] for units in members]
     left = [units[len(units) // block_size * block_size :] for units in members]
-    touches = unique.float()
-    weight = touches.sum(1)
-    remaining = torch.tensor([len(units) for units in left])
-    covered, space = torch.zeros(unique.shape[1]), 0
-    while bool((remaining > 0).any()):
+    remaining = np.array([len(units) for units in left])
+    touches, weight = unique.numpy(), unique.sum(1).numpy().astype(np.float64)
+    by_block = np.ascontiguousarray(touches.T)
+    covered, gain, space = None, weight, 0  # gain: blocks that a unit would add to those the open block touches
+    while (remaining > 0).any():
         if space == 0:
-            covered, space = torch.zeros(unique.shape[1]), block_size
+            covered, gain, space = np.zeros(touches.shape[1], dtype=bool), weight.copy(), block_size
             score = -weight
         else:
-            score = weight - touches @ covered
-        score = torch.where(remaining > 0, score, torch.inf)
-        pick = int(score.argmin())
+            score = gain
+        pick = int(np.where(remaining > 0, score, np.inf).argmin())
         taken = min(space, int(remaining[pick]))
         order.append(left[pick][:taken])
         left[pick] = left[pick][taken:]
         remaining[pick] -= taken
         space -= taken
-        covered = covered.maximum(touches[pick])
+        fresh = touches[pick] & ~covered
+        gain -= by_block[fresh].sum(0)
+        covered |= fresh
     return torch.cat(order) if order else torch.empty(0, dtype=torch.int64)

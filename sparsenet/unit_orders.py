@@ -66,6 +66,7 @@ class UnitOrders:
     def __init__(self, graph: UnitGraph, needed: Tensor, optimizers: Sequence, fill_in: str, permute: bool):
         self.graph, self.needed, self.optimizers = graph, needed, optimizers
         self.masked = fill_in == "masked"
+        self._landed: dict[tuple, Reblocked] = {}  # choices agree about many layers
         families = _families(graph)
         whole = _Choice(needed.clone(), torch.arange(len(needed)))
         count = -1
@@ -206,7 +207,10 @@ class UnitOrders:
         layer = stage.module
         rows = self._order(stage.outputs, choice)
         cols = torch.arange(layer.in_features) if stage.inputs is None else self._order(stage.inputs, choice)
-        return reblock(layer.pattern, rows, cols, layer.element_mask)
+        key = (stage.name, rows.numpy().tobytes(), cols.numpy().tobytes())
+        if key not in self._landed:
+            self._landed[key] = reblock(layer.pattern, rows, cols, layer.element_mask)
+        return self._landed[key]
 
     def _bytes(self, stage: Stage, choice: _Choice) -> int:
         """Bytes of a layer's weight, gradient and optimizer state, and of block-sparse layers' masks and indices."""

@@ -67,7 +67,7 @@ def _sparse_runner() -> _Runner:
         *(nn.Flatten(), SparseLinear(784, n, **options), TriStateReLU(n, depth=False, generator=generator)),
         *(SparseLinear(n, n, **options), TriStateReLU(n, depth=False, generator=generator), nn.Linear(n, 10)),
     )
-    return _Runner(model, gate_lr=0.3, lambda_3=3e-4, rewire_every=20)
+    return _Runner(model, gate_lr=0.3, lambda_3=1e-3, rewire_every=20)
 
 
 def _race(make: Callable[[], _Runner], images: Images, steps: int, every: int) -> dict:

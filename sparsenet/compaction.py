@@ -254,7 +254,8 @@ def _decide(net: nn.Module, options: Mapping, criterion, remove: Mapping, strict
     while (last := _last_unit(graph, needed := _needed(graph, keeps, shells))) is not None:
         keeps[last] = LAST
         if not dead[last]:
-            shells.add(last)  # nothing depends on its value
+            if not graph.constant_classes()[last]:
+                shells.add(last)  # unread, or behind a closed gate: nothing depends on its value
         else:
             dead &= graph.classes != last
             graph = UnitGraph(net, **options, dead=dead)

@@ -242,6 +242,14 @@ class UnitGraph:
         self.stages.append(Stage(name, module, weights, read, outputs))
         return outputs
 
+    def constant_classes(self) -> Tensor:
+        """Bool by class: units that a layer makes constant: their value hangs on the constants that it reads."""
+        made = torch.zeros(len(self.classes), dtype=torch.bool)
+        for stage in self.stages:
+            if stage.weights is not None:
+                made[self.classes[stage.outputs.units[~stage.outputs.constant.isnan()]]] = True
+        return made
+
     # --- what rules do ---
 
     def seen(self, axis: Axis) -> Tensor:

@@ -68,17 +68,13 @@ class UnitOrders:
         self.masked = fill_in == "masked"
         self._landed: dict[tuple, Reblocked] = {}  # choices agree about many layers
         families = _families(graph)
-        whole = _Choice(needed.clone(), torch.arange(len(needed)))
-        count = -1
-        while count != (count := int(whole.kept.sum())):  # to begin with, nothing re-blocks
-            for family in families:
-                whole = self._whole(family, whole)
-        found = [self._descend(whole, families, permute)]
-        if len(families) > 1 and not bool(needed[torch.cat([f.classes for f in families])].all()):
-            found.append(self._descend(self._closed_up(whole, families), families, permute))
-        touched = {stage.name: stage for family in families for stage in family.stages + family.dense}.values()
-        costs = [(sum(self._bytes(s, c) for s in touched), int(c.kept.sum()), i) for i, (c, _) in enumerate(found)]
-        self._choice, self._how = found[min(costs)[2] if len(found) > 1 else 0]
+        made = graph.constant_classes()
+        while True:
+            self._choice, self._how = self._choose(families, permute)
+            missing = self._read_by(self._choice.kept & ~self.needed & made) & ~self._choice.kept
+            if not missing.any():
+                break
+            self.needed = self.needed | missing  # a constant that stays in a block must stay what it is
 
     @property
     def kept(self) -> Tensor:
@@ -99,6 +95,32 @@ class UnitOrders:
         return self._reblocked(stage, self._choice)
 
     # --- choosing ---
+
+    def _choose(self, families: list[_Family], permute: bool) -> tuple[_Choice, dict[int, str]]:
+        """The better of two descents, and by class how its units left."""
+        needed = self.needed
+        whole = _Choice(needed.clone(), torch.arange(len(needed)))
+        count = -1
+        while count != (count := int(whole.kept.sum())):  # to begin with, nothing re-blocks
+            for family in families:
+                whole = self._whole(family, whole)
+        found = [self._descend(whole, families, permute)]
+        if len(families) > 1 and not bool(needed[torch.cat([f.classes for f in families])].all()):
+            found.append(self._descend(self._closed_up(whole, families), families, permute))
+        touched = {stage.name: stage for family in families for stage in family.stages + family.dense}.values()
+        costs = [(sum(self._bytes(s, c) for s in touched), int(c.kept.sum()), i) for i, (c, _) in enumerate(found)]
+        return found[min(costs)[2] if len(found) > 1 else 0]
+
+    def _read_by(self, units: Tensor) -> Tensor:
+        """Bool by class: what ``units`` (bool by class) read, however far back, and cannot take into a bias."""
+        read, graph = torch.zeros_like(units), self.graph
+        for stage in reversed(graph.stages) if units.any() else ():
+            if stage.weights is not None and stage.inputs is not None:
+                rows = (units | read)[graph.classes[stage.outputs.units]]
+                if rows.any():
+                    columns = stage.weights.needed_columns(rows, graph.seen(stage.inputs), graph.zeros)
+                    read[graph.classes[stage.inputs.units[columns]]] = True
+        return read
 
     def _closed_up(self, whole: _Choice, families: list[_Family]) -> _Choice:
         """Nobody stays who is not needed, where blocks may be divided: neighbours may be worth re-blocking together."""

@@ -185,6 +185,24 @@ def test_two_layers_re_block_together_where_neither_would_alone():
     same_function(model, whole, 256)
 
 
+def test_a_constant_that_stays_in_its_block_stays_what_it_is():
+    """Unit 0 of the middle layer could go, but its block stays; it has no bias to take the constants that it reads."""
+    reads = BlockPattern([0, 2, 3], [0, 2, 1], shape=(16, 24), block_size=8)
+    eye = BlockPattern.from_mask(torch.eye(2, dtype=torch.bool), 8)
+    model = nn.Sequential(
+        *(nn.Linear(6, 24), nn.Tanh(), sn.SparseLinear(24, 16, bias=False, pattern=reads), nn.Tanh()),
+        sn.SparseLinear(16, 16, pattern=eye),
+    ).double()
+    with torch.no_grad():
+        model[0].weight[16:] = 0  # a whole block of constants, read by unit 0 alone, which reads nothing else
+        model[2].values[1, 1:] = model[2].values[0, 0] = 0
+    whole = copy.deepcopy(model)
+    report = compact(model, permute=False)
+    assert report.layers["2"].kept == {"its block is not empty": 1}
+    assert report.layers["0"].after == 24
+    same_function(model, whole, 6, bound=1e-12)
+
+
 def test_units_that_are_returned_or_concatenated_are_not_permuted():
     class Returned(nn.Module):
         def __init__(self):

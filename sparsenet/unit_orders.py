@@ -24,6 +24,7 @@ from sparsenet.unit_weights import BlockWeights
 __all__ = ["UnitOrders"]
 
 MOST_SIGNATURE_BYTES = 1 << 27
+MOST_SWEEPS = 4
 WHOLE, IN_ORDER, PERMUTED = "whole blocks", "re-blocked", "re-blocked, permuted"
 
 
@@ -131,18 +132,23 @@ class UnitOrders:
         return replace(whole, kept=kept)
 
     def _descend(self, choice: _Choice, families: list[_Family], permute: bool) -> tuple[_Choice, dict[int, str]]:
-        """The best of each family in turn, and by class how its units left."""
+        """The best of each family in turn until nothing changes, and by class how its units left."""
         how: dict[int, str] = {}
-        for family in families:
-            choice, label = self._best(family, choice, permute)
-            how.update(dict.fromkeys(family.classes.tolist(), label))
+        for _ in range(MOST_SWEEPS):
+            before = choice
+            for family in families:
+                choice, label = self._best(family, choice, permute)
+                how.update(dict.fromkeys(family.classes.tolist(), label))
+            same = torch.equal(before.kept, choice.kept) and torch.equal(before.rank, choice.rank)
+            if same or len(families) == 1:
+                break
         return choice, how
 
     def _best(self, family: _Family, choice: _Choice, permute: bool) -> tuple[_Choice, str]:
         """The choice of fewest bytes; of equal ones, the one that removes most units."""
-        kept = choice.kept.clone()
-        kept[family.classes] = self.needed[family.classes]
-        in_order = replace(choice, kept=kept)
+        kept, rank = choice.kept.clone(), choice.rank.clone()
+        kept[family.classes], rank[family.classes] = self.needed[family.classes], family.classes
+        in_order = _Choice(kept, rank)
         options = [(self._whole(family, in_order), WHOLE)]
         if not any(self._has_block_state(stage) for stage in family.stages):
             options.append((in_order, IN_ORDER))

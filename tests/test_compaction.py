@@ -55,13 +55,15 @@ def test_the_function_is_unchanged(family, dtype, seed):
         module = model.get_submodule(name)
         width = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
         assert change.after == width >= 1 and change.before - change.after == sum(change.removed.values())
-    assert compact(copy.deepcopy(model)).removed == 0  # nothing is left to do
+    again = compact(copy.deepcopy(model))
+    assert again.bytes[1] <= again.bytes[0]
+    assert again.removed == 0 or again.reblocked  # nothing is left to do, except that new blocks may pack better
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
 def test_the_function_over_many_networks(dtype, bound, capsys):
-    """600 more architectures for each precision; prints the largest change of an output, over 1 + the largest output."""
+    """600 architectures for each precision; prints the largest change of an output over 1 + the largest output."""
     worst = 0.0
     for family in ("dense", "block_sparse", "mixed", "cnn"):
         for seed in range(9000, 9150):

@@ -200,7 +200,7 @@ def _legend(figure, ax) -> None:
 
 
 def _line(points: list[float]) -> list[float]:
-    """The diagonal's t for each of ``points``."""
+    """The line's t for each of ``points``."""
     return [2 * i / (len(points) - 1) - 1 for i in range(len(points))]
 
 
@@ -211,9 +211,12 @@ def _match(part: dict, path: Path) -> Path:
         t = _line(own["input"])
         ax.plot(t, own["input"], color=SERIES[0], linewidth=2.6, alpha=0.5, label="network")
         ax.plot(t, own["decoded"], "--", color=SERIES[1], linewidth=1.4, label="decoded from its code")
-        ax.set_title(f"{own['depth']} hidden layers, decoded with {own['decoder']}", fontsize=8)
+        ax.set_title(f"hidden layers: {own['depth']}, decoded: {own['decoder']}", fontsize=8)
+    values = [v for own in part["slices"] for v in own["input"] + own["decoded"]]
+    for ax in axes:  # one scale: every network has a root mean square of 1
+        ax.set_ylim(min(values) - 0.2, max(values) + 0.2)
     _legend(figure, axes[0])
-    figure.suptitle("outputs along x = (t, t, t), leaky ReLU", fontsize=9)
+    figure.suptitle("outputs along x = (t, .5, -.5), leaky ReLU", fontsize=9)
     return save_figure(figure, path)
 
 
@@ -230,7 +233,7 @@ def _overlays(numbers: dict[str, dict], path: Path) -> Path:
         weights = own["weights"]
         ax.set_title(f"{part[3:].replace('_', ' ')}: {weights['sparse']} / {weights['dense']} weights", fontsize=8)
     _legend(figure, axes[0])
-    figure.suptitle("outputs along x = (t, t, t)", fontsize=9)
+    figure.suptitle("outputs along x = (t, .5, -.5)", fontsize=9)
     return save_figure(figure, path)
 
 

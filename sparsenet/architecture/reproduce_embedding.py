@@ -83,15 +83,17 @@ def autoencoder(task: Reproduction, activation: str) -> dict:
     return {**numbers, "slices": match_slices(model)}
 
 
-def diagonal(inputs: int, count: int = 61) -> torch.Tensor:
-    """[count, inputs]: points (t, t, ...) for t from -1 to 1."""
-    return torch.linspace(-1, 1, count)[:, None].expand(count, inputs)
+def points_on_line(inputs: int, count: int = 81) -> torch.Tensor:
+    """[count, inputs]: points (t, .5, -.5, ...) for t from -1 to 1; through 0 a network without biases has one kink."""
+    x = torch.tensor([0.5, -0.5]).repeat(inputs)[:inputs].repeat(count, 1)
+    x[:, 0] = torch.linspace(-1, 1, count)
+    return x
 
 
 @torch.no_grad()
 def match_slices(model: NetworkAutoencoder) -> list[dict]:
-    """For two fresh networks of each depth: their outputs along the diagonal, and those of the best decoded network."""
-    x, line = grid_points(model.space.inputs), diagonal(model.space.inputs)
+    """For two fresh networks of each depth: their outputs along a line, and those of the best decoded network."""
+    x, line = grid_points(model.space.inputs), points_on_line(model.space.inputs)
     groups, y = sample_teachers(model.space, 2 * model.space.max_depth, x, torch.Generator().manual_seed(777))
     z = torch.cat([model.encode(nets) for nets in groups])
     winners = (model.errors(z, x, y).argmin(1) + 1).tolist()
@@ -209,7 +211,7 @@ def recover(task: Reproduction, activation: str, depth: int, nonzeros: int, seed
     }
     dense, numbers["dense, pruned"] = _timed(lambda: dense_then_prune(model.space, data, config))
     _, numbers["random restarts"] = _timed(lambda: dense_then_prune(model.space, data, twice, prune=False))
-    line = diagonal(model.space.inputs)
+    line = points_on_line(model.space.inputs)
     shown = {"sparse": outcome.within(max(14, config.prune_to)), "dense": dense.best()}
     numbers["slices"] = {
         "target": (teacher.outputs(line)[0] / data.scale).tolist(),

@@ -83,6 +83,13 @@ def test_data_and_space_must_fit():
         search(replace(SMALL, in_features=9), toy_data())
 
 
+def test_more_threads_than_cores_are_named():
+    cores = len(os.sched_getaffinity(0))
+    config = SearchConfig(trials=1, sampler="random", pruner="none", threads=cores + 1, trial=QUICK)
+    with pytest.warns(UserWarning, match=f"workers x threads should be at most the {cores} cores, got 1 x {cores + 1}"):
+        search(SMALL, toy_data(), config)
+
+
 def test_several_workers_need_a_folder():
     with pytest.raises(ValueError, match="folder must be given with several workers"):
         search(SMALL, toy_data(), SearchConfig(workers=2))

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -153,6 +154,10 @@ def search(
         raise ValueError(f"search: {rule}, got {got}")
     if folder is None and (config.workers > 1 or config.inherit):
         raise ValueError("search: folder must be given with several workers or inherited weights, got None")
+    cores = len(os.sched_getaffinity(0))
+    if config.workers * config.threads > cores:
+        got = f"{config.workers} x {config.threads}"
+        warnings.warn(f"search: workers x threads should be at most the {cores} cores, got {got}", stacklevel=2)
     storage = None if folder is None else Path(folder, "search.db")
     started = time.perf_counter()
     with only_search(storage):

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +96,9 @@ def test_data_are_shrunk(monkeypatch):
     task = reproduce_density.Reproduction(out=None, scale=0.5)
     assert 700 <= len(task.load("digits").train_y) <= 740
     assert (task.count(30, 6), task.seeds) == (21, (0,))
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    root = Path(__file__).resolve().parent.parent
+    tables = density_tables.tables(reproduce_parts.read_results(root / "bench/results/reproduce_density.json"))
+    assert tables in (root / "docs/methods/density_search.md").read_text()

@@ -195,7 +195,7 @@ def _same(part: dict, which: str = "") -> str:
 
 def _estimators(part: dict, space: str) -> str:
     columns = ("spearman_accuracy", "kendall_accuracy", "spearman_loss")
-    rows = [[r["name"], *(f"{r[c]:.3f}" for c in columns), f"{r['seconds']:.2f}"] for r in part["rows"]]
+    rows = [[r["name"], *(f"{r[c]:.3f}" for c in columns), f"{r['seconds']:.2g}"] for r in part["rows"]]
     header = ["estimator", "Spearman, accuracy", "Kendall, accuracy", "Spearman, -loss", "s per network"]
     what = f"{len(part['truth'])} architectures, {space}, {part['epochs']} epochs"
     return f"### Estimators against full training ({what})\n\n{markdown(header, rows)}"

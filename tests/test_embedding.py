@@ -335,6 +335,9 @@ def test_functions_by_hand():
     matyas = FUNCTIONS["matyas"][0]
     assert float(matyas(torch.tensor(1.0), torch.tensor(2.0))) == pytest.approx(0.26 * 5 - 0.96)
     assert float(FUNCTIONS["himmelblau"][0](torch.tensor(3.0), torch.tensor(2.0))) == 0.0
+    for minimum, x, y, least in (("rosenbrock", 1.0, 1.0, 0.0), ("beale", 3.0, 0.5, 0.0), ("griewank", 0.0, 0.0, -1.0)):
+        assert float(FUNCTIONS[minimum][0](torch.tensor(x), torch.tensor(y))) == pytest.approx(least, abs=1e-5)
+    assert float(FUNCTIONS["three_hump_camel"][0](torch.tensor(1.0), torch.tensor(2.0))) == pytest.approx(7.11667, 1e-4)
     branin = FUNCTIONS["branin"][0](torch.tensor(torch.pi), torch.tensor(2.275))
     assert float(branin) + 10 == pytest.approx(0.3979, abs=1e-3)
     with pytest.raises(ValueError, match="name must be one of ackley"):

@@ -35,17 +35,25 @@ def _franke(x: Tensor, y: Tensor) -> Tensor:
 # name -> (function of two tensors, (low, high) of the first input, (low, high) of the second)
 FUNCTIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float], tuple[float, float]]] = {
     "ackley": (_ackley, (-2.0, 2.0), (-2.0, 2.0)),
+    "beale": (
+        lambda x, y: (1.5 - x + x * y) ** 2 + (2.25 - x + x * y * y) ** 2 + (2.625 - x + x * y**3) ** 2,
+        (-2.0, 2.0),
+        (-2.0, 2.0),
+    ),
     "booth": (lambda x, y: (x + 2 * y - 7) ** 2 + (2 * x + y - 5) ** 2, (-10.0, 10.0), (-10.0, 10.0)),
     "branin": (_branin, (-5.0, 10.0), (0.0, 15.0)),
     "franke": (_franke, (0.0, 1.0), (0.0, 1.0)),
+    "griewank": (lambda x, y: (x * x + y * y) / 4000 - x.cos() * (y / 2**0.5).cos(), (-4.0, 4.0), (-4.0, 4.0)),
     "himmelblau": (lambda x, y: (x * x + y - 11) ** 2 + (x + y * y - 7) ** 2, (-5.0, 5.0), (-5.0, 5.0)),
     "matyas": (lambda x, y: 0.26 * (x * x + y * y) - 0.48 * x * y, (-10.0, 10.0), (-10.0, 10.0)),
     "mccormick": (lambda x, y: (x + y).sin() + (x - y) ** 2 - 1.5 * x + 2.5 * y, (-1.5, 4.0), (-3.0, 4.0)),
+    "rosenbrock": (lambda x, y: 100 * (y - x * x) ** 2 + (1 - x) ** 2, (-2.0, 2.0), (-1.0, 3.0)),
     "six_hump_camel": (
         lambda x, y: (4 - 2.1 * x * x + x**4 / 3) * x * x + x * y + (4 * y * y - 4) * y * y,
         (-2.0, 2.0),
         (-1.0, 1.0),
     ),
+    "three_hump_camel": (lambda x, y: 2 * x * x - 1.05 * x**4 + x**6 / 6 + x * y + y * y, (-2.0, 2.0), (-2.0, 2.0)),
 }
 
 

@@ -265,7 +265,7 @@ def encoders(task: Reproduction) -> dict:
 
 
 def modern(task: Reproduction) -> dict:
-    """SWAT-NN's mode (METHODS 3.7): 2 inputs, biases, an activation per neuron; eight two-dimensional functions."""
+    """SWAT-NN's mode (METHODS 3.7): 2 inputs, biases, an activation per neuron; twelve two-dimensional functions."""
     space = NetworkSpace(inputs=2, activation=MIXED, bias=True)
     search_config = EmbeddingSearchConfig(
         depths=(2, 3),

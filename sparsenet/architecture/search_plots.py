@@ -77,7 +77,7 @@ def _accuracy_against_weights(report: SearchReport, path: Path) -> Path:
     ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
     ax.set_xlabel("active weights")
     ax.set_ylabel("validation accuracy (%)")
-    ax.legend(frameon=False, loc="lower right", fontsize=8)
+    ax.legend(frameon=False, loc="best", fontsize=8)
     return save_figure(figure, path)
 
 

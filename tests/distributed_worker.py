@@ -1,5 +1,6 @@
 """One gloo rank of the distributed tests: ``python distributed_worker.py CASE RANK WORLD STORE OUT``."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -101,6 +102,10 @@ def main():
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     module = run(case, rank, world, Path(out).with_name("checkpoint.safetensors"))
     torch.save(module.state_dict(), f"{out}.{rank}")
+    if world > 1:
+        # gloo's threads may still hold tensors: they have to end before the interpreter does, or the process aborts.
+        gc.collect()  # the wrapper of the model, which shares the group
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

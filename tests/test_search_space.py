@@ -10,6 +10,7 @@ from small_search import QUICK, SMALL, toy_data
 from sparsenet.architecture.search_space import Architecture, SearchSpace, covering_order
 from sparsenet.architecture.trials import (
     TrialConfig,
+    calibrate_,
     effective_gradient_flow,
     evaluate,
     inherit_,
@@ -180,6 +181,24 @@ def test_a_trial_learns_and_repeats_itself():
     assert first.accuracy > 0.8
     assert first.curve == second.curve
     assert len(first.curve) == 25 and first.gradient_flow > 0
+
+
+def test_networks_are_judged_with_the_statistics_of_the_training_set():
+    data, models = toy_data(), []
+    train_trial(Architecture(8, 2, 24, (0.6, 0.6)), data, replace(QUICK, norm="batch"), model_out=models)
+    (model,) = models
+    with torch.no_grad():
+        x = (data.train_x - data.normalization.mean) / data.normalization.std
+        seen = model.linears[0](x)
+    torch.testing.assert_close(model.after[0][0].running_mean, seen.mean(0))
+    torch.testing.assert_close(model.after[0][0].running_var, seen.var(0))
+    constant = replace(data, train_x=torch.zeros_like(data.train_x))
+    calibrate_(model, constant, torch.arange(len(data.train_y)))  # what never varied is amplified 32 times at most
+    with torch.no_grad():
+        rare = model.eval().after[0][0](seen) - model.after[0][0].bias
+        gain = (rare / (model.after[0][0].weight * (seen - model.after[0][0].running_mean))).nanmedian()
+    assert float(gain) == pytest.approx(1e-3**-0.5, rel=1e-4)
+    assert model.after[0][0].momentum == 0.1
 
 
 def test_train_fraction_and_constant_schedule():

@@ -21,6 +21,9 @@ from sparsenet.pattern import BlockPattern
 __all__ = ["ACTIVATIONS", "Architecture", "DensityMLP", "SearchSpace"]
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+# A neuron whose few inputs are nearly always zero has hardly any variance: PyTorch's 1e-5 would amplify its rare values
+# 316 times per layer, and logits reach 1e5.
+NORM_EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,7 @@ class DensityMLP(nn.Module):
             self.linears.append(
                 sparse_layer(shape, active, fused, block_size, pattern_seed, seed * 7919 + pattern_seed)
             )
-            tail: list[nn.Module] = [nn.BatchNorm1d(shape[0])] if normed else []
+            tail: list[nn.Module] = [nn.BatchNorm1d(shape[0], eps=NORM_EPS)] if normed else []
             if normed and activation != "none":
                 tail.append(ACTIVATIONS[activation]())
             self.after.append(nn.Sequential(*tail))

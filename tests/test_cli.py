@@ -86,7 +86,7 @@ def test_runs_are_numbered_and_named(tmp_path, capsys):
 
 def test_training_interrupted_by_ctrl_c_resumes(tmp_path, capsys):
     long = [*SMALL, "--epochs", "30", "--rewire-every", "10", "--threads", "1", "--log-every", "1", "--no-plots"]
-    command = [sys.executable, "-m", "sparsenet.cli", "train", *long, "--dense-steps", "0", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sparsenet", "train", *long, "--dense-steps", "0", "--out", str(tmp_path)]
     root = Path(sn.__file__).resolve().parent.parent
     child = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "digits" / "metrics.jsonl"

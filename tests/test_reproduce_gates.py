@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsenet import data as datasets
-from sparsenet.architecture import gate_cells, gate_mechanics, gate_tables, reproduce_gates
+from sparsenet.architecture import gate_cells, gate_mechanics, gate_tables, gate_training, reproduce_gates
 from sparsenet.architecture.gate_training import TrainingSettings, prepare, train
 from sparsenet.architecture.gated_networks import caffenet_parameters, lenet, lenet_parameters, truncated_svd
 
@@ -89,6 +89,8 @@ def test_a_kill_loses_one_cell(tmp_path):
     assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["a", "b", "c"]
     quick = gate_cells.Reproduction(tmp_path, scale=0.5)
     assert quick.cell("part", "a", lambda: {"n": 4})["n"] == 4  # another scale is another experiment
+    assert "open" not in task.cell("part", "d", lambda: {"n": 1, "open": [[3]]})
+    assert task.cell("part", "d", dict, curves=True)["open"] == [[3]]
 
 
 def test_training_with_gates_gets_smaller_and_the_penalty_warms_up(small_images):
@@ -103,6 +105,26 @@ def test_training_with_gates_gets_smaller_and_the_penalty_warms_up(small_images)
     assert sum(runs[0.0].open[-1]) < sum(runs[1.0].open[-1]) < 49
     with pytest.raises(RuntimeError, match="train: the loss must be finite, got (nan|inf)"):
         train(lenet((4, 5, 40)), images, settings.with_(lr=1e6), seed=0)
+
+
+def test_rates_of_gates_rise_and_may_settle():
+    model = lenet((2, 2, 2), gate_cells.ALL)
+    rates = {}
+    for settle in (False, True):
+        settings = TrainingSettings(lr=2.0, gate_lr=1.0, warmup=0.5, settle=settle)
+        optimizer = gate_training._optimizer(model, settings)
+        rates[settle] = []
+        for done in (0.0, 0.25, 0.5, 1.0):
+            gate_training._set_rates(optimizer, settings, done)
+            rates[settle].append(tuple(group["lr"] for group in optimizer.param_groups))
+    at_quarter = 0.5 + 2**0.5 / 4
+    assert rates[False] == [(2.0, 0.0), pytest.approx((2 * at_quarter, 0.5)), pytest.approx((1.0, 1.0)), (0.0, 1.0)]
+    assert rates[True] == [
+        (2.0, 0.0),
+        pytest.approx((2 * at_quarter, at_quarter / 2)),
+        (pytest.approx(1.0), 0.5),
+        (0, 0),
+    ]
 
 
 def test_images_of_some_classes_and_held_out(small_images):

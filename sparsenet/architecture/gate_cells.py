@@ -30,6 +30,8 @@ FC: tuple[Learn, ...] = ((False, False), (False, False), (True, False))
 ALL: tuple[Learn, ...] = ((True, False), (True, False), (True, False))
 ALL_AND_DEPTH: tuple[Learn, ...] = ((True, False), (True, False), (True, True))
 
+CURVES = ("steps", "open", "linear", "intervals")  # of a cell: what a training noted on its way
+
 
 @dataclass(frozen=True)
 class Reproduction(reproduce_density.Reproduction):
@@ -62,8 +64,15 @@ class Reproduction(reproduce_density.Reproduction):
         every = max(4, images // TrainingSettings.batch // 2)
         return TrainingSettings(images=images, epochs=epochs, **{"compact_every": every, **changes})
 
-    def cell(self, part: str, key: str, compute: Callable[[], dict]) -> dict:
-        """The numbers of one cell: from ``<out>/cells/<part>.jsonl`` if they are there, else computed and added."""
+    def cell(self, part: str, key: str, compute: Callable[[], dict], curves: bool = False) -> dict:
+        """The numbers of one cell, without those over steps unless ``curves``.
+
+        They are taken from ``<out>/cells/<part>.jsonl`` if they are there, else computed and added.
+        """
+        numbers = self._kept_or_computed(part, key, compute)
+        return numbers if curves else {name: n for name, n in numbers.items() if name not in CURVES}
+
+    def _kept_or_computed(self, part: str, key: str, compute: Callable[[], dict]) -> dict:
         file = self.out / "cells" / f"{part}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         text = file.read_text() if file.exists() else ""

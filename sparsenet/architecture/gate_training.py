@@ -28,10 +28,11 @@ class TrainingSettings:
 
     Attributes:
         images: of the training set, the first of a fixed shuffle. epochs, batch: of them.
-        lr: of weights, SGD with momentum 0.9, falling as a half cosine. gate_lr: of gates, constant.
+        lr: of weights, SGD with momentum 0.9, falling as a half cosine. gate_lr: of gates, constant unless ``settle``.
         lambda_1, lambda_3: see ``architecture_penalty``; lambda_2 and lambda_4 follow by the heuristics.
         depth_reward: lambda_4, where it shall not follow.
-        warmup: share of the training in which all of them rise from 0, so that the data speak first.
+        warmup: share of the training in which all of them and gate_lr rise from 0: weights learn before gates do.
+        settle: whether gate_lr falls as lr does, so that the architecture is found before the weights come to rest.
         weight_decay: of weights.
         compact_every: steps between checks of a Compactor; 0: none. patience: of that Compactor.
     """
@@ -45,6 +46,7 @@ class TrainingSettings:
     lambda_3: float = 1e-3
     depth_reward: float | None = None
     warmup: float = 0.0
+    settle: bool = False
     weight_decay: float = 0.0
     compact_every: int = 0
     patience: int = 2
@@ -140,7 +142,7 @@ def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: in
             order, losses = torch.randperm(len(x), generator=generator), []
         at = step % per_epoch * settings.batch
         rows = order[at : at + settings.batch]
-        optimizer.param_groups[0]["lr"] = 0.5 * settings.lr * (1 + math.cos(math.pi * step / total))
+        _set_rates(optimizer, settings, step / total)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x[rows]), y[rows])
         losses.append(loss.detach())
@@ -169,6 +171,15 @@ def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Opti
     else:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, settings: TrainingSettings, done: float) -> None:
+    weights, *gates = optimizer.param_groups
+    falling = 0.5 * (1 + math.cos(math.pi * done))
+    weights["lr"] = settings.lr * falling
+    for group in gates:
+        rising = min(1.0, done / settings.warmup) if settings.warmup else 1.0
+        group["lr"] = settings.gate_lr * rising * (falling if settings.settle else 1.0)
 
 
 def _penalty(settings: TrainingSettings, total: int) -> Callable[[nn.Module, int], Tensor | float]:

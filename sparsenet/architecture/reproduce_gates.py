@@ -131,7 +131,7 @@ def strengths(task: Reproduction) -> dict:
         gated = task.settings(8_000, task.count(6), lambda_1=one, lambda_3=three)
         for seed in task.seeds:
             key = f"lambda_1 {one:g} lambda_3 {three:g} {seed}"
-            found = task.cell("strengths", key, partial(learn, task.mnist_images, gated, FC, seed))
+            found = task.cell("strengths", key, partial(learn, task.mnist_images, gated, FC, seed), curves=True)
             rows.append({**found, "lambda_1": one, "lambda_3": three})
     return {"rows": rows}
 

@@ -141,7 +141,9 @@ def _function_check(numbers: dict[str, dict]) -> list[list[object]]:
     saving = all(after < before for cell in cells for *_, before, after in cell["folded"])
     good = worst["float32"] <= 1e-5 and worst["float64"] <= 1e-10 and saving
     folds = sum(len(cell["folded"]) for cell in cells)
+    relative = max(cell["largest_change"]["float32"] / max(1.0, cell["largest_output"]) for cell in cells)
     text = f"{worst['float32']:.1e}, {worst['float64']:.1e} ({len(cells)} networks, {folds} collapsed layers)"
+    text += f"; float32, of the largest logit: {relative:.1e}"
     return [["B5", "largest change of a logit: 1e-5 float32, 1e-10 float64; a collapse saves", text, verdict(good)]]
 
 

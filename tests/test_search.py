@@ -178,16 +178,18 @@ def test_search_with_every_pruner(pruner):
     report = search(SMALL, toy_data(), config)
     assert len(report.trials) == 6
     assert report.best().loss == min(t.loss for t in report.finished())
+    assert all(len(t.live_widths) == t.depth and max(t.live_widths) <= 16 for t in report.finished())
     front = report.pareto()
     assert [t.accuracy for t in front] == sorted(t.accuracy for t in front)
     again = search(SMALL, toy_data(), config)
     assert [t.parameters for t in again.trials] == [t.parameters for t in report.trials]
 
 
-def test_search_goes_on_and_refuses_another(tmp_path):
+def test_search_goes_on_and_refuses_another(tmp_path, capsys):
     config = SearchConfig(trials=2, sampler="tpe", pruner="none", trial=QUICK)
     search(SMALL, toy_data(), config, folder=tmp_path)
-    more = search(SMALL, toy_data(), replace(config, trials=4), folder=tmp_path)
+    more = search(SMALL, toy_data(), replace(config, trials=4), folder=tmp_path, progress=True)
+    assert "search: goes on after 2 trials; 0 that were running are queued again" in capsys.readouterr().out
     assert [t.number for t in more.trials] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="storage must hold a search of the same space"):
         search(replace(SMALL, max_width=32), toy_data(), config, folder=tmp_path)
@@ -245,8 +247,8 @@ def states(study) -> list[str]:
     return [t.state.name for t in study.get_trials(deepcopy=False)]
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_search_loses_at_most_the_running_trials(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_killed_search_loses_at_most_the_running_trials(tmp_path, workers, then):
     folder, script = tmp_path / "s", tmp_path / "killed.py"
     script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), workers=workers))
     process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
@@ -262,7 +264,7 @@ def test_a_killed_search_loses_at_most_the_running_trials(tmp_path, workers):
     before = {t.number: t.params for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"}
     running = states(study).count("RUNNING")
     assert running <= workers
-    again = replace(KILL_CONFIG, workers=workers, trials=len(before) + 2)
+    again = replace(KILL_CONFIG, workers=then, trials=len(before) + 2)
     report = search(SMALL, toy_data(), again, folder=folder)
     after = {t.number: t.parameters for t in report.finished()}
     assert all(after[n] == p for n, p in before.items())
@@ -333,7 +335,12 @@ def test_command_line(tmp_path, capsys):
     line += ["--epochs", "2", "--sampler", "random", "--final-seeds", "1", "--out", str(tmp_path), "--block-size", "4"]
     assert command.run(parser.parse_args(line)) == 0
     printed = capsys.readouterr().out
-    assert "3 trials" in printed and "Pareto front" in printed and "test, seed 0" in printed
+    assert (
+        "3 trials" in printed
+        and "Pareto front" in printed
+        and "seed 0: accuracy" in printed
+        and "live neurons" in printed
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     network = command.load_network(tmp_path / "network.safetensors")
     assert network.active_weights() == report["best"]["active_weights"] <= 1500

@@ -45,7 +45,11 @@ __all__ = ["SearchConfig", "SearchReport", "SearchSpace", "TrialRecord", "add_ar
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial of a finished search. ``state``: finished, pruned, failed or lost (killed while it ran)."""
+    """One trial of a finished search.
+
+    ``state``: finished, pruned, failed or lost (killed while it ran). ``live_widths``, of a finished trial: neurons of
+    each hidden layer that have an active input and output.
+    """
 
     number: int
     state: str
@@ -55,6 +59,7 @@ class TrialRecord:
     loss: float | None
     accuracy: float | None
     seconds: float
+    live_widths: tuple[int, ...]
     parameters: dict[str, object]
 
 
@@ -111,6 +116,7 @@ def record_of(space: SearchSpace, trial: optuna.trial.FrozenTrial) -> TrialRecor
         trial.values[0] if trial.values else None,
         result.get("accuracy"),
         result.get("seconds", 0.0),
+        tuple(result.get("live_widths", ())),
         dict(trial.params),
     )
 
@@ -165,7 +171,7 @@ def search(
         requeued = requeue_lost(study, space)
         with _Progress(config.trials, progress) as bar:
             weights = None if folder is None else Path(folder, "weights")
-            bar.show(study)
+            bar.begin(study, requeued)
             if config.workers == 1:
                 with _threads(config.threads):
                     work(study, space, data, config, None, weights, bar.show)
@@ -203,6 +209,13 @@ class _Progress:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
+    def begin(self, study: optuna.Study, requeued: int) -> None:
+        """The first view; what an earlier run has done is said, and does not count for the speed."""
+        self.show(study)
+        self.bar.initial = self.bar.n
+        if self.bar.n or requeued:
+            self.bar.write(f"search: goes on after {self.bar.n} trials; {requeued} that were running are queued again")
+
     def show(self, study: optuna.Study) -> None:
         """Reads the study and redraws."""
         if self.bar.disable:
@@ -227,16 +240,18 @@ def retrain(
     config: TrialConfig,
     seeds: tuple[int, ...] = (0, 1, 2),
     models: list[DensityMLP] | None = None,
+    progress: bool = False,
 ) -> list[TrialResult]:
     """Trains ``architecture`` on the whole training set once per seed, judged on the test set.
 
     Every seed has its own weights, batches and random pattern (``pattern_seed + seed``). ``config.train_fraction``, a
-    device of the search, is not applied. The trained networks are appended to ``models``.
+    device of the search, is not applied. The trained networks are appended to ``models``. ``progress``: a bar over the
+    seeds.
     """
     config = replace(config, train_fraction=1.0)
     data = TrialData.from_dataset(dataset, validation=0)
     results = []
-    for seed in seeds:
+    for seed in tqdm(seeds, desc="retraining the best", unit="seed", disable=not progress):
         drawn = replace(architecture, pattern_seed=architecture.pattern_seed + seed)
         results.append(train_trial(drawn, data, replace(config, seed=seed), model_out=models))
     return results
@@ -346,9 +361,9 @@ def run(args: argparse.Namespace) -> int:
     if args.final_seeds:
         models: list[DensityMLP] = []
         seeds = tuple(range(args.final_seeds))
-        finals = retrain(report.architecture(report.best()), dataset, config.trial, seeds, models)
-        best = max(range(len(finals)), key=lambda i: finals[i].accuracy)
-        save_network(Path(args.out, "network.safetensors"), models[best], config.trial)
+        with _threads(args.threads):
+            finals = retrain(report.architecture(report.best()), dataset, config.trial, seeds, models, progress=True)
+        save_network(Path(args.out, "network.safetensors"), models[0], config.trial)  # choosing would need a third set
     write_report(report, finals, Path(args.out))
     print_summary(report, finals, print)
     return 0
@@ -382,16 +397,20 @@ def print_summary(report: SearchReport, finals: list[TrialResult], write: Callab
     counts = ", ".join(f"{states.count(s)} {s}" for s in ("finished", "pruned", "failed", "lost") if s in states)
     again = f", {report.requeued} queued again" if report.requeued else ""
     write(f"{len(states)} trials ({counts}{again}) in {report.seconds:.0f} s")
-    densities = ", ".join(f"{d:.3f}" for d in best.densities if d > 0)
     write(f"best: trial {best.number}, {best.active_weights} active weights, {best.depth} hidden layers")
-    write(f"      densities {densities}; validation loss {best.loss:.4f}, accuracy {100 * best.accuracy:.2f} %")
+    write(f"validation loss {best.loss:.4f}, accuracy {100 * best.accuracy:.2f} %")
+    architecture = report.architecture(best)
+    live = [*best.live_widths, architecture.out_features]
+    write("  layer  out x in      density  active weights  activation  live neurons")
+    rows = zip(architecture.layers, architecture.active_per_layer, live, strict=True)
+    for i, (((out, inp), density, activation), active, alive) in enumerate(rows, start=1):
+        write(f"  {i:5d}  {f'{out} x {inp}':11s}  {density:7.4f}  {active:14d}  {activation:10s}  {alive:12d}")
     write("Pareto front (active weights: accuracy):")
     write("  " + "  ".join(f"{t.active_weights}: {100 * t.accuracy:.2f} %" for t in report.pareto()))
+    if finals:
+        write("retrained on all training data, judged on the test set:")
     for seed, final in enumerate(finals):
-        write(f"test, seed {seed}: accuracy {100 * final.accuracy:.2f} %, loss {final.loss:.4f}")
+        write(f"  seed {seed}: accuracy {100 * final.accuracy:.2f} %, loss {final.loss:.4f}")
     if report.folder is not None:
-        write(
-            f"report, plots and network.safetensors in {report.folder}"
-            if finals
-            else f"report and plots in {report.folder}"
-        )
+        network = " and network.safetensors (seed 0)" if finals else ""
+        write(f"report.json, plots{network} in {report.folder}")

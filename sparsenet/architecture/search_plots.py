@@ -69,6 +69,9 @@ def _accuracy_against_weights(report: SearchReport, path: Path) -> Path:
         where="post",
         color=SERIES[1],
         linewidth=1.6,
+        marker="o",
+        markersize=9,
+        markerfacecolor="none",
         label="Pareto front",
     )
     # trials stopped after an epoch can be far below: the lowest quarter is not worth the space
@@ -94,11 +97,11 @@ def _parallel_coordinates(report: SearchReport, path: Path) -> Path:
         densities += [None] * (hidden - len(densities))
         rows.append([t.depth, *densities, math.log10(t.densities[-1]), t.active_weights, 100 * t.accuracy])
     columns = [[r[i] for r in rows if r[i] is not None] or [0.0] for i in range(len(names))]
-    low, span = [min(c) for c in columns], [(max(c) - min(c)) or 1.0 for c in columns]
+    low, span = [min(c) for c in columns], [max(c) - min(c) for c in columns]
     figure, ax = new_axes(8.4, 4.4)
     first = len(report.stopped())
     for rank, row in enumerate(rows):
-        points = [(i, (v - low[i]) / span[i]) for i, v in enumerate(row) if v is not None]
+        points = [(i, (v - low[i]) / span[i] if span[i] else 0.5) for i, v in enumerate(row) if v is not None]
         done = rank >= first
         colour = mpl.colormaps["viridis"](0.92 * (rank - first) / max(1, len(rows) - first - 1)) if done else GREY
         style = {"color": colour, "alpha": 0.9 if done else 0.3, "linewidth": 1.6 if done else 0.8}
@@ -109,7 +112,8 @@ def _parallel_coordinates(report: SearchReport, path: Path) -> Path:
         ends = (10**a, 10 ** (a + s)) if 0 < i <= hidden + 1 else (a, a + s)
         form = ",.0f" if max(map(abs, ends)) >= 1000 else ".3g"
         label = {"fontsize": 7, "in_layout": False, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
-        ax.text(i, -0.06, format(ends[0], form), ha="center", va="top", **label)
+        if s:
+            ax.text(i, -0.06, format(ends[0], form), ha="center", va="top", **label)
         ax.text(i, 1.06, format(ends[1], form), ha="center", va="bottom", **label)
     ax.set_xticks(range(len(names)), names, fontsize=8)
     ax.tick_params(axis="x", length=0)

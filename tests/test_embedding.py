@@ -380,7 +380,7 @@ def test_command_line(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     line = ["--method", "embedding", "--data", str(tmp_path / "t.npz"), "--out", str(tmp_path / "out")]
-    args = parser.parse_args([*line, "--train-steps", "5", "--restarts", "1"])
+    args = parser.parse_args([*line, "--train-steps", "5", "--restarts", "1", "--max-fvu", "1e-9"])
     from unittest.mock import patch
 
     quick = EmbeddingSearchConfig(restarts=1, iterations=5, tune_iterations=3, prune_to=25)
@@ -390,6 +390,7 @@ def test_command_line(tmp_path, capsys):
         assert command.run(args) == 0  # the second time it is there
     printed = capsys.readouterr().out
     assert "training" not in printed and "Pareto front" in printed
+    assert "no network has a validation FVU of at most 1e-09" in printed
     network = load_network(tmp_path / "out" / "network.safetensors")
     assert [type(m) for m in network][:2] == [nn.Linear, nn.LeakyReLU]
     table = json.loads((tmp_path / "out" / "front.json").read_text())

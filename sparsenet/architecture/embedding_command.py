@@ -137,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         model = autoencoder_for(args, x.shape[1])
         started = time.perf_counter()
+        print(f"searching with {model.space.max_depth} decoders, {args.restarts} restarts each: about a minute")
         outcome = search_embedding(model, data, EmbeddingSearchConfig(restarts=args.restarts, seed=args.seed))
     finally:
         torch.set_num_threads(threads)
@@ -145,7 +146,10 @@ def run(args: argparse.Namespace) -> int:
     print("  weights  depth      FVU   median |error| / |y|   (test)")
     for c in front:
         print(f"  {c.nonzeros:7d}  {c.depth:5d}  {c.test_fvu:7.4f}   {100 * c.test_mpe:6.2f} %")
-    chosen = outcome.sparsest(args.max_fvu) or best
+    chosen = outcome.sparsest(args.max_fvu)
+    if chosen is None:
+        print(f"no network has a validation FVU of at most {args.max_fvu:g} (--max-fvu): the one of the least error")
+        chosen = best
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     module = chosen.module(data)

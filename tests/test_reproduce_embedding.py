@@ -2,10 +2,11 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
-from sparsenet.architecture import embedding_tables, reproduce_embedding
+from sparsenet.architecture import embedding_tables, reproduce_embedding, reproduce_parts
 
 
 def arguments(out, *extra):
@@ -52,3 +53,9 @@ def test_bad_arguments(tmp_path):
 
 def test_no_parts_no_tables():
     assert "Acceptance checks" in embedding_tables.tables({})
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    root = Path(__file__).resolve().parent.parent
+    tables = embedding_tables.tables(reproduce_parts.read_results(root / "bench/results/reproduce_embedding.json"))
+    assert tables in (root / "docs/methods/embedding.md").read_text()

@@ -62,7 +62,8 @@ def _accuracy_against_weights(report: SearchReport, path: Path) -> Path:
         ),
         (done, f"finished ({len(done)})", {"s": 28, "color": SERIES[0]}),
     ):
-        ax.scatter([t.active_weights for t in trials], [100 * t.accuracy for t in trials], label=label, **style)
+        if trials:
+            ax.scatter([t.active_weights for t in trials], [100 * t.accuracy for t in trials], label=label, **style)
     ax.step(
         [t.active_weights for t in front],
         [100 * t.accuracy for t in front],

@@ -18,7 +18,7 @@ from sparsenet import data as datasets
 from sparsenet.architecture import reproduce_density
 from sparsenet.architecture.folding import fold_depth
 from sparsenet.architecture.gate_training import Images, TrainingRun, TrainingSettings, evaluate, prepare, train
-from sparsenet.architecture.gated_networks import Learn, lenet, truncated_svd, widths_of
+from sparsenet.architecture.gated_networks import Learn, keep_variance_, lenet, truncated_svd, widths_of
 from sparsenet.architecture.gates import close_gates_
 from sparsenet.architecture.search import load_dataset
 from sparsenet.compaction import compact
@@ -139,15 +139,19 @@ def learn(
     seed: int,
     widths: Sequence[int] = (20, 50, 500),
     start: dict[str, torch.Tensor] | None = None,
+    same_variance: bool = False,
     **options,
 ) -> dict:
     """Trains a LeNet-like network with gates, makes it as small as it became, and tests it.
 
-    ``start``: weights to begin with; ``options``: of :func:`lenet`.
+    ``start``: weights to begin with. ``same_variance``: whether they come from :func:`keep_variance_`. ``options``: of
+    :func:`lenet`.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = lenet(widths, learn, images.num_classes, generator, **options)
+    if same_variance:
+        keep_variance_(model)
     if start is not None:
         model.load_state_dict({**model.state_dict(), **start})
     run = train(model, images, settings, seed)

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from sparsenet.architecture.gates import TriStateReLU
 
-__all__ = ["caffenet", "caffenet_parameters", "deep_lenet", "lenet", "lenet_parameters", "truncated_svd", "widths_of"]
+__all__ = [
+    "caffenet",
+    "caffenet_parameters",
+    "keep_variance_",
+    "lenet",
+    "lenet_parameters",
+    "truncated_svd",
+    "widths_of",
+]
 
 Learn = tuple[bool, bool]  # (widths, depth), as in the paper's tables
 
@@ -51,10 +59,18 @@ def lenet(
     return nn.Sequential(*parts, nn.Linear(inputs, classes))
 
 
-def deep_lenet(hidden: int, width: int = 75, **options) -> nn.Sequential:
-    """20-50-(75 x hidden)-10, every width learnable and every hidden layer's depth."""
-    learn = [(True, False)] * 2 + [(True, True)] * hidden
-    return lenet((20, 50, *[width] * hidden), learn, **options)
+@torch.no_grad()
+def keep_variance_(model: nn.Module) -> nn.Module:
+    """Weights with variance 1 / fan-in, biases 0, in place; returns ``model``.
+
+    A linear layer then passes its inputs' variance on, however deep (LeCun et al. 1998); that of PyTorch's layers,
+    1 / (3 fan-in), divides it by three every time.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)
+    return model
 
 
 def widths_of(model: nn.Module) -> list[int]:

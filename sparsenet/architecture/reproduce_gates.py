@@ -149,18 +149,20 @@ def classes(task: Reproduction, images: Images, part: str, count_images: int) ->
 def depths(task: Reproduction) -> dict:
     """B8: 20-50-(75 x n)-10 with every width and the hidden layers' depths learnable, MNIST.
 
-    All gates start open, the strengths rise over the first fifth, and gates move slowly: a deep network without
-    normalisation does not survive the jumps that it survives in one hidden layer.
+    Width gates start open and depth gates at one half: the hidden layers start linear, with weights that keep
+    variances, and become ReLUs where the data ask for it. A deep network of ReLUs without normalisation does not
+    survive gates that close. Strengths and the rate of gates rise over the first third; the rate falls again with that
+    of the weights.
     """
-    strength = {"lambda_1": 1e-3, "lambda_3": 2e-3, "depth_reward": 3e-4, "warmup": 0.2}
-    gated = task.settings(8_000, task.count(10), lr=0.03, gate_lr=0.05, **strength)
-    open_gates = {"width_start": 1.0, **MAPS_OPEN}
+    strength = {"lambda_1": 3e-4, "lambda_3": 3e-3, "depth_reward": 3e-4, "warmup": 0.3, "settle": True}
+    gated = task.settings(8_000, task.count(10), lr=0.01, gate_lr=0.05, **strength)
+    options = {"width_start": 1.0, "depth_start": 0.5, "same_variance": True, **MAPS_OPEN}
     rows = []
-    for hidden in range(2, 9) if task.scale >= 1 else (2, 4):
+    for hidden in (2, 3, 5, 7, 9, 12) if task.scale >= 1 else (2, 4):
         layers = ((True, False),) * 2 + ((True, True),) * hidden
         widths = (20, 50, *[75] * hidden)
         for seed in task.seeds:
-            compute = partial(learn, task.mnist_images, gated, layers, seed, widths, **open_gates)
+            compute = partial(learn, task.mnist_images, gated, layers, seed, widths, **options)
             found = task.cell("b8_depth", f"{hidden} hidden {seed}", compute)
             rows.append({**found, "hidden": hidden, "initial": hidden + 3, "final": len(found["widths"]) + 1})
     return {"rows": rows}

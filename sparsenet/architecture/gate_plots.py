@@ -62,8 +62,25 @@ def draw(numbers: Mapping[str, dict], folder: Path) -> list[Path]:
     made = []
     for part, draw_part in _FIGURES.items():
         if part in numbers:
-            made.append(draw_part(numbers[part], folder / f"{part}.png"))
+            made.append(draw_part(_with_reference(part, numbers), folder / f"{part}.png"))
     return made
+
+
+def _with_reference(part: str, numbers: Mapping[str, dict]) -> dict:
+    """The numbers of a part; the relatives of tri-state gates beside those."""
+    if part != "b10_relatives" or "b2_fashion" not in numbers:
+        return numbers[part]
+    own = [{**row, "gates": "tri_state"} for row in numbers["b2_fashion"]["learnt"] if row["name"] == "fc"]
+    return {**numbers[part], "rows": [*own, *numbers[part]["rows"]]}
+
+
+def _plain_log(axis) -> None:
+    """A logarithmic axis with 10, 20, 50, 100, ... as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _band(axes, rows: Sequence[Mapping], key: str, value: Callable[[Mapping], float], **style) -> None:
@@ -91,6 +108,7 @@ def _strengths(part: dict, path: Path) -> Path:
             runs[0]["steps"], units, linewidth=1.6, label=f"$\\lambda_1$={one:g}, $\\lambda_3$={three:g}", **style
         )
     axes.set_yscale("log")
+    _plain_log(axes.yaxis)
     axes.set_xlabel("step")
     axes.set_ylabel("open units of 500")
     axes.legend(frameon=False, fontsize=8)
@@ -122,8 +140,11 @@ def _depths(part: dict, path: Path) -> Path:
     left.legend(frameon=False)
     _band(right, part["rows"], "initial", lambda row: 100 - row["accuracy"], color=SERIES[1])
     right.set_ylabel("test error (%)")
+    right.set_ylim(bottom=0)
+    left.set_ylim(bottom=0)
     for axes in (left, right):
         axes.set_xlabel("initial depth")
+        axes.set_xticks(starts)
     return save_figure(figure, path)
 
 
@@ -143,6 +164,7 @@ def _bayesian(part: dict, path: Path) -> Path:
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("trainings")
         axes.set_yscale("log")
+        _plain_log(axes.yaxis)
     both[0].set_ylabel("loss + 1e-5 units")
     both[1].legend(frameon=False, fontsize=8)
     return save_figure(figure, path)
@@ -153,8 +175,9 @@ def _relatives(part: dict, path: Path) -> Path:
     for number, kind in enumerate(dict.fromkeys(row["gates"] for row in part["rows"])):
         own = [row for row in part["rows"] if row["gates"] == kind]
         points = ([row["widths"][2] for row in own], [row["accuracy"] for row in own])
-        axes.scatter(*points, s=22, color=SERIES[number], label=kind.replace("_", " "))
+        axes.scatter(*points, s=24, marker="osD^"[number], color=SERIES[number], label=kind.replace("_", " "))
     axes.set_xscale("log")
+    _plain_log(axes.xaxis)
     axes.set_xlabel("units left of 500")
     axes.set_ylabel("test accuracy (%)")
     axes.legend(frameon=False)

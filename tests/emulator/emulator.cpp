@@ -58,6 +58,12 @@ void Emulator::run(const std::string& kernel, int64_t ctas, int threads, int64_t
   if (options.order == ThreadOrder::backward) std::reverse(order.begin(), order.end());
   for (const int64_t cta : order) run_cta(cta, body);
   launches.push_back({kernel, ctas, threads, shared_bytes, banks_});
+  Total& total = totals[kernel];
+  ++total.launches;
+  total.ctas += ctas;
+  total.threads = std::max(total.threads, threads);
+  total.shared_bytes = std::max(total.shared_bytes, shared_bytes);
+  total.seeds.insert(options.seed);
 }
 
 void Emulator::run_cta(int64_t cta, const std::function<void()>& body) {

@@ -14,8 +14,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -54,6 +56,14 @@ struct LaunchRecord {
   BankReport banks;
 };
 
+struct Total {
+  int64_t launches = 0;
+  int64_t ctas = 0;
+  int threads = 0;          // of a CTA, the most
+  int64_t shared_bytes = 0; // of a CTA, the most
+  std::set<uint64_t> seeds;
+};
+
 // What a lane hands to a warp-wide operation. `kind` names the operation; lanes of one warp must agree on it.
 struct WarpArgument {
   const char* kind = "";
@@ -71,7 +81,8 @@ public:
   static Emulator& instance();
 
   Options options;
-  std::vector<LaunchRecord> launches;
+  std::vector<LaunchRecord> launches; // since somebody took them
+  std::map<std::string, Total> totals; // by kernel, of the whole process
 
   // Runs body() once per thread of each CTA, CTAs in random order, one after the other.
   void run(const std::string& kernel, int64_t ctas, int threads, int64_t shared_bytes,

@@ -12,6 +12,7 @@
 #define SPARSENET_DEVICE inline
 #define SPARSENET_KERNEL(...) void
 #define SPARSENET_UNROLL
+#define SPARSENET_UNROLL_4
 #define SPARSENET_NO_UNROLL
 
 namespace sparsenet::cuda {
@@ -27,7 +28,7 @@ struct float16 {
   uint16_t bits;
 };
 
-inline float float_from_bits(uint32_t bits) {
+inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
@@ -40,11 +41,11 @@ inline uint32_t bits_of(float value) {
 
 inline float to_accumulator(float value) { return value; }
 inline double to_accumulator(double value) { return value; }
-inline float to_accumulator(bfloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
+inline float to_accumulator(bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 inline float to_accumulator(float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t exponent = (value.bits >> 10) & 31u, mantissa = value.bits & 1023u;
-  if (exponent == 31) return float_from_bits(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent == 31) return float_of(sign | 0x7f800000u | (mantissa << 13));
   const float magnitude = exponent == 0
                               ? std::ldexp(static_cast<float>(mantissa), -24)
                               : std::ldexp(static_cast<float>(mantissa | 1024u), static_cast<int>(exponent) - 25);
@@ -311,8 +312,7 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
       "mma_m16n8k8_tf32", d, a, b0, b1,
       [](emulator::Emulator&, emulator::WarpArgument* const* lanes) {
         // The unit ignores the low 13 bits whether or not they were rounded away.
-        multiply_tiles<8>(lanes,
-                          [](uint32_t word, int) { return static_cast<double>(float_from_bits(word & 0xffffe000u)); });
+        multiply_tiles<8>(lanes, [](uint32_t word, int) { return static_cast<double>(float_of(word & 0xffffe000u)); });
       },
       where);
 }

@@ -59,6 +59,19 @@ PYBIND11_MODULE(MODULE_NAME, module) {
     Emulator::instance().launches.clear();
     return result;
   });
+  module.def("totals", [] {
+    py::dict result;
+    for (const auto& [kernel, total] : Emulator::instance().totals) {
+      py::dict entry;
+      entry["launches"] = total.launches;
+      entry["ctas"] = total.ctas;
+      entry["threads"] = total.threads;
+      entry["shared_bytes"] = total.shared_bytes;
+      entry["seeds"] = total.seeds.size();
+      result[kernel.c_str()] = entry;
+    }
+    return result;
+  });
   module.def(
       "run_planted",
       [](const std::string& name, std::uintptr_t input, std::uintptr_t output, int count) {

@@ -8,7 +8,9 @@ namespace sparsenet {
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
-constexpr int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+constexpr int64_t element_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::bfloat16 || dtype == DType::float16 ? 2 : 4;
+}
 
 enum class Activation : int32_t { none = 0, relu = 1, gelu = 2, silu = 3 };
 

@@ -16,6 +16,18 @@ from torch import Tensor
 
 __all__ = ["CudaKernels", "CudaPattern"]
 
+FLOAT32, TF32 = 0, 4  # dtype codes; tf32 is float32 whose products tensor cores may take
+
+
+def precision(dtype: int) -> int:
+    """``dtype``'s code, or tf32's for float32 where ``torch.backends.cuda.matmul`` allows that."""
+    if dtype != FLOAT32:
+        return dtype
+    matmul = torch.backends.cuda.matmul
+    set_to = getattr(matmul, "fp32_precision", None)  # torch 2.9 on; allow_tf32 raises where both were set
+    allowed = set_to == "tf32" if set_to is not None else matmul.allow_tf32
+    return TF32 if allowed else FLOAT32
+
 
 class CudaPattern:
     """A validated pattern on a device, with its transposed index and, made when first needed, its work lists.
@@ -207,6 +219,7 @@ class CudaKernels:
         self, pattern: CudaPattern, dtype, activation, x, x_stride, batch, values, bias, y, pre_activation, threads
     ) -> None:
         """``y = activation(x W^T + bias)``."""
+        dtype = precision(dtype)
         with self._current():
             handle, _kept = self._listed(pattern, dtype, batch, transposed=False)
             operands = (x, x_stride, values)
@@ -245,6 +258,7 @@ class CudaKernels:
         threads,
     ) -> None:
         """The gradients whose address is not 0."""
+        dtype = precision(dtype)
         with self._current():
             handle, _kept = self._listed(pattern, dtype, batch, transposed=True)
             call = (
@@ -273,7 +287,7 @@ class CudaKernels:
         self, dtype, block_size, x, x_stride, cols, grad_z, grad_z_stride, rows, batch, begin, end, norms, threads
     ) -> None:
         """Squared norms of the dense gradient's blocks in block rows [begin, end)."""
-        call = (dtype, block_size, batch, x, cols, x_stride, grad_z, rows, grad_z_stride)
+        call = (precision(dtype), block_size, batch, x, cols, x_stride, grad_z, rows, grad_z_stride)
         with self._current():
             scratch = self._scratch(self.ops.gradient_norms_workspace_bytes(*call))
             self.ops.gradient_norms(*call, begin, end, norms, scratch.data_ptr(), scratch.numel(), self._stream())
@@ -284,7 +298,7 @@ class CudaKernels:
         """The dense gradient's blocks at the given places."""
         at_rows = self._indices("candidate_gradients: rows", at_rows)
         at_cols = self._indices("candidate_gradients: cols", at_cols)
-        call = (dtype, block_size, batch, x, cols, x_stride, grad_z, rows, grad_z_stride)
+        call = (precision(dtype), block_size, batch, x, cols, x_stride, grad_z, rows, grad_z_stride)
         with self._current():
             scratch = self._scratch(self.ops.candidate_gradients_workspace_bytes(*call, at_rows.numel()))
             self.ops.candidate_gradients(

@@ -41,7 +41,7 @@ FLAVOURS = {
     ],
 }
 NOT_EMULATED = {"device.cu"}  # speaks to the CUDA runtime only; device_host.cpp stands in
-_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+_INCLUDE = re.compile(r'^\s*#\s*include "([^"]+)"', re.MULTILINE)
 
 _loaded = {}
 
@@ -204,16 +204,27 @@ def pointer(array: np.ndarray | None) -> int:
 
 # Operands ---------------------------------------------------------------------------------------------------------
 
-DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3, "tf32": 4}  # tf32: float32 in memory
 ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 VARIANTS = {"automatic": 0, "simt": 1, "sm80": 2}
-_TORCH = {name: getattr(torch, name) for name in DTYPE_CODES}
-_STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "float64": np.float64}
-_UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}  # half a last place
+_TORCH = {name: getattr(torch, name if name != "tf32" else "float32") for name in DTYPE_CODES}
+_STORAGE = {
+    "float32": np.float32,
+    "bfloat16": np.uint16,
+    "float16": np.uint16,
+    "float64": np.float64,
+    "tf32": np.float32,
+}
+_UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53, "tf32": 2.0**-24}
+# half a last place of a result; operands in tf32 tests are numbers of 10 bits, so that their products are exact
+OPERAND_UNIT = {**_UNIT, "tf32": 2.0**-11}
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     """float64 values after rounding to dtype."""
+    if dtype == "tf32":
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        return ((bits + 0x1000) & 0xFFFFE000).astype(np.uint32).view(np.float32).astype(np.float64)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(_TORCH[dtype]).double().numpy()
 
 

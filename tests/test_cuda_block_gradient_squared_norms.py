@@ -62,7 +62,7 @@ def test_norms_simt(module, dtype, block):
     ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("batch", [5, 130])
 def test_norms_sm80(module, dtype, block, batch):
@@ -70,10 +70,12 @@ def test_norms_sm80(module, dtype, block, batch):
     module.configure(seed=batch)
     rows, cols = 150, 2 * block + 77
     kernels = check_norms(module, dtype, block, batch, rows, cols, (-cols % 8, -rows % 8), batch)
-    assert kernels == ["gradient_norms_sm80"]
+    assert kernels == ["gradient_norms_tf32_sm80" if dtype == "tf32" else "gradient_norms_sm80"]
 
 
-@pytest.mark.parametrize("dtype,block", [("float32", 16), ("bfloat16", 16), ("bfloat16", 128), ("float32", 1)])
+@pytest.mark.parametrize(
+    "dtype,block", [("tf32", 32), ("float32", 16), ("bfloat16", 16), ("bfloat16", 128), ("float32", 1)]
+)
 def test_norms_of_a_range_of_block_rows(module, dtype, block):
     rows = 4 * block + (block + 1) // 2
     for row_range in ((1, 3), (2, 2), (3, 5)):
@@ -129,12 +131,12 @@ def test_candidates_simt(module, dtype, block):
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("count", [1, 7])
-def test_candidates_sm80(module, block, count):
+@pytest.mark.parametrize("dtype,count", [("bfloat16", 1), ("bfloat16", 7), ("tf32", 5)])
+def test_candidates_sm80(module, block, dtype, count):
     module.force_variant(2)
     rows, cols = 4 * block + 5, 3 * block + 3
-    kernels = check_candidates(module, "bfloat16", block, 70, rows, cols, (-cols % 8, -rows % 8), block, count)
-    assert kernels == ["grad_weight_sm80"]
+    kernels = check_candidates(module, dtype, block, 70, rows, cols, (-cols % 8, -rows % 8), block, count)
+    assert kernels == ["grad_weight_tf32_sm80" if dtype == "tf32" else "grad_weight_sm80"]
 
 
 def test_candidates_split_the_batch(module):

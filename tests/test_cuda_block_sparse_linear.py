@@ -132,7 +132,7 @@ def test_forward_simt_small_batches(module, batch):
         check_forward(module, "float32", block, batch, 2 * block - 1, 3 * block + 5, "random", "none", seed=batch)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("batch", [33, 130])
 def test_forward_sm80(module, dtype, block, batch):
@@ -142,13 +142,16 @@ def test_forward_sm80(module, dtype, block, batch):
     rows, cols = 128 + block // 2 + 5, 2 * max(block, 64) + 21
     activation = list(emulated.ACTIVATION_CODES)[(block // 16 + batch) % 4]
     kernels = check_forward(module, dtype, block, batch, rows, cols, "random", activation, (-cols % 8, 3), seed)
-    assert kernels == ["forward_sm80"]
+    assert kernels == ["forward_tf32_sm80" if dtype == "tf32" else "forward_sm80"]
 
 
 @pytest.mark.parametrize("kind", ["none", "dense", "empty_rows", "full_row", "power_law"])
-@pytest.mark.parametrize("block", [16, 32, 128])
-def test_forward_sm80_patterns(module, kind, block):
-    assert check_forward(module, "bfloat16", block, 40, 160, 5 * block, kind, "gelu") == ["forward_sm80"]
+@pytest.mark.parametrize(
+    "dtype,block", [("bfloat16", 16), ("bfloat16", 32), ("bfloat16", 128), ("tf32", 16), ("tf32", 64)]
+)
+def test_forward_sm80_patterns(module, kind, dtype, block):
+    kernels = check_forward(module, dtype, block, 40, 160, 5 * block, kind, "gelu")
+    assert kernels == ["forward_tf32_sm80" if dtype == "tf32" else "forward_sm80"]
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
@@ -156,24 +159,25 @@ def test_forward_sm80_patterns(module, kind, block):
 def test_forward_small_sm80(module, block, batch):
     module.force_variant(2)
     rows, cols = 2 * block + 9, 4 * block + 13
-    kernels = check_forward(
-        module,
-        "bfloat16" if batch % 2 else "float16",
-        block,
-        batch,
-        rows,
-        cols,
-        "random" if batch > 7 else "full_row",
-        "silu",
-        (3, 1),
-        seed=batch,
-    )
+    kind = "random" if batch > 7 else "full_row"
+    dtype = "bfloat16" if batch % 2 else "float16"
+    kernels = check_forward(module, dtype, block, batch, rows, cols, kind, "silu", (3, 1), seed=batch)
     assert kernels == ["forward_small_sm80"]
+    kernels = check_forward(module, "tf32", block, batch, rows, cols, kind, "relu", (3, 1), seed=batch)
+    assert kernels == ["forward_small_tf32_sm80"]
 
 
 @pytest.mark.parametrize(
     "dtype,block",
-    [("float32", 16), ("float32", 128), ("bfloat16", 16), ("bfloat16", 32), ("bfloat16", 64), ("float64", 32)],
+    [
+        ("float32", 16),
+        ("float32", 128),
+        ("bfloat16", 16),
+        ("bfloat16", 32),
+        ("bfloat16", 64),
+        ("float64", 32),
+        ("tf32", 32),
+    ],
 )
 @pytest.mark.parametrize("kind", ["full_row", "power_law", "none"])
 def test_forward_splits_long_rows(module, dtype, block, kind):
@@ -267,7 +271,7 @@ def refuse(module, match, **changes):
 
 def test_refusals(module):
     refuse(module, "block_size must be 1, 4, 8, 16, 32, 64 or 128, got 24", block_size=24)
-    refuse(module, "dtype must be float32, bfloat16, float16 or float64, got code 9", dtype=9)
+    refuse(module, "dtype must be float32, bfloat16, float16, float64 or tf32, got code 9", dtype=9)
     refuse(module, "activation must be none, relu, gelu or silu, got code 7", activation=7)
     refuse(module, "y must have a row stride of at least 32, got 31", y_stride=31)
     refuse(module, "bias must start at a multiple of its element's 4 bytes, got an address 2 past one", bias=4098)
@@ -321,5 +325,22 @@ def test_the_choice_follows_arch_dtype_batch_and_alignment(module):
     assert choice(batch=8) == "forward_small_sm80"
     assert choice(dtype="float32") == "forward_simt"
     assert choice(address=258) == choice(stride=65) == "forward_sm80"  # after a copy
+    assert choice(dtype="tf32") == "forward_tf32_sm80" and choice(dtype="tf32", batch=8) == "forward_small_tf32_sm80"
+    assert choice(dtype="float64") == "forward_simt"
     module.set_device(arch=75)
-    assert choice() == "forward_simt"
+    assert choice() == choice(dtype="tf32") == "forward_simt"
+
+
+def test_tf32_rounds_its_operands_to_nearest(module):
+    """One block of one active element: the product of the rounded operands, bit for bit."""
+    rng = np.random.default_rng(0)
+    for batch in (40, 5):
+        pattern = Pattern(np.ones((1, 1), bool), 16, 16, 16)
+        x, values = np.zeros((batch, 16)), np.zeros((1, 16, 16))
+        x[:, 3], values[0, :, 3] = (
+            rng.standard_normal(batch).astype(np.float32),
+            rng.standard_normal(16).astype(np.float32),
+        )
+        y, _, _ = run_forward(module, pattern, x, values, None, "tf32")
+        expected = np.outer(rounded(x[:, 3], "tf32"), rounded(values[0, :, 3], "tf32"))
+        assert (y == expected).all() and (y != np.outer(x[:, 3], values[0, :, 3])).any()

@@ -101,7 +101,7 @@ def check_backward(module, dtype, block, batch, rows, cols, kind, activation, pa
     grad_z = grad_y * derivative(saved, activation)
     if activation != "none":  # the kernels round it to dtype; the derivative itself has fp32's error
         exact, grad_z = grad_z, rounded(grad_z, dtype)
-        slack = np.abs(exact) * 4 * emulated._UNIT[dtype] + 1e-6 * np.abs(grad_y)
+        slack = np.abs(exact) * 4 * emulated.OPERAND_UNIT[dtype] + 1e-6 * np.abs(grad_y)
     else:
         slack = np.zeros_like(grad_z)
     weight = pattern.dense(values)
@@ -131,7 +131,7 @@ def test_backward_simt(module, dtype, block):
     assert "grad_weight_simt" in kernels or "grad_weight_small_simt" in kernels
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("batch", [3, 130])
 def test_backward_sm80(module, dtype, block, batch):
@@ -143,23 +143,27 @@ def test_backward_sm80(module, dtype, block, batch):
     kernels = check_backward(
         module, dtype, block, batch, rows, cols, "random", activation, (-cols % 8, -rows % 8, 3), seed
     )
-    assert "grad_input_sm80" in kernels and "grad_weight_sm80" in kernels
+    type_name = "_tf32" if dtype == "tf32" else ""
+    assert f"grad_input{type_name}_sm80" in kernels and f"grad_weight{type_name}_sm80" in kernels
 
 
 @pytest.mark.parametrize("kind", ["none", "dense", "empty_rows", "full_row", "power_law"])
-@pytest.mark.parametrize("dtype,block", [("float32", 4), ("float32", 32), ("bfloat16", 16), ("bfloat16", 64)])
+@pytest.mark.parametrize(
+    "dtype,block", [("float32", 4), ("float32", 32), ("bfloat16", 16), ("bfloat16", 64), ("tf32", 32)]
+)
 def test_backward_patterns(module, kind, dtype, block):
     check_backward(module, dtype, block, 34, 4 * block, 6 * block, kind, "relu")
 
 
-@pytest.mark.parametrize("dtype,block", [("float32", 16), ("bfloat16", 32), ("bfloat16", 128)])
+@pytest.mark.parametrize("dtype,block", [("float32", 16), ("bfloat16", 32), ("bfloat16", 128), ("tf32", 64)])
 def test_grad_input_splits_long_columns(module, dtype, block):
     kernels = check_backward(module, dtype, block, 20, 6 * block, 2 * block + 8, "full_row", "none", split=2)
     assert "add_partials" in kernels
 
 
 @pytest.mark.parametrize(
-    "dtype,block,batch", [("float32", 16, 600), ("bfloat16", 32, 600), ("float16", 8, 513), ("float64", 1, 530)]
+    "dtype,block,batch",
+    [("float32", 16, 600), ("bfloat16", 32, 600), ("tf32", 16, 600), ("float16", 8, 513), ("float64", 1, 530)],
 )
 def test_grad_weight_splits_the_batch(module, dtype, block, batch):
     """Few blocks and a long batch on a large device: several splits, added in order, the same bits every time."""
@@ -200,41 +204,43 @@ def test_batch_of_zero(module):
     assert (grad_values == 0).all() and (grad_bias == 0).all()
 
 
-def test_bank_conflicts_of_the_tensor_core_kernels(module):
-    """The swizzles: no conflicts in the pipelines; the epilogue's 4-byte stores are free of them, too."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_bank_conflicts_of_the_tensor_core_kernels(module, dtype, block):
+    """The swizzles: no conflicts in the pipelines nor in the epilogue's stores."""
     module.configure(seed=1, count_bank_conflicts=True)
     rng = np.random.default_rng(0)
-    for block in (16, 32, 64, 128):
-        pattern = Pattern.random("dense", 128, 256, block, rng)
-        x, g = rounded(rng.standard_normal((64, 256)), "bfloat16"), rounded(rng.standard_normal((64, 128)), "bfloat16")
-        values = stored(pattern.values(rng, "bfloat16"), "bfloat16")
-        y = emulated.empty((64, 128), "bfloat16")
-        xs, gs = stored(x, "bfloat16"), stored(g, "bfloat16")
-        handle = pattern.handle(module)
-        module.linear_forward(handle, 1, 0, 64, pointer(xs), 256, pointer(values), 0, pointer(y), 128, 0, 0, 0, 0, 0)
-        gx, gw = emulated.empty((64, 256), "bfloat16"), emulated.empty((pattern.num_blocks, block, block), "bfloat16")
-        call = (
-            handle,
-            1,
-            0,
-            64,
-            pointer(gs),
-            128,
-            0,
-            0,
-            pointer(xs),
-            256,
-            pointer(values),
-            pointer(gx),
-            256,
-            pointer(gw),
-            0,
-        )
-        workspace = emulated.aligned((module.linear_backward_workspace_bytes(*call),), np.uint8)
-        module.linear_backward(*call, pointer(workspace), workspace.nbytes, 0)
-        for launch in module.launches():
-            if launch["kernel"].endswith("_sm80"):
-                assert launch["instructions"] > 0 and launch["conflicts"] == 0, launch
+    pattern, code = Pattern.random("dense", 128, 256, block, rng), emulated.DTYPE_CODES[dtype]
+    xs, gs = (stored(rounded(rng.standard_normal((64, n)), dtype), dtype) for n in (256, 128))
+    values, y = stored(pattern.values(rng, dtype), dtype), emulated.empty((64, 128), dtype)
+    handle = pattern.handle(module)
+    module.linear_forward(handle, code, 0, 64, pointer(xs), 256, pointer(values), 0, pointer(y), 128, 0, 0, 0, 0, 0)
+    gx, gw = emulated.empty((64, 256), dtype), emulated.empty((pattern.num_blocks, block, block), dtype)
+    call = (
+        handle,
+        code,
+        0,
+        64,
+        pointer(gs),
+        128,
+        0,
+        0,
+        pointer(xs),
+        256,
+        pointer(values),
+        pointer(gx),
+        256,
+        pointer(gw),
+        0,
+    )
+    workspace = emulated.aligned((module.linear_backward_workspace_bytes(*call),), np.uint8)
+    module.linear_backward(*call, pointer(workspace), workspace.nbytes, 0)
+    checked = 0
+    for launch in module.launches():
+        if launch["kernel"].endswith("_sm80"):
+            assert launch["instructions"] > 0 and launch["conflicts"] == 0, launch
+            checked += 1
+    assert checked == 3
 
 
 @pytest.mark.parametrize("variant,batch", [(1, 33), (2, 33), (2, 9)])

@@ -345,6 +345,38 @@ def test_autocast(module, dtype):
     assert "forward_sm80" in kernels_of(module)
 
 
+@pytest.fixture
+def restored_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_tf32_only_where_torch_allows_it(module, restored_tf32):
+    """float32 on tensor cores, rounded to 10 bits: only under torch.backends.cuda.matmul.allow_tf32."""
+    layer, x = mlp(sizes=(64, 96, 8), block_size=32)[0], torch.randn(40, 64)
+    exact = layer(x).detach()
+    with emulated.serving():
+        torch.testing.assert_close(layer_like(layer)(x), exact, rtol=1e-5, atol=1e-5)
+        assert {"forward_simt"} == {k for k in kernels_of(module) if k.startswith("forward")}
+        torch.backends.cuda.matmul.allow_tf32 = True
+        twin = layer_like(layer)
+        y = twin(x)
+        y.sum().backward()
+        functional.block_gradient_squared_norms(x, torch.randn(40, 96), 32)
+        assert kernels_of(module) >= {"forward_tf32_sm80", "grad_weight_tf32_sm80", "gradient_norms_tf32_sm80"}
+        assert 1e-6 < (y - exact).abs().max() < 2**-6
+
+
+def layer_like(layer):
+    """The same layer, its pattern made on the device that serves now."""
+    twin = sn.SparseLinear(
+        layer.in_features, layer.out_features, block_size=layer.block_size, activation=layer.activation
+    )
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
 def test_library_operations_compile_and_rewire(module):
     """torch.compile through torch.library: forward, backward, and again after the number of blocks changed."""
     with emulated.serving():

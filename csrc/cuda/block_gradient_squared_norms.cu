@@ -81,7 +81,8 @@ std::string choose_gradient_norms(const GradientNorms& op) {
   check_norms(op);
   const Operands plan = plan_operands(op.dtype, op.block_size, op.grad_z, op.x, nullptr);
   const OuterKernel kernel = choose_outer(op.dtype, op.block_size, plan.grad_z, plan.x);
-  return kernel == OuterKernel::sm80 ? "gradient_norms_sm80" : "gradient_norms_simt"; // one SIMT kernel for all sizes
+  return kernel == OuterKernel::sm80 ? name_of(kernel, op.dtype, "gradient_norms")
+                                     : "gradient_norms_simt"; // one SIMT kernel for all sizes
 }
 
 int64_t gradient_norms_workspace_bytes(const GradientNorms& op) {
@@ -102,7 +103,7 @@ void gradient_norms(const GradientNorms& op, Workspace workspace, Stream stream)
     outer.row_begin = op.block_row_begin;
     outer.row_end = op.block_row_end;
     outer.norms = op.norms;
-    if constexpr (sizeof(T) == 2)
+    if constexpr (sizeof(T) <= 4)
       if (kernel == OuterKernel::sm80) return launch_gradient_norms_sm80<T>(outer, stream);
     launch_gradient_norms_simt<T>(outer, stream);
   });
@@ -133,7 +134,7 @@ void candidate_gradients(const PlaceGradients& op, Workspace workspace, Stream s
     outer.splits = candidate_splits(op);
     void* partials = static_cast<char*>(workspace.data) + plan.bytes;
     outer.partials = outer.splits > 1 ? static_cast<Accumulator<T>*>(partials) : nullptr;
-    if constexpr (sizeof(T) == 2)
+    if constexpr (sizeof(T) <= 4)
       if (kernel == OuterKernel::sm80) return launch_grad_weight_sm80<T>(outer, stream);
     launch_grad_weight_simt<T>(outer, stream);
   });

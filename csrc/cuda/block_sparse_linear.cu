@@ -64,7 +64,7 @@ void run_product(Product<T> product, ProductKernel kernel, const WorkList& work,
   product.items = listed ? work.items : nullptr;
   product.num_items = listed ? work.num_items : static_cast<int32_t>(ceil_div(lines, group));
   product.partials = static_cast<Accumulator<T>*>(partials);
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) <= 4) {
     if (kernel == ProductKernel::sm80) launch_product_sm80<T, kTransposed>(product, stream);
     if constexpr (!kTransposed)
       if (kernel == ProductKernel::small_sm80) launch_product_small_sm80<T>(product, stream);
@@ -171,15 +171,15 @@ void check_backward(const LinearBackward& op) {
 
 std::string choose_linear_forward(const LinearForward& op) {
   check_forward(op);
-  return name_of(plan_forward(op, {}, nullptr).kernel, false);
+  return name_of(plan_forward(op, {}, nullptr).kernel, op.dtype, false);
 }
 std::string choose_grad_input(const LinearBackward& op) {
   check_backward(op);
-  return name_of(plan_backward(op, {}, nullptr).product, true);
+  return name_of(plan_backward(op, {}, nullptr).product, op.dtype, true);
 }
 std::string choose_grad_weight(const LinearBackward& op) {
   check_backward(op);
-  return name_of(plan_backward(op, {}, nullptr).outer, "grad_weight");
+  return name_of(plan_backward(op, {}, nullptr).outer, op.dtype, "grad_weight");
 }
 
 int64_t linear_forward_workspace_bytes(const LinearForward& op, const WorkList& work) {
@@ -275,7 +275,7 @@ void linear_backward(const LinearBackward& op, const WorkList& work, Workspace w
       outer.gradients = static_cast<T*>(op.grad_values);
       outer.splits = plan.splits;
       outer.partials = plan.splits > 1 ? static_cast<Accumulator<T>*>(partials) : nullptr;
-      if constexpr (sizeof(T) == 2)
+      if constexpr (sizeof(T) <= 4)
         if (plan.outer == OuterKernel::sm80) return launch_grad_weight_sm80<T>(outer, stream);
       launch_grad_weight_simt<T>(outer, stream);
     }

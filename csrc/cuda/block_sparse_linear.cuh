@@ -141,16 +141,10 @@ void launch_add_partials(const Product<T>& product, int64_t width, Stream stream
 // Calls function(T{}) with the element type of dtype.
 template <typename Function>
 void with_dtype(DType dtype, const Function& function) {
-  switch (dtype) {
-  case DType::float32:
-    return function(float{});
-  case DType::float64:
-    return function(double{});
-  case DType::bfloat16:
-    return function(bfloat16{});
-  default:
-    return function(float16{});
-  }
+  if (dtype == DType::float32 || dtype == kTf32) return function(float{});
+  if (dtype == DType::float64) return function(double{});
+  if (dtype == DType::bfloat16) return function(bfloat16{});
+  return function(float16{});
 }
 
 // The variants, each instantiated in the .cu file of its name; choose_* in block_sparse_linear.cu picks one.

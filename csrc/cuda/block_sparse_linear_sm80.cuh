@@ -1,20 +1,21 @@
-// forward and grad_input on tensor cores: mma.sync m16n8k16, bfloat16 or float16 in, fp32 sums (sm_80 and later).
+// forward and grad_input on tensor cores (sm_80 and later): mma.sync m16n8k16 of bfloat16 or float16, m16n8k8 of
+// float32 as tf32, fp32 sums.
 //
 //   y[m, n] = activation(sum_k a[m, k] w(n, k) + bias[n])
 //
 // One CTA makes a kBatch x 128 tile of y: kGroup = 128 / b lines of blocks side by side. It walks the union of their
 // block columns in ascending order, so an X tile that several lines need is loaded once:
 //
-//                      k: union of the group's block columns, 64 columns a stage
+//                      k: union of the group's block columns, 128 bytes a stage
 //                     +----+----+----+----+
-//   kBatch rows of a  | c0 | c1 | c2 | c3 |      a_s [kBatch][64]            cp.async by all threads, 16 bytes each
+//   kBatch rows of a  | c0 | c1 | c2 | c3 |    a_s [kBatch][kDepth]          cp.async by all threads, 16 bytes each
 //                     +----+----+----+----+
-//                     | w  |    | w  |    |      w_s [128][64] (forward)     only the blocks that exist are loaded;
-//   128 columns of y  |    | w  | w  |    |      or [64][128] (grad_input)   a bit per line and column says which
+//                     | w  |    | w  |    |    w_s [128][kDepth] (forward)   only the blocks that exist are loaded;
+//   128 columns of y  |    | w  | w  |    |    or [kDepth][128] (grad_input) a bit per line and column says which
 //                     +----+----+----+----+
 //
 //   Warp i owns rows [i kBatch/4, (i+1) kBatch/4) and all 128 columns: its fragments of `a` stay in registers while it
-//   goes through the lines that have the column. grad_input reads its blocks as they lie through ldmatrix.trans.
+//   goes through the lines that have the column. grad_input reads its blocks as they lie (fragments_sm80.cuh).
 //   Every warp merges the lines' sorted columns by itself (lane g follows line g), so no barrier is needed for that;
 //   column numbers are fetched one step before they are compared.
 //   16-byte chunk c of row r lies at chunk c ^ (r % 8): ldmatrix and the copies meet no bank conflicts.
@@ -27,6 +28,7 @@
 #include <cstring>
 
 #include "block_sparse_linear.cuh"
+#include "fragments_sm80.cuh"
 
 namespace sparsenet::cuda {
 
@@ -48,24 +50,25 @@ SPARSENET_DEVICE uint32_t pack_pair(float low, float high) {
   return word;
 }
 
-template <int kBlock_, int kBatch_>
+template <typename T, int kBlock_, int kBatch_>
 struct Sm80ProductConfig {
   static constexpr int kBlock = kBlock_;
   static constexpr int kBatch = kBatch_;
   static constexpr int kThreads = 128;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kColumns = 128; // of y
-  static constexpr int kDepth = 64;    // k columns of a stage
+  static constexpr int kColumns = 128;           // of y
+  static constexpr int kDepth = 128 / sizeof(T); // k columns of a stage
+  static constexpr int kChunk = Fragment<T>::kChunk;
   static constexpr int kStages = 3;
   static constexpr int kGroup = kColumns / kBlock;
   static constexpr int kSlotDepth = kBlock < kDepth ? kBlock : kDepth;
   static constexpr int kSlots = kDepth / kSlotDepth;   // union columns of a stage
-  static constexpr int kSteps = kBlock / kSlotDepth;   // stages that a block column takes: 2 for b = 128
+  static constexpr int kSteps = kBlock / kSlotDepth;   // stages that a block column takes
   static constexpr int kTilesM = kBatch / kWarps / 16; // m16 tiles of a warp
   static constexpr int kTilesN = kColumns / 8;
   static constexpr int kElementsA = kBatch * kDepth;
   static constexpr int kElementsW = kColumns * kDepth;
-  static constexpr int kStageBytes = 2 * (kElementsA + kElementsW);
+  static constexpr int kStageBytes = sizeof(T) * (kElementsA + kElementsW);
   static constexpr int kMaskOffset = kStages * kStageBytes; // [kStages][kSlots] words behind the stages
   static constexpr int kSharedBytes = kMaskOffset + 4 * kStages * kSlots;
   static constexpr int kStagedPitch = kColumns + 8; // floats; four rows of 8-byte pairs fall into different banks
@@ -107,12 +110,12 @@ struct Sm80Product {
   const Product<T>& p;
   int64_t m0;
   LineCursor<T> cursor = {};
-  int step = 0; // of the block column under way (b = 128)
+  int step = 0; // of the block column under way
   float sums[Config::kTilesM][Config::kTilesN][4] = {};
 
   SPARSENET_DEVICE Shared<T> stage_a(int stage) const { return shared_array<T>(stage * Config::kStageBytes); }
   SPARSENET_DEVICE Shared<T> stage_w(int stage) const {
-    return shared_array<T>(stage * Config::kStageBytes + 2 * Config::kElementsA);
+    return shared_array<T>(stage * Config::kStageBytes + sizeof(T) * Config::kElementsA);
   }
   SPARSENET_DEVICE Shared<uint32_t> masks() const { return shared_array<uint32_t>(Config::kMaskOffset); }
 
@@ -177,7 +180,7 @@ struct Sm80Product {
     const Shared<T> a_s = stage_a(stage), w_s = stage_w(stage);
     // Of the a tile (and of w in forward) a thread copies chunk thread % 8 of several rows: always the same slot.
     const int a_chunk = thread % 8;
-    constexpr int kSlotChunks = Config::kSlotDepth / 8;
+    constexpr int kSlotChunks = Config::kSlotDepth / Config::kChunk;
     SPARSENET_UNROLL
     for (int slot = 0; slot < Config::kSlots; ++slot) {
       const int32_t column = smallest_column();
@@ -206,14 +209,16 @@ struct Sm80Product {
   }
 
   SPARSENET_DEVICE void copy_a(Shared<T> a_s, int chunk, int64_t k_slot) const {
-    const int64_t k = k_slot + chunk * 8 % Config::kSlotDepth;
+    constexpr int kChunk = Config::kChunk;
+    const int64_t k = k_slot + chunk * kChunk % Config::kSlotDepth;
     const int64_t left = p.k_size - k;
-    const int columns = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+    const int columns = left >= kChunk ? kChunk : left > 0 ? static_cast<int>(left) : 0;
     SPARSENET_UNROLL
     for (int row = thread_index() / 8; row < Config::kBatch; row += Config::kThreads / 8) {
       const bool inside = m0 + row < p.batch && columns > 0;
       const T* source = inside ? p.a + (m0 + row) * p.a_stride + k : p.a;
-      async_copy_16(a_s + row * Config::kDepth + ((chunk ^ (row & 7)) * 8), source, inside ? 2 * columns : 0);
+      async_copy_16(a_s + row * Config::kDepth + (chunk ^ (row & 7)) * kChunk, source,
+                    inside ? static_cast<int>(sizeof(T)) * columns : 0);
     }
   }
 
@@ -221,32 +226,34 @@ struct Sm80Product {
   SPARSENET_DEVICE void copy_w_columns(Shared<T> w_s, int slot, uint32_t mask, int32_t my_block, int k_in_block,
                                        int chunk) const {
     constexpr int kRowStep = Config::kThreads / 8;
-    constexpr int kSlotChunks = Config::kSlotDepth / 8;
+    constexpr int kSlotChunks = Config::kSlotDepth / Config::kChunk;
     SPARSENET_UNROLL
     for (int g = 0; g < Config::kGroup; ++g) {
       const int64_t block = shuffle_from(my_block, g);
       if ((mask >> g & 1) == 0 || chunk / kSlotChunks != slot) continue;
       const T* values =
-          p.values + block * Config::kBlock * Config::kBlock + k_in_block + chunk * 8 % Config::kSlotDepth;
+          p.values + block * Config::kBlock * Config::kBlock + k_in_block + chunk * Config::kChunk % Config::kSlotDepth;
       SPARSENET_UNROLL
       for (int n = thread_index() / 8; n < Config::kBlock; n += kRowStep) {
         const int row = g * Config::kBlock + n;
-        async_copy_16(w_s + row * Config::kDepth + ((chunk ^ (row & 7)) * 8), values + n * Config::kBlock, 16);
+        async_copy_16(w_s + row * Config::kDepth + (chunk ^ (row & 7)) * Config::kChunk, values + n * Config::kBlock,
+                      16);
       }
     }
   }
 
   // grad_input: w_s[k][n] = values[k][n]
   SPARSENET_DEVICE void copy_w_rows(Shared<T> w_s, int slot, uint32_t mask, int32_t my_block, int k_in_block) const {
-    const int chunk = thread_index() % 16;
-    const int g = chunk * 8 / Config::kBlock;
+    constexpr int kRowChunks = Config::kColumns / Config::kChunk;
+    const int chunk = thread_index() % kRowChunks;
+    const int g = chunk * Config::kChunk / Config::kBlock;
     const int64_t block = shuffle_from(my_block, g);
     if ((mask >> g & 1) == 0) return;
-    const T* values = p.values + block * Config::kBlock * Config::kBlock + chunk * 8 % Config::kBlock;
+    const T* values = p.values + block * Config::kBlock * Config::kBlock + chunk * Config::kChunk % Config::kBlock;
     SPARSENET_UNROLL
-    for (int k = thread_index() / 16; k < Config::kSlotDepth; k += Config::kThreads / 16) {
+    for (int k = thread_index() / kRowChunks; k < Config::kSlotDepth; k += Config::kThreads / kRowChunks) {
       const int row = slot * Config::kSlotDepth + k;
-      async_copy_16(w_s + row * Config::kColumns + ((chunk ^ (row & 7)) * 8),
+      async_copy_16(w_s + row * Config::kColumns + swizzled<T>(chunk, row) * Config::kChunk,
                     values + (k_in_block + k) * Config::kBlock, 16);
     }
   }
@@ -254,36 +261,34 @@ struct Sm80Product {
   SPARSENET_DEVICE void multiply_stage(int stage) {
     const int lane = lane_index();
     const Shared<T> a_s = stage_a(stage), w_s = stage_w(stage);
-    const int row_in_pair = (lane / 8 % 2) * 8 + lane % 8, chunk_in_pair = lane / 16;
     SPARSENET_UNROLL
     for (int slot = 0; slot < Config::kSlots; ++slot) {
       const uint32_t mask = masks()[stage * Config::kSlots + slot];
       if (mask == 0) continue;
       SPARSENET_UNROLL
-      for (int k = slot * Config::kSlotDepth; k < (slot + 1) * Config::kSlotDepth; k += 16) {
+      for (int k = slot * Config::kSlotDepth; k < (slot + 1) * Config::kSlotDepth; k += Fragment<T>::kDepth) {
         uint32_t a[Config::kTilesM][4];
         SPARSENET_UNROLL
         for (int i = 0; i < Config::kTilesM; ++i) {
-          const int row = (warp_index() * Config::kTilesM + i) * 16 + row_in_pair, chunk = k / 8 + chunk_in_pair;
-          load_matrix_x4(a[i], a_s + row * Config::kDepth + ((chunk ^ (row & 7)) * 8));
+          const int row = (warp_index() * Config::kTilesM + i) * 16 + lane % 16, chunk = k / Config::kChunk + lane / 16;
+          load_rows_x4(a[i], a_s + row * Config::kDepth + (chunk ^ (row & 7)) * Config::kChunk);
         }
         SPARSENET_UNROLL
         for (int g = 0; g < Config::kGroup; ++g) {
           if ((mask >> g & 1) == 0) continue;
           SPARSENET_UNROLL
           for (int n = g * Config::kBlock; n < (g + 1) * Config::kBlock; n += 16) {
-            uint32_t w[4]; // k 0-7 and 8-15 of columns n..n+7, then of n+8..n+15
+            uint32_t w[4]; // the lower and upper half of k for columns n..n+7, then for n+8..n+15
             if constexpr (kTransposed) {
-              const int row = k + row_in_pair, chunk = n / 8 + chunk_in_pair;
-              load_matrix_x4_trans(w, w_s + row * Config::kColumns + ((chunk ^ (row & 7)) * 8));
+              load_columns_b<T, Config::kColumns>(w, w_s, k, n);
             } else {
-              const int row = n + chunk_in_pair * 8 + lane % 8, chunk = k / 8 + lane / 8 % 2;
-              load_matrix_x4(w, w_s + row * Config::kDepth + ((chunk ^ (row & 7)) * 8));
+              const int row = n + lane / 16 * 8 + lane % 8, chunk = k / Config::kChunk + lane / 8 % 2;
+              load_rows_x4(w, w_s + row * Config::kDepth + (chunk ^ (row & 7)) * Config::kChunk);
             }
             SPARSENET_UNROLL
             for (int i = 0; i < Config::kTilesM; ++i) {
-              mma_m16n8k16<T>(sums[i][n / 8], a[i], w[0], w[1]);
-              mma_m16n8k16<T>(sums[i][n / 8 + 1], a[i], w[2], w[3]);
+              multiply_add<T>(sums[i][n / 8], a[i], w[0], w[1]);
+              multiply_add<T>(sums[i][n / 8 + 1], a[i], w[2], w[3]);
             }
           }
         }
@@ -359,11 +364,15 @@ struct Sm80Product {
   }
 
   SPARSENET_DEVICE static bool quads_aligned(const T* rows, int64_t stride) {
-    return ((reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride * 2)) & 7) == 0;
+    return (reinterpret_cast<uintptr_t>(rows) | static_cast<uintptr_t>(stride * sizeof(T))) % (4 * sizeof(T)) == 0;
   }
 
   SPARSENET_DEVICE void write_quad(T* row, int64_t n, const Quad& quad, bool vectors) const {
     if (vectors && n + 4 <= p.n_size) {
+      if constexpr (sizeof(T) == 4) {
+        store_global(reinterpret_cast<Quad*>(row + n), quad);
+        return;
+      }
       const Word8 words{{pack_pair<T>(quad.values[0], quad.values[1]), pack_pair<T>(quad.values[2], quad.values[3])}};
       store_global(reinterpret_cast<Word8*>(row + n), words);
       return;
@@ -390,8 +399,10 @@ product_sm80_kernel(const Product<T> p) {
 
 template <typename T, bool kTransposed, int kBlock, int kBatch>
 void launch_product_config(const Product<T>& product, Stream stream) {
-  using Config = Sm80ProductConfig<kBlock, kBatch>;
-  launch(kTransposed ? "grad_input_sm80" : "forward_sm80", product_sm80_kernel<T, kTransposed, Config>,
+  using Config = Sm80ProductConfig<T, kBlock, kBatch>;
+  const char* name = sizeof(T) == 4 ? (kTransposed ? "grad_input_tf32_sm80" : "forward_tf32_sm80")
+                                    : (kTransposed ? "grad_input_sm80" : "forward_sm80");
+  launch(name, product_sm80_kernel<T, kTransposed, Config>,
          {.ctas = product.num_items * ceil_div(product.batch, kBatch),
           .threads = Config::kThreads,
           .shared_bytes = Config::kSharedBytes},

@@ -6,9 +6,9 @@
 //   One CTA: kRows rows of one line of blocks (b = 128: four CTAs a line). Warp i takes blocks i, i + 4, ... of the
 //   line; weights and x go from global memory to registers, 16 bytes a lane (8 for b = 16), without shared memory:
 //
-//     lane 4 g + q reads values[g][8 q .. 8 q + 7] and x[m = g][8 q .. 8 q + 7] of a 32-column piece; words 0, 1 of
-//     both feed one instruction, words 2, 3 the next. The order of k inside an instruction is then not the matrix's,
-//     but it is the same on both sides, and a sum does not mind.
+//     lane 4 g + q reads values[g][8 q .. 8 q + 7] and x[m = g][8 q .. 8 q + 7] of a 32-column piece (tf32: 4 q .. of
+//     16 columns); words 0, 1 of both feed one instruction, words 2, 3 the next. The order of k inside an instruction
+//     is then not the matrix's, but it is the same on both sides, and a sum does not mind.
 //
 //   The four warps' sums meet in shared memory and are added in warp order. Bytes: the weights once, x once per CTA
 //   (from L2). Nothing here has been timed on hardware yet.
@@ -18,7 +18,7 @@
 
 namespace sparsenet::cuda {
 
-template <int kBlock_, int kBatchTiles_>
+template <typename T, int kBlock_, int kBatchTiles_>
 struct Sm80SmallConfig {
   static constexpr int kBlock = kBlock_;
   static constexpr int kBatchTiles = kBatchTiles_; // n8 tiles of the batch
@@ -26,8 +26,8 @@ struct Sm80SmallConfig {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kRows = kBlock < 32 ? kBlock : 32;
   static constexpr int kRowTiles = kRows / 16;
-  static constexpr int kWords = kBlock < 32 ? 2 : 4; // 4-byte words a lane reads of a row
-  static constexpr int kPiece = 8 * kWords;          // k columns of one read by four lanes
+  static constexpr int kWords = kBlock * sizeof(T) < 64 ? 2 : 4; // 4-byte words a lane reads of a row
+  static constexpr int kPiece = 4 * kWords * Fragment<T>::kPack; // k columns of one read by four lanes
   static constexpr int kBatch = 8 * kBatchTiles;
   static constexpr int kPitch = kBatch + 1;
   static constexpr int kSharedBytes = 4 * kWarps * kRows * kPitch;
@@ -37,25 +37,32 @@ struct Sm80SmallConfig {
 // Words of `count` elements from k on, zeros past the end of the row.
 template <typename T, int kWords>
 SPARSENET_DEVICE void load_words(uint32_t (&words)[kWords], const T* source, int64_t count) {
+  constexpr int kPack = Fragment<T>::kPack;
   struct alignas(4 * kWords) Vector {
     uint32_t words[kWords];
   };
-  if (count >= 2 * kWords) {
+  if (count >= kPack * kWords) {
     const Vector vector = load_global(reinterpret_cast<const Vector*>(source));
     SPARSENET_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = vector.words[i];
-    return;
+  } else {
+    SPARSENET_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+      const float low = kPack * i < count ? to_accumulator(load_global(source + kPack * i)) : 0.0f;
+      if constexpr (kPack == 1) {
+        words[i] = bits_of(low);
+      } else {
+        const float high = 2 * i + 1 < count ? to_accumulator(load_global(source + 2 * i + 1)) : 0.0f;
+        words[i] = pack_pair<T>(low, high); // exact: the values are of this type
+      }
+    }
   }
-  SPARSENET_UNROLL
-  for (int i = 0; i < kWords; ++i) {
-    const float low = 2 * i < count ? to_accumulator(load_global(source + 2 * i)) : 0.0f;
-    const float high = 2 * i + 1 < count ? to_accumulator(load_global(source + 2 * i + 1)) : 0.0f;
-    words[i] = pack_pair<T>(low, high); // exact: the values are of this type
-  }
+  round_operands<T>(words);
 }
 
+// Two CTAs: without that bound ptxas aims at 64 registers for one of the instantiations and spills.
 template <typename T, typename Config>
-SPARSENET_KERNEL(Config::kThreads)
+SPARSENET_KERNEL(Config::kThreads, 2)
 product_small_sm80_kernel(const Product<T> p) {
   constexpr int kBlock = Config::kBlock, kWords = Config::kWords;
   constexpr int kSlabs = kBlock / Config::kRows;
@@ -68,15 +75,16 @@ product_small_sm80_kernel(const Product<T> p) {
   for (int32_t position = load_global(p.pointers + line) + warp_index(); position < end; position += Config::kWarps) {
     const int64_t k_block = static_cast<int64_t>(load_global(p.indices + position)) * kBlock;
     const T* values = p.values + (static_cast<int64_t>(position) * kBlock + n_in_block) * kBlock;
-    SPARSENET_UNROLL
+    SPARSENET_UNROLL_4
     for (int piece = 0; piece < kBlock; piece += Config::kPiece) {
-      const int k_lane = piece + quad * 2 * kWords;
+      const int k_lane = piece + quad * Fragment<T>::kPack * kWords;
       uint32_t w[Config::kRowTiles][2][kWords], x[Config::kBatchTiles][kWords];
       SPARSENET_UNROLL
       for (int i = 0; i < Config::kRowTiles; ++i) {
         SPARSENET_UNROLL
         for (int h = 0; h < 2; ++h)
-          load_words<T, kWords>(w[i][h], values + (i * 16 + h * 8 + group) * kBlock + k_lane, 2 * kWords);
+          load_words<T, kWords>(w[i][h], values + (i * 16 + h * 8 + group) * kBlock + k_lane,
+                                Fragment<T>::kPack * kWords);
       }
       SPARSENET_UNROLL
       for (int j = 0; j < Config::kBatchTiles; ++j) {
@@ -89,7 +97,7 @@ product_small_sm80_kernel(const Product<T> p) {
         for (int i = 0; i < Config::kRowTiles; ++i) {
           const uint32_t a[4] = {w[i][0][s], w[i][1][s], w[i][0][s + 1], w[i][1][s + 1]};
           SPARSENET_UNROLL
-          for (int j = 0; j < Config::kBatchTiles; ++j) mma_m16n8k16<T>(sums[i][j], a, x[j][s], x[j][s + 1]);
+          for (int j = 0; j < Config::kBatchTiles; ++j) multiply_add<T>(sums[i][j], a, x[j][s], x[j][s + 1]);
         }
       }
     }
@@ -121,8 +129,8 @@ product_small_sm80_kernel(const Product<T> p) {
 
 template <typename T, int kBlock, int kBatchTiles>
 void launch_product_small_config(const Product<T>& product, Stream stream) {
-  using Config = Sm80SmallConfig<kBlock, kBatchTiles>;
-  launch("forward_small_sm80", product_small_sm80_kernel<T, Config>,
+  using Config = Sm80SmallConfig<T, kBlock, kBatchTiles>;
+  launch(sizeof(T) == 4 ? "forward_small_tf32_sm80" : "forward_small_sm80", product_small_sm80_kernel<T, Config>,
          {.ctas = static_cast<int64_t>(product.num_items) * (kBlock / Config::kRows),
           .threads = Config::kThreads,
           .shared_bytes = Config::kSharedBytes},

@@ -25,12 +25,12 @@ bool rows_aligned(const Matrix& matrix, DType dtype) {
 }
 
 bool tensor_cores_serve(DType dtype, int32_t block_size) {
-  return device_properties().arch >= 80 && (dtype == DType::bfloat16 || dtype == DType::float16) && block_size >= 16;
+  return device_properties().arch >= 80 && dtype != DType::float32 && dtype != DType::float64 && block_size >= 16;
 }
 
 void refuse_forced(const char* op) {
-  fail(op, ": variant must be able to serve this call, got sm80 (it needs compute capability 8.0, bfloat16 or float16, "
-           "blocks of 16 or more, and rows that start on 16-byte boundaries)");
+  fail(op, ": variant must be able to serve this call, got sm80 (it needs compute capability 8.0, bfloat16, float16 or "
+           "tf32, blocks of 16 or more, and rows that start on 16-byte boundaries)");
 }
 
 } // namespace
@@ -101,34 +101,36 @@ int32_t batch_splits(int64_t num_places, int32_t block_size, int64_t batch) {
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, batch / kSplitRows)));
 }
 
-std::string name_of(ProductKernel kernel, bool transposed) {
+std::string name_of(ProductKernel kernel, DType dtype, bool transposed) {
   const std::string pass = transposed ? "grad_input" : "forward";
+  const std::string type = dtype == kTf32 ? "_tf32" : "";
   switch (kernel) {
   case ProductKernel::simt:
     return pass + "_simt";
   case ProductKernel::rows_simt:
     return pass + "_rows_simt";
   case ProductKernel::sm80:
-    return pass + "_sm80";
+    return pass + type + "_sm80";
   default:
-    return pass + "_small_sm80";
+    return pass + "_small" + type + "_sm80";
   }
 }
 
-std::string name_of(OuterKernel kernel, const char* op) {
+std::string name_of(OuterKernel kernel, DType dtype, const char* op) {
   switch (kernel) {
   case OuterKernel::simt:
     return std::string(op) + "_simt";
   case OuterKernel::small_simt:
     return std::string(op) + "_small_simt";
   default:
-    return std::string(op) + "_sm80";
+    return std::string(op) + (dtype == kTf32 ? "_tf32_sm80" : "_sm80");
   }
 }
 
 void check_dtype(const char* op, DType dtype) {
-  SPARSENET_CHECK(dtype >= DType::float32 && dtype <= DType::float64, op,
-                  ": dtype must be float32, bfloat16, float16 or float64, got code ", static_cast<int32_t>(dtype));
+  SPARSENET_CHECK(dtype >= DType::float32 && dtype <= kTf32, op,
+                  ": dtype must be float32, bfloat16, float16, float64 or tf32, got code ",
+                  static_cast<int32_t>(dtype));
 }
 
 void check_address(const char* op, const char* name, DType dtype, const void* data) {

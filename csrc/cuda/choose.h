@@ -28,8 +28,8 @@ int32_t rows_per_group(ProductKernel kernel, int32_t block_size);
 // How often grad_weight cuts the batch so that a few blocks still fill the device.
 int32_t batch_splits(int64_t num_places, int32_t block_size, int64_t batch);
 
-std::string name_of(ProductKernel kernel, bool transposed);
-std::string name_of(OuterKernel kernel, const char* op);
+std::string name_of(ProductKernel kernel, DType dtype, bool transposed);
+std::string name_of(OuterKernel kernel, DType dtype, const char* op);
 
 void check_dtype(const char* op, DType dtype);
 // A GPU faults on an element that is not where its type may be.

@@ -22,6 +22,7 @@
   #define SPARSENET_DEVICE __device__ __forceinline__
   #define SPARSENET_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
   #define SPARSENET_UNROLL _Pragma("unroll")
+  #define SPARSENET_UNROLL_4 _Pragma("unroll 4")
   #define SPARSENET_NO_UNROLL _Pragma("unroll 1")
 
 namespace sparsenet::cuda {
@@ -196,6 +197,7 @@ SPARSENET_DEVICE float16 from_accumulator<float16, float>(float value) {
 }
 
 SPARSENET_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+SPARSENET_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 SPARSENET_DEVICE float exponential(float value) { return expf(value); }
 SPARSENET_DEVICE double exponential(double value) { return exp(value); }

@@ -12,6 +12,9 @@ namespace sparsenet::cuda {
 
 using Stream = std::uintptr_t; // a cudaStream_t
 
+// float32 in memory, but tensor cores may take its products of operands rounded to tf32's 10 bits.
+inline constexpr DType kTf32{4};
+
 struct Workspace {
   void* data = nullptr; // 256-byte aligned, as every allocator of device memory gives it
   int64_t bytes = 0;

@@ -1,6 +1,6 @@
 // grad_weight at a list of places, and the squared norms of all blocks, on tensor cores (sm_80 and later).
 //
-//   G[n, k] = sum_m g[m, n] x[m, k]       bfloat16 or float16 in, fp32 sums
+//   G[n, k] = sum_m g[m, n] x[m, k]       bfloat16, float16, or float32 as tf32 in, fp32 sums
 //
 //                128 columns of g             128 columns of x
 //               +----+----+----+----+        +----+----+----+----+
@@ -9,33 +9,36 @@
 //
 //   grad_weight: a CTA owns 128 / b places; their rows of g and columns of x are gathered side by side. b = 16: two
 //   places a warp; b = 32: one; b = 64: half of one; b = 128: a quarter. Both operands are stored [m][columns], so both
-//   fragments come through ldmatrix.trans. The batch may be split; the fp32 sums of the splits are added in order.
-//   norms: the columns are neighbours, a warp owns 64 x 64 of the dense gradient, squares it in registers and adds by
-//   shuffles within the warp in a fixed order. The gradient is never stored.
+//   fragments are read across rows (fragments_sm80.cuh). The batch may be split; the fp32 sums of the splits are added
+//   in order. norms: the columns are neighbours, a warp owns 64 x 64 of the dense gradient, squares it in registers and
+//   adds by shuffles within the warp in a fixed order. The gradient is never stored.
 //
 // Bytes from L2 per CTA and row of the batch: 512; FLOP: 2 * 128 * b (grad_weight), 2 * 128 * 128 (norms).
 // Nothing here has been timed on hardware yet.
 #pragma once
 
+#include "fragments_sm80.cuh"
 #include "outer_product.cuh"
 
 namespace sparsenet::cuda {
 
-template <int kBlock_>
+template <typename T, int kBlock_>
 struct Sm80OuterConfig {
   static constexpr int kBlock = kBlock_;
   static constexpr int kThreads = 128;
   static constexpr int kColumns = 128;
-  static constexpr int kDepth = 32;
+  static constexpr int kDepth = 64 / sizeof(T);
   static constexpr int kStages = 4;
+  static constexpr int kChunk = Fragment<T>::kChunk;
+  static constexpr int kRowChunks = kColumns / kChunk;
   static constexpr int kPlaces = kColumns / kBlock;
   static constexpr int kParts = kBlock == 16 ? 2 : 1;                      // places of a warp
   static constexpr int kTilesN = kBlock == 16 ? 1 : kBlock == 128 ? 4 : 2; // n16 tiles of a part
   static constexpr int kTilesK = kBlock == 16 ? 2 : kBlock == 32 ? 4 : 8;  // k8 tiles of a part
   static constexpr int kElements = kDepth * kColumns;
-  static constexpr int kStageBytes = 2 * 2 * kElements;
+  static constexpr int kStageBytes = 2 * sizeof(T) * kElements;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(kDepth % 16 == 0, "a stage is walked in whole m16 steps");
+  static_assert(kDepth % Fragment<T>::kDepth == 0, "a stage is walked in whole instructions");
   static_assert(64 % kDepth == 0, "splits of the batch start on whole stages");
   static_assert(kTilesN * 16 * kTilesK * 8 * kParts * 4 == kPlaces * kBlock * kBlock,
                 "the warps cover every place once");
@@ -55,56 +58,52 @@ struct Sm80OuterConfig {
 template <typename T, typename Config>
 struct Sm80Outer {
   const OuterProduct<T>& p;
-  // This thread always copies the same 8 columns: chunk thread % 16 of both tiles. Past the end: not read, zero.
+  // This thread always copies the same chunk of columns of both tiles. Past the end: not read, zero.
   int64_t g_column;
   int64_t x_column;
   float sums[Config::kParts][Config::kTilesN][Config::kTilesK][4] = {};
 
   SPARSENET_DEVICE static int valid_columns(int64_t column, int64_t size) {
     const int64_t left = size - column;
-    return left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+    return left >= Config::kChunk ? Config::kChunk : left > 0 ? static_cast<int>(left) : 0;
   }
 
   SPARSENET_DEVICE void load_stage(int stage, int64_t first_row, int64_t end_row) const {
     const Shared<T> g_s = shared_array<T>(stage * Config::kStageBytes);
     const Shared<T> x_s = g_s + Config::kElements;
-    const int chunk = thread_index() % 16;
+    constexpr int kBytes = sizeof(T);
+    const int chunk = thread_index() % Config::kRowChunks;
     const int g_valid = valid_columns(g_column, p.n_size), x_valid = valid_columns(x_column, p.k_size);
     SPARSENET_UNROLL
-    for (int row = thread_index() / 16; row < Config::kDepth; row += Config::kThreads / 16) {
+    for (int row = thread_index() / Config::kRowChunks; row < Config::kDepth;
+         row += Config::kThreads / Config::kRowChunks) {
       const int64_t m = first_row + row;
-      const int offset = row * Config::kColumns + ((chunk ^ (row & 7)) * 8);
+      const int offset = row * Config::kColumns + swizzled<T>(chunk, row) * Config::kChunk;
       const bool g_inside = m < end_row && g_valid > 0, x_inside = m < end_row && x_valid > 0;
-      async_copy_16(g_s + offset, g_inside ? p.g + m * p.g_stride + g_column : p.g, g_inside ? 2 * g_valid : 0);
-      async_copy_16(x_s + offset, x_inside ? p.x + m * p.x_stride + x_column : p.x, x_inside ? 2 * x_valid : 0);
+      async_copy_16(g_s + offset, g_inside ? p.g + m * p.g_stride + g_column : p.g, g_inside ? kBytes * g_valid : 0);
+      async_copy_16(x_s + offset, x_inside ? p.x + m * p.x_stride + x_column : p.x, x_inside ? kBytes * x_valid : 0);
     }
   }
 
   SPARSENET_DEVICE void multiply_stage(int stage) {
     const Shared<T> g_s = shared_array<T>(stage * Config::kStageBytes);
     const Shared<T> x_s = g_s + Config::kElements;
-    const int lane = lane_index();
     SPARSENET_UNROLL
-    for (int m = 0; m < Config::kDepth; m += 16) {
+    for (int m = 0; m < Config::kDepth; m += Fragment<T>::kDepth) {
       SPARSENET_UNROLL
       for (int part = 0; part < Config::kParts; ++part) {
         uint32_t g[Config::kTilesN][4];
         SPARSENET_UNROLL
-        for (int i = 0; i < Config::kTilesN; ++i) {
-          const int row = m + lane / 16 * 8 + lane % 8;
-          const int chunk = (Config::part_n(warp_index(), part) + i * 16) / 8 + lane / 8 % 2;
-          load_matrix_x4_trans(g[i], g_s + row * Config::kColumns + ((chunk ^ (row & 7)) * 8));
-        }
+        for (int i = 0; i < Config::kTilesN; ++i)
+          load_columns_a<T, Config::kColumns>(g[i], g_s, m, Config::part_n(warp_index(), part) + i * 16);
         SPARSENET_UNROLL
         for (int j = 0; j < Config::kTilesK; j += 2) {
           uint32_t x[4];
-          const int row = m + lane / 8 % 2 * 8 + lane % 8;
-          const int chunk = Config::part_k(warp_index(), part) / 8 + j + lane / 16;
-          load_matrix_x4_trans(x, x_s + row * Config::kColumns + ((chunk ^ (row & 7)) * 8));
+          load_columns_b<T, Config::kColumns>(x, x_s, m, Config::part_k(warp_index(), part) + j * 8);
           SPARSENET_UNROLL
           for (int i = 0; i < Config::kTilesN; ++i) {
-            mma_m16n8k16<T>(sums[part][i][j], g[i], x[0], x[1]);
-            mma_m16n8k16<T>(sums[part][i][j + 1], g[i], x[2], x[3]);
+            multiply_add<T>(sums[part][i][j], g[i], x[0], x[1]);
+            multiply_add<T>(sums[part][i][j + 1], g[i], x[2], x[3]);
           }
         }
       }
@@ -139,7 +138,7 @@ grad_weight_sm80_kernel(const OuterProduct<T> p) {
   const int64_t first_place = static_cast<int64_t>(cta % place_groups) * Config::kPlaces;
   const int split = static_cast<int>(cta / place_groups);
 
-  const int column = thread_index() % 16 * 8;
+  const int column = thread_index() % Config::kRowChunks * Config::kChunk;
   const int64_t place = first_place + column / kBlock;
   int64_t g_column = p.n_size, x_column = p.k_size; // no place: nothing is read
   if (place < p.num_places) {
@@ -169,17 +168,17 @@ grad_weight_sm80_kernel(const OuterProduct<T> p) {
   }
 }
 
-// Norms: the tile of Sm80OuterConfig<128>, whatever the block size is.
+// Norms: the tile of Sm80OuterConfig<T, 128>, whatever the block size is.
 template <typename T, int kBlock>
-SPARSENET_KERNEL(Sm80OuterConfig<128>::kThreads)
+SPARSENET_KERNEL(Sm80OuterConfig<T, 128>::kThreads)
 gradient_norms_sm80_kernel(const OuterProduct<T> p) {
-  using Config = Sm80OuterConfig<128>;
+  using Config = Sm80OuterConfig<T, 128>;
   constexpr int kTileBlocks = Config::kColumns / kBlock;
   const int64_t block_cols = ceil_div(p.k_size, kBlock);
   const int64_t tiles_k = ceil_div(block_cols, kTileBlocks);
   const int64_t row0 = p.row_begin + block_index() / tiles_k * kTileBlocks;
   const int64_t col0 = block_index() % tiles_k * kTileBlocks;
-  const int column = thread_index() % 16 * 8;
+  const int column = thread_index() % Config::kRowChunks * Config::kChunk;
   Sm80Outer<T, Config> outer{p, row0 * kBlock + column, col0 * kBlock + column};
   outer.run({0, p.batch});
 
@@ -221,8 +220,8 @@ gradient_norms_sm80_kernel(const OuterProduct<T> p) {
 
 template <typename T, int kBlock>
 void launch_grad_weight_block(const OuterProduct<T>& p, Stream stream) {
-  using Config = Sm80OuterConfig<kBlock>;
-  launch("grad_weight_sm80", grad_weight_sm80_kernel<T, Config>,
+  using Config = Sm80OuterConfig<T, kBlock>;
+  launch(sizeof(T) == 4 ? "grad_weight_tf32_sm80" : "grad_weight_sm80", grad_weight_sm80_kernel<T, Config>,
          {.ctas = ceil_div(p.num_places, Config::kPlaces) * p.splits,
           .threads = Config::kThreads,
           .shared_bytes = Config::kSharedBytes},
@@ -250,9 +249,9 @@ void launch_grad_weight_sm80(const OuterProduct<T>& p, Stream stream) {
 
 template <typename T, int kBlock>
 void launch_gradient_norms_block(const OuterProduct<T>& p, Stream stream) {
-  using Config = Sm80OuterConfig<128>;
+  using Config = Sm80OuterConfig<T, 128>;
   constexpr int kTileBlocks = Config::kColumns / kBlock;
-  launch("gradient_norms_sm80", gradient_norms_sm80_kernel<T, kBlock>,
+  launch(sizeof(T) == 4 ? "gradient_norms_tf32_sm80" : "gradient_norms_sm80", gradient_norms_sm80_kernel<T, kBlock>,
          {.ctas = ceil_div(p.row_end - p.row_begin, kTileBlocks) * ceil_div(ceil_div(p.k_size, kBlock), kTileBlocks),
           .threads = Config::kThreads,
           .shared_bytes = Config::kSharedBytes + 16},

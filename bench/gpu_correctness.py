@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from gpu_ops import ACTIVATIONS, DEVICE, DTYPES, VARIANTS, Layer, address, make_pattern, scratch, stream
+from gpu_ops import ACTIVATIONS, DEVICE, DTYPES, TF32, VARIANTS, Layer, address, make_pattern, scratch, stream
 
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+UNIT = {0: 2.0**-24, 1: 2.0**-8, 2: 2.0**-11, 3: 2.0**-53, TF32: 2.0**-11}  # by dtype code
 
 
-def excess(got: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, dtype, reduction: int) -> float:
+def excess(got: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, code: int, reduction: int) -> float:
     """Largest error over what rounding explains; above 1, or NaN, is wrong."""
-    accumulate = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
-    bound = (2 * (reduction + 2) * accumulate + 3 * UNIT[dtype]) * (magnitude + 2.0**-14)
+    accumulate = UNIT[3 if code == 3 else 0]
+    bound = (2 * (reduction + 2) * accumulate + 3 * UNIT[code]) * (magnitude + 2.0**-14)
     ratio = ((got.double() - expected).abs() / bound).max().item() if got.numel() else 0.0
     return ratio if ratio == ratio else float("inf")
 
@@ -29,7 +29,7 @@ def derivative(saved: torch.Tensor, activation: str) -> torch.Tensor:
 
 def check_layer(layer: Layer) -> dict:
     """Errors of forward and backward in units of the rounding bound, and whether a second run gives the same bits."""
-    p, dtype = layer.pattern, layer.dtype
+    p, dtype, code = layer.pattern, layer.dtype, layer.code
     outputs = (layer.y, layer.pre, layer.grad_x, layer.grad_values, layer.grad_bias)
 
     def run():
@@ -53,14 +53,14 @@ def check_layer(layer: Layer) -> dict:
     grad_z = exact if layer.activation == "none" else exact.to(dtype).double()
     loose = 1.0 if layer.activation == "none" else 4.0  # grad_z itself is rounded once
     errors = {
-        "pre_activation": excess(first[1], z, size, dtype, p.cols),
-        "y": excess(first[0], apply[layer.activation](z), 1.2 * size, dtype, p.cols),
-        "grad_x": excess(first[2], grad_z @ weight, loose * (grad_z.abs() @ weight.abs()), dtype, p.rows),
-        "grad_bias": excess(first[4], grad_z.sum(0), loose * grad_z.abs().sum(0), dtype, layer.batch),
+        "pre_activation": excess(first[1], z, size, code, p.cols),
+        "y": excess(first[0], apply[layer.activation](z), 1.2 * size, code, p.cols),
+        "grad_x": excess(first[2], grad_z @ weight, loose * (grad_z.abs() @ weight.abs()), code, p.rows),
+        "grad_bias": excess(first[4], grad_z.sum(0), loose * grad_z.abs().sum(0), code, layer.batch),
     }
     if p.num_blocks:
         errors["grad_values"] = excess(
-            first[3], p.blocks_of(grad_z.T @ x), loose * p.blocks_of(grad_z.abs().T @ x.abs()), dtype, layer.batch
+            first[3], p.blocks_of(grad_z.T @ x), loose * p.blocks_of(grad_z.abs().T @ x.abs()), code, layer.batch
         )
     same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True))
     return {"errors": errors, "repeats": same}
@@ -68,10 +68,10 @@ def check_layer(layer: Layer) -> dict:
 
 def check_norms(ops, layer: Layer) -> dict:
     """Squared norms of the dense gradient's blocks, and candidate gradients at the pattern's own places."""
-    p, dtype = layer.pattern, layer.dtype
+    p, code = layer.pattern, layer.code
     norms = torch.full(p.shape, float("nan"), device=DEVICE)
     call = (
-        DTYPES[dtype],
+        code,
         p.block,
         layer.batch,
         address(layer.x),
@@ -89,9 +89,9 @@ def check_norms(ops, layer: Layer) -> dict:
     full[: p.rows, : p.cols] = gradient
     expected = full.view(p.shape[0], b, p.shape[1], b).square().sum((1, 3))
     relative = ((norms.double() - expected).abs() / (expected + 1e-6 * expected.mean())).max().item()
-    errors = {"norms": relative / 1e-4 if relative == relative else float("inf")}
+    errors = {"norms": relative / (1e-2 if code == TF32 else 1e-4) if relative == relative else float("inf")}
     if p.num_blocks:
-        grads = torch.full((p.num_blocks, b, b), float("nan"), dtype=dtype, device=DEVICE)
+        grads = torch.full((p.num_blocks, b, b), float("nan"), dtype=layer.dtype, device=DEVICE)
         space = scratch(ops.candidate_gradients_workspace_bytes(*call, p.num_blocks))
         ops.candidate_gradients(
             *call,
@@ -104,13 +104,13 @@ def check_norms(ops, layer: Layer) -> dict:
             stream(),
         )
         size = p.blocks_of(layer.grad_y.double().abs().T @ layer.x.double().abs())
-        errors["candidates"] = excess(grads, p.blocks_of(gradient), size, dtype, layer.batch)
+        errors["candidates"] = excess(grads, p.blocks_of(gradient), size, code, layer.batch)
     return {"errors": errors, "repeats": True}
 
 
 def check_pattern(ops, shape: tuple, density: float) -> dict:
     """Canonical indices, the transpose and ranking against torch."""
-    p = make_pattern(ops, "random", *shape, 1, density, torch.float32)
+    p = make_pattern(ops, "random", *shape, 1, density, DTYPES[torch.float32], 1)
     crow, col, row, _, t_row, t_block = p.arrays
     n, key = p.num_blocks, row.long() * shape[1] + col.long()
     transposed = torch.argsort(col[:n].long() * shape[0] + row[:n].long())
@@ -151,18 +151,20 @@ def correctness(ops, small: bool) -> dict:
     for variant in ("simt", "sm80"):
         ops.force_variant(VARIANTS[variant])
         blocks = (4, 16, 32, 64, 128) if variant == "simt" else (16, 32, 64, 128)
-        dtypes = (torch.float32, torch.bfloat16) if variant == "simt" else (torch.bfloat16, torch.float16)
+        codes = (0, 1, 3) if variant == "simt" else (1, TF32, 2)
         for number, (block, kind) in enumerate(
             (b, k) for b in ((1, 8, *blocks) if variant == "simt" and not small else blocks) for k in kinds
         ):
-            for dtype in dtypes[: 1 if small else 2]:
+            dtypes = {code: dtype for dtype, code in DTYPES.items()} | {TF32: torch.float32}
+            for code in codes[: 3 - small]:
+                dtype = dtypes[code]
                 batch = (8, 33, 130, 517)[number % (3 if small else 4)]
                 if small:
                     rows, cols = 2 * block + 19, 3 * block + 8
                 else:
                     rows, cols = max(8 * block + 21, 150), max(9 * block + 13, 170)
                 pattern = make_pattern(
-                    ops, kind, rows, cols, block, 0.3, dtype, seed=number, split=(None, 3)[number % 2]
+                    ops, kind, rows, cols, block, 0.3, code, batch, seed=number, split=(None, 3)[number % 2]
                 )
                 layer = Layer(
                     pattern,
@@ -170,10 +172,12 @@ def correctness(ops, small: bool) -> dict:
                     dtype,
                     list(ACTIVATIONS)[number % 4],
                     number % 2 == 0,
-                    (-cols % 8, -rows % 8),
+                    (-cols % 8, -rows % 8) if number % 5 else (0, 0),
                     seed=number,
+                    tf32=code == TF32,
                 )
-                name = f"{variant} {kind} b={block} batch={batch} {rows}x{cols} {str(dtype)[6:]}"
+                type_name = "tf32" if code == TF32 else str(dtype)[6:]
+                name = f"{variant} {kind} b={block} batch={batch} {rows}x{cols} {type_name}"
                 record(name, check_layer(layer))
                 record(name, check_norms(ops, layer))
     ops.force_variant(0)

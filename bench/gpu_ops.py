@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu_check"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+TF32 = 4  # float32 tensors whose products tensor cores may take
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 VARIANTS = {"automatic": 0, "simt": 1, "sm80": 2}
 
@@ -74,7 +75,7 @@ def scratch(nbytes: int) -> torch.Tensor:
 class Pattern:
     """A pattern made on the device from a list of places, with its work lists."""
 
-    def __init__(self, ops, place_rows, place_cols, rows: int, cols: int, block: int, dtype, split=None) -> None:
+    def __init__(self, ops, place_rows, place_cols, rows, cols, block, code: int, batch: int, split=None) -> None:
         self.split = split
         self.ops, self.rows, self.cols, self.block = ops, rows, cols, block
         shape, count = (-(-rows // block), -(-cols // block)), len(place_rows)
@@ -95,15 +96,16 @@ class Pattern:
             stream(),
         )
         self.handle = ops.Pattern(*map(address, self.arrays), rows, cols, count, block)
-        group = ops.preferred_rows_per_group(DTYPES[dtype], block)
         self.items = [
-            self.work(self.arrays[0], shape[0], group, self.handle.set_forward_work),
-            self.work(self.arrays[3], shape[1], group, self.handle.set_transposed_work),
+            self.work(False, code, batch, self.handle.set_forward_work),
+            self.work(True, code, batch, self.handle.set_transposed_work),
         ]
 
-    def work(self, pointers, lines: int, group: int, install) -> torch.Tensor:
-        """Build one direction's work list: groups longer than `split` blocks are cut."""
-        split = self.split or max(8, 4 * -(-self.num_blocks * group // max(lines, 1)))
+    def work(self, transposed: bool, code: int, batch: int, install) -> torch.Tensor:
+        """One direction's work list, as the product builds it; `split` overrides where long groups are cut."""
+        pointers, lines = self.arrays[3 if transposed else 0], self.shape[transposed]
+        group, split = self.ops.preferred_work(self.handle, code, batch, transposed)
+        split = self.split or max(split, 1)
         capacity = self.ops.work_list_capacity(lines, self.num_blocks, group, split)
         items = torch.empty(max(capacity, 1) * self.ops.work_item_bytes, dtype=torch.uint8, device=DEVICE)
         counts = self.ops.build_work_list(
@@ -136,9 +138,12 @@ class Pattern:
 
 
 def make_pattern(
-    ops, kind: str, rows: int, cols: int, block: int, density: float, dtype, seed: int = 0, split=None
+    ops, kind: str, rows: int, cols: int, block: int, density: float, code: int, batch: int, seed: int = 0, split=None
 ) -> Pattern:
-    """random, power_law, empty_rows, full_row, none or dense; places handed over in random order."""
+    """random, power_law, empty_rows, full_row, none or dense, for operands of that dtype code and batch.
+
+    The places are handed over in random order.
+    """
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
     shape = (-(-rows // block), -(-cols // block))
     mask = torch.rand(shape, device=DEVICE, generator=generator) < density
@@ -154,13 +159,15 @@ def make_pattern(
         mask[:] = kind == "dense"
     places = mask.nonzero().to(torch.int32)
     places = places[torch.randperm(len(places), device=DEVICE, generator=generator)]
-    return Pattern(ops, places[:, 0].contiguous(), places[:, 1].contiguous(), rows, cols, block, dtype, split)
+    return Pattern(ops, places[:, 0].contiguous(), places[:, 1].contiguous(), rows, cols, block, code, batch, split)
 
 
 class Layer:
     """One call's tensors: x, values, bias, gradients; runs the ops."""
 
-    def __init__(self, pattern: Pattern, batch: int, dtype, activation="none", bias=True, pads=(0, 0), seed=0) -> None:
+    def __init__(
+        self, pattern: Pattern, batch: int, dtype, activation="none", bias=True, pads=(0, 0), seed=0, tf32=False
+    ) -> None:
         generator = torch.Generator(device=DEVICE).manual_seed(seed)
 
         def draw(*shape, pad=0):
@@ -178,10 +185,12 @@ class Layer:
         self.y, self.pre = self.blank(batch, pattern.rows), self.blank(batch, pattern.rows)
         self.grad_x, self.grad_bias = self.blank(batch, pattern.cols), self.blank(pattern.rows)
         self.grad_values = self.blank(max(pattern.num_blocks, 1), b, b)
-        code = DTYPES[dtype]
+        self.code = TF32 if tf32 else DTYPES[dtype]
         self.operands = (address(self.x), self.x.stride(0), address(self.values))
         ops = pattern.ops
-        self.forward_space = scratch(ops.linear_forward_workspace_bytes(pattern.handle, code, batch, *self.operands))
+        self.forward_space = scratch(
+            ops.linear_forward_workspace_bytes(pattern.handle, self.code, batch, *self.operands)
+        )
         self.backward_space = scratch(ops.linear_backward_workspace_bytes(*self.backward_call("xwb")))
 
     def blank(self, *shape) -> torch.Tensor:
@@ -193,7 +202,7 @@ class Layer:
         p = self.pattern
         p.ops.linear_forward(
             p.handle,
-            DTYPES[self.dtype],
+            self.code,
             ACTIVATIONS[self.activation],
             self.batch,
             *self.operands,
@@ -211,7 +220,7 @@ class Layer:
         """Arguments shared by the op, its workspace query and its choice."""
         return (
             self.pattern.handle,
-            DTYPES[self.dtype],
+            self.code,
             ACTIVATIONS[self.activation],
             self.batch,
             address(self.grad_y),

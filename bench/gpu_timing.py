@@ -79,7 +79,7 @@ def rivals(layer: Layer, density: float) -> dict:
 
 def bench_case(ops, rows, cols, batch, density, block, dtype, kind, with_rivals, dense: dict) -> dict:
     """Times of one layer: each pass, the growth norms, and the rates per active FLOP against dense."""
-    pattern = make_pattern(ops, kind, rows, cols, block, density, dtype, seed=1)
+    pattern = make_pattern(ops, kind, rows, cols, block, density, DTYPES[dtype], batch, seed=1)
     layers = [
         Layer(pattern, batch, dtype, bias=False, seed=i) for i in range(2 if batch * (rows + cols) > 2**24 else 4)
     ]
@@ -136,7 +136,7 @@ def bench_case(ops, rows, cols, batch, density, block, dtype, kind, with_rivals,
 def bench_rewire(ops) -> dict:
     """A rewire of a 16,384^2 layer at 5 %, scores given: rank, update, gather the values, new work lists."""
     block, side, dtype = 32, 16384, torch.bfloat16
-    p = make_pattern(ops, "random", side, side, block, 0.05, dtype, seed=3)
+    p = make_pattern(ops, "random", side, side, block, 0.05, DTYPES[dtype], 2048, seed=3)
     values = torch.randn(p.num_blocks, block, block, device="cuda").to(dtype)
     k, free = p.num_blocks // 10, p.shape[0] * p.shape[1] - p.num_blocks
     drop_scores, grow_scores = torch.rand(p.num_blocks, device="cuda"), torch.rand(free, device="cuda")
@@ -164,8 +164,8 @@ def bench_rewire(ops) -> dict:
             *tail,
         )
         ops.gather_blocks(address(values), address(source), address(out), p.num_blocks, block * block * 2, stream())
-        p.work(arrays[0], p.shape[0], 4, lambda *a: None)
-        p.work(arrays[3], p.shape[1], 4, lambda *a: None)
+        p.work(False, DTYPES[dtype], 2048, lambda *a: None)
+        p.work(True, DTYPES[dtype], 2048, lambda *a: None)
 
     return {"side": side, "density": 0.05, "block": block, **time_us(rewire, repeats=8, calls=2)}
 

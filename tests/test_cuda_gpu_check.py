@@ -36,6 +36,12 @@ def test_the_small_stage_passes_and_reaches_every_variant(stage):
         "forward_rows_simt",
         "forward_sm80",
         "forward_small_sm80",
+        "forward_tf32_sm80",
+        "forward_small_tf32_sm80",
+        "grad_input_tf32_sm80",
+        "grad_weight_tf32_sm80",
+        "gradient_norms_tf32_sm80",
+        "copy_rows",
         "grad_input_simt",
         "grad_input_rows_simt",
         "grad_input_sm80",
@@ -55,8 +61,8 @@ def test_the_small_stage_passes_and_reaches_every_variant(stage):
 def test_an_error_is_measured_against_its_rounding_bound(stage):
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     near, far = (exact + 2.0**-9).bfloat16(), (exact + 0.1).bfloat16()
-    assert stage.excess(near, exact, exact, torch.bfloat16, 4) <= 1 < stage.excess(far, exact, exact, torch.bfloat16, 4)
-    assert stage.excess(exact * float("nan"), exact, exact, torch.float64, 4) == float("inf")
+    assert stage.excess(near, exact, exact, 1, 4) <= 1 < stage.excess(far, exact, exact, 1, 4)
+    assert stage.excess(exact * float("nan"), exact, exact, 3, 4) == float("inf")
 
 
 def test_without_a_gpu_the_script_says_so():

@@ -33,8 +33,8 @@ MUTANTS = {
     ),
     "sm80 with another swizzle in its copies": (
         "block_sparse_linear_sm80.cuh",
-        "async_copy_16(a_s + row * Config::kDepth + ((chunk ^ (row & 7)) * 8), source",
-        "async_copy_16(a_s + row * Config::kDepth + ((chunk ^ (row & 3)) * 8), source",
+        "async_copy_16(a_s + row * Config::kDepth + (chunk ^ (row & 7)) * kChunk, source",
+        "async_copy_16(a_s + row * Config::kDepth + (chunk ^ (row & 3)) * kChunk, source",
         f"{LINEAR}.py::test_forward_sm80",
         "assert|nobody wrote",
     ),
@@ -54,8 +54,8 @@ MUTANTS = {
     ),
     "sm80 forgets the ragged columns": (
         "block_sparse_linear_sm80.cuh",
-        "source, inside ? 2 * columns : 0);",
-        "source, inside ? 16 : 0);",
+        "inside ? static_cast<int>(sizeof(T)) * columns : 0);",
+        "inside ? 16 : 0);",
         f"{LINEAR}.py::test_forward_sm80",
         "out of bounds|assert",
     ),
@@ -64,6 +64,20 @@ MUTANTS = {
         "      begin = first;\n",
         "",
         f"{LINEAR}.py::test_forward_splits_long_rows",
+        "assert",
+    ),
+    "tf32 words read from another swizzle": (
+        "fragments_sm80.cuh",
+        "return row * kColumns + swizzled<float>(column / 4, row) * 4 + column % 4;",
+        "return row * kColumns + column;",
+        f"{LINEAR}_backward.py::test_backward_sm80",
+        "assert|nobody wrote",
+    ),
+    "tf32 operands cut off instead of rounded": (
+        "fragments_sm80.cuh",
+        "words[i] = round_to_tf32(float_of(words[i]));",
+        "words[i] &= 0xffffe000u;",
+        f"{LINEAR}.py::test_tf32_rounds_its_operands_to_nearest",
         "assert",
     ),
     "simt without the barrier before a tile is overwritten": (
@@ -122,6 +136,27 @@ MUTANTS = {
         f"{NORMS}.py::test_norms_sm80",
         "assert|race on global|out of bounds",
     ),
+    "compaction takes the neighbouring block": (
+        "compact_blocks_simt.cuh",
+        "if (block == end || load_global(p.from_col + block) != block_col) return -1;",
+        "if (block == end) return -1;",
+        "test_cuda_compact_blocks.py",
+        "AssertionError|Arrays are not equal",
+    ),
+    "compaction reads rows of the padding": (
+        "compact_blocks_simt.cuh",
+        "if (i < p.to_rows && j < p.to_cols)",
+        "if (i <= p.to_rows && j < p.to_cols)",
+        "test_cuda_compact_blocks.py",
+        "out of bounds|AssertionError|Arrays are not equal",
+    ),
+    "columns may descend": (
+        "block_pattern_simt.cuh",
+        "load_global(p.col + i - 1) >= col)",
+        "load_global(p.col + i - 1) > col)",
+        f"{PATTERN}.py",
+        "DID NOT RAISE",
+    ),
     "radix sort clears counts that are still read": (
         "radix_sort.cuh",
         "sync_block(); // the counts are cleared next",
@@ -153,8 +188,8 @@ def test_a_mutant_is_noticed(name, tmp_path):
     file, text, instead, tests, said = MUTANTS[name]
     emulated.load()  # the objects that the mutant shares
     shutil.copytree(emulated.ROOT / "csrc" / "cuda", tmp_path / "csrc" / "cuda")
-    for header in ("types.h", "check.h"):
-        shutil.copy(emulated.ROOT / "csrc" / header, tmp_path / "csrc")
+    for header in (emulated.ROOT / "csrc").glob("*.h"):
+        shutil.copy(header, tmp_path / "csrc")
     source = tmp_path / "csrc" / "cuda" / file
     assert source.read_text().count(text) == 1, f"the line to break is not in {file} exactly once"
     source.write_text(source.read_text().replace(text, instead))

@@ -127,7 +127,7 @@ def main() -> int:
             report["left_out"].append(str(case))
             continue
         try:
-            report["benches"].append(bench_case(ops, *case, dense))
+            report["benches"].append(bench_case(ops, case, report["ceilings"], dense))
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
             report["left_out"].append(f"{case}: {str(error)[:200]}")
     report["rewire"] = bench_rewire(ops) if seconds() < options.limit else None

@@ -6,7 +6,14 @@ import contextlib
 import statistics
 
 import torch
-from gpu_ops import DTYPES, Layer, address, make_pattern, scratch, stream
+from gpu_ops import DEVICE, DTYPES, TF32, Layer, Pattern, address, make_pattern, scratch, stream
+
+TYPES = {  # name: element type, dtype code
+    "bfloat16": (torch.bfloat16, DTYPES[torch.bfloat16]),
+    "float32": (torch.float32, DTYPES[torch.float32]),
+    "tf32": (torch.float32, TF32),
+}
+TILE = 128  # output columns, and batch rows above 64, of an sm_80 CTA; both sides of the norms' tile
 
 
 def time_us(run, repeats: int = 12, calls: int = 4) -> dict:
@@ -26,23 +33,67 @@ def time_us(run, repeats: int = 12, calls: int = 4) -> dict:
     return {"median_us": statistics.median(samples), "low_us": quartiles[0], "high_us": quartiles[2]}
 
 
+@contextlib.contextmanager
+def precision(name: str):
+    """Inside the block torch multiplies float32 as the type's name says."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def ceilings() -> dict:
     """Copy bandwidth, bandwidth of a copy that stays in L2, and the rate of large dense products."""
-    large = [torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    small = torch.empty(8 * 2**20, dtype=torch.uint8, device="cuda")
+    large = [torch.empty(2**30, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    small = torch.empty(8 * 2**20, dtype=torch.uint8, device=DEVICE)
     small_target = torch.empty_like(small)
     copy = time_us(lambda i: large[1].copy_(large[0]))["median_us"]
     cached = time_us(lambda i: small_target.copy_(small), calls=50)["median_us"]
     large.clear()
     rates = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        n = 8192 if dtype == torch.bfloat16 else 4096
-        a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-        rates[str(dtype)[6:]] = 2 * n**3 / time_us(lambda i, a=a, b=b: a @ b, repeats=8, calls=2)["median_us"] / 1e6
+    for name, (dtype, _) in TYPES.items():
+        n = 4096 if name == "float32" else 8192
+        a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+        with precision(name):
+            rates[name] = 2 * n**3 / time_us(lambda i, a=a, b=b: a @ b, repeats=8, calls=2)["median_us"] / 1e6
     return {
         "copy_gb_per_s": 2 * 2**30 / copy / 1e3,
         "l2_copy_gb_per_s": 2 * small.numel() / cached / 1e3,
         "dense_tflop_per_s": rates,
+    }
+
+
+def tile_loads(lines: torch.Tensor, others: torch.Tensor, group: int) -> int:
+    """Columns of blocks that CTAs of ``group`` lines load: each group loads a column that several lines have once."""
+    return torch.unique(torch.stack([lines.long() // group, others.long()]), dim=1).shape[1]
+
+
+def roofline_us(p: Pattern, batch: int, name: str, ceiling: dict) -> dict:
+    """Least microseconds of each pass, by name: the largest of three bounds.
+
+    FLOP at the rate of large dense products; every operand and result once at the bandwidth of a copy; what the tiles
+    of the sm_80 kernels load at the bandwidth of a copy within L2 (docs/kernels/block_sparse_linear_cuda.md).
+    """
+    item, b, n = TYPES[name][0].itemsize, p.block, p.num_blocks
+    row, col = p.arrays[2][:n], p.arrays[1][:n]
+    tiles, group = -(-batch // TILE), max(TILE // b, 1)
+    weights, x, y = n * b * b * item, batch * p.cols * item, batch * p.rows * item
+    flop, dense_tiles = 2 * batch * n * b * b, -(-p.rows // TILE) * -(-p.cols // TILE)
+    passes = {  # FLOP, bytes of memory, bytes from L2
+        "forward": (flop, x + weights + y, tiles * weights + batch * b * item * tile_loads(row, col, group)),
+        "grad_input": (flop, x + weights + y, tiles * weights + batch * b * item * tile_loads(col, row, group)),
+        "grad_weight": (flop, x + weights + y, 2 * batch * n * b * item),
+        "gradient_norms": (2 * batch * p.rows * p.cols, x + y, 2 * batch * TILE * item * dense_tiles),
+    }
+    return {
+        key: max(
+            flops / ceiling["dense_tflop_per_s"][name] / 1e6,
+            memory / ceiling["copy_gb_per_s"] / 1e3,
+            cached / ceiling["l2_copy_gb_per_s"] / 1e3,
+        )
+        for key, (flops, memory, cached) in passes.items()
     }
 
 
@@ -77,21 +128,24 @@ def rivals(layer: Layer, density: float) -> dict:
     return result
 
 
-def bench_case(ops, rows, cols, batch, density, block, dtype, kind, with_rivals, dense: dict) -> dict:
-    """Times of one layer: each pass, the growth norms, and the rates per active FLOP against dense."""
-    pattern = make_pattern(ops, kind, rows, cols, block, density, DTYPES[dtype], batch, seed=1)
+def bench_case(ops, case: tuple, ceiling: dict, dense: dict) -> dict:
+    """Times of one of bench_cases(): each pass and the growth norms, against dense and against the roofline."""
+    rows, cols, batch, density, block, name, kind, with_rivals = case
+    dtype, code = TYPES[name]
+    pattern = make_pattern(ops, kind, rows, cols, block, density, code, batch, seed=1)
     layers = [
-        Layer(pattern, batch, dtype, bias=False, seed=i) for i in range(2 if batch * (rows + cols) > 2**24 else 4)
+        Layer(pattern, batch, dtype, bias=False, seed=i, tf32=code == TF32)
+        for i in range(2 if batch * (rows + cols) > 2**24 else 4)
     ]
 
     def cycle(call):
         return lambda i: call(layers[i % len(layers)])
 
-    norms = torch.empty(pattern.shape, device="cuda")
+    norms = torch.empty(pattern.shape, device=DEVICE)
 
     def growth(layer):
         x, g = layer.x, layer.grad_y
-        call = (DTYPES[dtype], block, batch, address(x), cols, x.stride(0), address(g), rows, g.stride(0))
+        call = (code, block, batch, address(x), cols, x.stride(0), address(g), rows, g.stride(0))
         space = scratch(ops.gradient_norms_workspace_bytes(*call))
         ops.gradient_norms(*call, 0, pattern.shape[0], address(norms), address(space), space.numel(), stream())
 
@@ -101,49 +155,49 @@ def bench_case(ops, rows, cols, batch, density, block, dtype, kind, with_rivals,
         "grad_weight": cycle(lambda layer: layer.backward("w")),
         "gradient_norms": cycle(growth),
     }
-    times = {name: time_us(run) for name, run in passes.items()}
+    times = {key: time_us(run) for key, run in passes.items()}
     kernels = [
-        ops.choose_linear_forward(pattern.handle, DTYPES[dtype], batch, *layers[0].operands),
+        ops.choose_linear_forward(pattern.handle, code, batch, *layers[0].operands),
         *ops.choose_linear_backward(*layers[0].backward_call("xw")),
     ]
-    key = (rows, cols, batch, str(dtype))
+    key = (rows, cols, batch, name)
     if with_rivals or key not in dense:
-        dense[key] = {**dense.get(key, {}), **rivals(layers[0], density)}
+        with precision(name):
+            dense[key] = {**dense.get(key, {}), **rivals(layers[0], density)}
     real = pattern.num_blocks * block * block / (rows * cols)
     flop = 2 * batch * pattern.num_blocks * block * block
-    eff = {
-        name: real * dense[key][f"dense_{name}"]["median_us"] / times[name]["median_us"]
-        for name in ("forward", "grad_input", "grad_weight")
-    }
+    linear = ("forward", "grad_input", "grad_weight")
+    least = roofline_us(pattern, batch, name, ceiling)
     return {
         "rows": rows,
         "cols": cols,
         "batch": batch,
         "density": density,
         "block": block,
-        "dtype": str(dtype)[6:],
+        "dtype": name,
         "pattern": kind,
         "kernels": kernels,
         "times": times,
         "rivals": dict(dense[key]),
-        "eff": eff,
+        "eff": {n: real * dense[key][f"dense_{n}"]["median_us"] / times[n]["median_us"] for n in linear},
+        "of_roofline": {n: least[n] / times[n]["median_us"] for n in times},
         "norms_over_dense_grad_weight": times["gradient_norms"]["median_us"]
         / dense[key]["dense_grad_weight"]["median_us"],
-        "active_tflop_per_s": {n: flop / times[n]["median_us"] / 1e6 for n in eff},
+        "active_tflop_per_s": {n: flop / times[n]["median_us"] / 1e6 for n in linear},
     }
 
 
-def bench_rewire(ops) -> dict:
-    """A rewire of a 16,384^2 layer at 5 %, scores given: rank, update, gather the values, new work lists."""
-    block, side, dtype = 32, 16384, torch.bfloat16
-    p = make_pattern(ops, "random", side, side, block, 0.05, DTYPES[dtype], 2048, seed=3)
-    values = torch.randn(p.num_blocks, block, block, device="cuda").to(dtype)
+def bench_rewire(ops, side: int = 16384, batch: int = 2048) -> dict:
+    """A rewire of a 16,384^2 layer at 5 %, scores given: rank, update, gather values, new work lists. And a step."""
+    block, dtype = 32, torch.bfloat16
+    p = make_pattern(ops, "random", side, side, block, 0.05, DTYPES[dtype], batch, seed=3)
+    layer = Layer(p, batch, dtype, bias=False)
     k, free = p.num_blocks // 10, p.shape[0] * p.shape[1] - p.num_blocks
-    drop_scores, grow_scores = torch.rand(p.num_blocks, device="cuda"), torch.rand(free, device="cuda")
-    places = [torch.empty(free, dtype=torch.int32, device="cuda") for _ in range(2)]
-    dropped, grown = (torch.empty(k, dtype=torch.int32, device="cuda") for _ in range(2))
+    drop_scores, grow_scores = torch.rand(p.num_blocks, device=DEVICE), torch.rand(free, device=DEVICE)
+    places = [torch.empty(free, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    dropped, grown = (torch.empty(k, dtype=torch.int32, device=DEVICE) for _ in range(2))
     arrays = [torch.empty_like(a) for a in p.arrays]
-    source, out = torch.empty(p.num_blocks, dtype=torch.int32, device="cuda"), torch.empty_like(values)
+    source, out = torch.empty(p.num_blocks, dtype=torch.int32, device=DEVICE), torch.empty_like(layer.values)
     space = scratch(ops.pattern_workspace_bytes(max(free, p.num_blocks + k), *p.shape))
     tail = (address(space), space.numel(), stream())
 
@@ -163,16 +217,23 @@ def bench_rewire(ops) -> dict:
             address(source),
             *tail,
         )
-        ops.gather_blocks(address(values), address(source), address(out), p.num_blocks, block * block * 2, stream())
-        p.work(False, DTYPES[dtype], 2048, lambda *a: None)
-        p.work(True, DTYPES[dtype], 2048, lambda *a: None)
+        nbytes = block * block * layer.values.itemsize
+        ops.gather_blocks(address(layer.values), address(source), address(out), p.num_blocks, nbytes, stream())
+        p.work(False, DTYPES[dtype], batch, lambda *a: None)
+        p.work(True, DTYPES[dtype], batch, lambda *a: None)
 
-    return {"side": side, "density": 0.05, "block": block, **time_us(rewire, repeats=8, calls=2)}
+    def step(_):
+        layer.forward()
+        layer.backward()
+
+    times = {"rewire": time_us(rewire, repeats=8, calls=2), "training_step": time_us(step, repeats=8, calls=2)}
+    over_step = times["rewire"]["median_us"] / times["training_step"]["median_us"]
+    return {"side": side, "density": 0.05, "block": block, "batch": batch, **times, "rewire_over_step": over_step}
 
 
 def bench_cases():
     """(rows, cols, batch, density, block, dtype, pattern, rivals), the most telling first."""
-    bf16, f32 = torch.bfloat16, torch.float32
+    bf16 = "bfloat16"
     for block in (32, 64, 128, 16):
         for density in (0.1, 0.05, 0.2, 0.02, 0.5):
             yield 4096, 4096, 2048, density, block, bf16, "random", density == 0.1
@@ -183,8 +244,9 @@ def bench_cases():
         yield rows, cols, 2048, 0.1, 32, bf16, "random", True
     for kind in ("power_law", "full_row", "empty_rows"):
         yield 4096, 4096, 2048, 0.05, 32, bf16, kind, False
-    for block in (32, 64):
-        yield 4096, 4096, 512, 0.1, block, f32, "random", True
+    for name in ("tf32", "float32"):
+        for block in (32, 64):
+            yield 4096, 4096, 512, 0.1, block, name, "random", True
     for block in (32, 64, 128, 16):
         for density in (0.01, 1.0):
             yield 4096, 4096, 2048, density, block, bf16, "random", False
@@ -192,7 +254,7 @@ def bench_cases():
 
 
 def table(results: list[dict]) -> str:
-    """The benches as a table: microseconds and, in brackets, the fraction of dense speed per active FLOP."""
+    """The benches as a table: microseconds; in brackets the speed per active FLOP over dense, and over the roofline."""
     lines = [
         "| shape | batch | density | block | dtype | pattern | forward | grad_input | grad_weight | norms / dense "
         "| dense forward |",
@@ -200,7 +262,8 @@ def table(results: list[dict]) -> str:
     ]
     for r in results:
         cells = [
-            f"{r['times'][n]['median_us']:.0f} ({r['eff'][n]:.2f})" for n in ("forward", "grad_input", "grad_weight")
+            f"{r['times'][n]['median_us']:.0f} ({r['eff'][n]:.2f}, {r['of_roofline'][n]:.2f})"
+            for n in ("forward", "grad_input", "grad_weight")
         ]
         lines.append(
             f"| {r['rows']}x{r['cols']} | {r['batch']} | {r['density']:.0%} | {r['block']} | {r['dtype']} "

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,6 +131,11 @@ def load(flavour: str | None = None):
         spec.loader.exec_module(module)
         _loaded[flavour] = module
     return _loaded[flavour]
+
+
+def seed_of(request) -> int:
+    """The seed of a test's thread order, by its name: another one for every test, the same on every run."""
+    return zlib.crc32(request.node.name.encode())
 
 
 def kernels() -> CudaKernels:

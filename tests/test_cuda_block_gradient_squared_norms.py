@@ -14,8 +14,8 @@ def module():
 
 
 @pytest.fixture(autouse=True)
-def defaults(module):
-    module.configure(seed=0)
+def defaults(module, request):
+    module.configure(seed=emulated.seed_of(request))
     module.set_device()
     module.force_variant(0)
     module.launches()
@@ -67,7 +67,6 @@ def test_norms_simt(module, dtype, block):
 @pytest.mark.parametrize("batch", [5, 130])
 def test_norms_sm80(module, dtype, block, batch):
     module.force_variant(2)
-    module.configure(seed=batch)
     rows, cols = 150, 2 * block + 77
     kernels = check_norms(module, dtype, block, batch, rows, cols, (-cols % 8, -rows % 8), batch)
     assert kernels == ["gradient_norms_tf32_sm80" if dtype == "tf32" else "gradient_norms_sm80"]

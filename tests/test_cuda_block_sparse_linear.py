@@ -15,8 +15,8 @@ def module():
 
 
 @pytest.fixture(autouse=True)
-def defaults(module):
-    module.configure(seed=0)
+def defaults(module, request):
+    module.configure(seed=emulated.seed_of(request))
     module.set_device()
     module.force_variant(0)
     module.launches()
@@ -115,7 +115,6 @@ def test_forward_simt(module, dtype, block):
     module.force_variant(1)
     seed = block + emulated.DTYPE_CODES[dtype]
     activation = list(emulated.ACTIVATION_CODES)[seed % 4]
-    module.configure(seed=seed)
     kernels = check_forward(module, dtype, block, *SHAPES[block], "random", activation, (3, 2), seed)
     assert kernels == ["forward_rows_simt" if block < 16 else "forward_simt"]
 
@@ -126,10 +125,12 @@ def test_forward_simt_patterns(module, kind, block):
     check_forward(module, "float32", block, 18, 5 * block + 3, 6 * block + 1, kind, "relu")
 
 
-@pytest.mark.parametrize("batch", [1, 2, 16, 17])
-def test_forward_simt_small_batches(module, batch):
-    for block in (16, 64):
-        check_forward(module, "float32", block, batch, 2 * block - 1, 3 * block + 5, "random", "none", seed=batch)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_forward_simt_small_batches(module, dtype, batch):
+    module.force_variant(1)
+    for block in (16, 32, 64):
+        check_forward(module, dtype, block, batch, 2 * block - 1, 3 * block + 5, "random", "none", seed=batch)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
@@ -138,7 +139,6 @@ def test_forward_simt_small_batches(module, batch):
 def test_forward_sm80(module, dtype, block, batch):
     module.force_variant(2)
     seed = block + batch
-    module.configure(seed=seed)
     rows, cols = 128 + block // 2 + 5, 2 * max(block, 64) + 21
     activation = list(emulated.ACTIVATION_CODES)[(block // 16 + batch) % 4]
     kernels = check_forward(module, dtype, block, batch, rows, cols, "random", activation, (-cols % 8, 3), seed)
@@ -154,17 +154,15 @@ def test_forward_sm80_patterns(module, kind, dtype, block):
     assert kernels == ["forward_tf32_sm80" if dtype == "tf32" else "forward_sm80"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("batch", [1, 7, 8, 13, 32])
-def test_forward_small_sm80(module, block, batch):
+@pytest.mark.parametrize("batch", [1, 8, 13, 32])
+def test_forward_small_sm80(module, dtype, block, batch):
     module.force_variant(2)
     rows, cols = 2 * block + 9, 4 * block + 13
-    kind = "random" if batch > 7 else "full_row"
-    dtype = "bfloat16" if batch % 2 else "float16"
-    kernels = check_forward(module, dtype, block, batch, rows, cols, kind, "silu", (3, 1), seed=batch)
-    assert kernels == ["forward_small_sm80"]
-    kernels = check_forward(module, "tf32", block, batch, rows, cols, kind, "relu", (3, 1), seed=batch)
-    assert kernels == ["forward_small_tf32_sm80"]
+    kind, activation = ("random", "relu") if batch > 7 else ("full_row", "silu")
+    kernels = check_forward(module, dtype, block, batch, rows, cols, kind, activation, (3, 1), seed=batch)
+    assert kernels == ["forward_small_tf32_sm80" if dtype == "tf32" else "forward_small_sm80"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +173,7 @@ def test_forward_small_sm80(module, block, batch):
         ("bfloat16", 16),
         ("bfloat16", 32),
         ("bfloat16", 64),
+        ("float16", 16),
         ("float64", 32),
         ("tf32", 32),
     ],

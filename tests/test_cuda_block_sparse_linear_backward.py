@@ -16,8 +16,8 @@ def module():
 
 
 @pytest.fixture(autouse=True)
-def defaults(module):
-    module.configure(seed=0)
+def defaults(module, request):
+    module.configure(seed=emulated.seed_of(request))
     module.set_device()
     module.force_variant(0)
     module.launches()
@@ -125,10 +125,16 @@ def test_backward_simt(module, dtype, block):
     module.force_variant(1)
     seed = block + emulated.DTYPE_CODES[dtype]
     activation = list(emulated.ACTIVATION_CODES)[seed % 4]
-    module.configure(seed=seed)
     kernels = check_backward(module, dtype, block, *SHAPES[block], "random", activation, (1, 2, 3), seed)
     assert "grad_input_simt" in kernels or "grad_input_rows_simt" in kernels
     assert "grad_weight_simt" in kernels or "grad_weight_small_simt" in kernels
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_backward_simt_small_batches(module, dtype, block):
+    module.force_variant(1)
+    check_backward(module, dtype, block, 7, 2 * block - 1, 2 * block + 5, "random", "none", seed=block)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "tf32"])
@@ -137,7 +143,6 @@ def test_backward_simt(module, dtype, block):
 def test_backward_sm80(module, dtype, block, batch):
     module.force_variant(2)
     seed = block + batch
-    module.configure(seed=seed)
     rows, cols = 2 * max(block, 64) + 24, 128 + block // 2 + 5
     activation = list(emulated.ACTIVATION_CODES)[(block // 16 + batch) % 4]
     kernels = check_backward(

@@ -14,8 +14,8 @@ def module():
 
 
 @pytest.fixture(autouse=True)
-def defaults(module):
-    module.configure(seed=5)
+def defaults(module, request):
+    module.configure(seed=emulated.seed_of(request))
     module.set_device()
     module.launches()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from emulator_report import readable
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -30,13 +32,8 @@ def demangled(symbols: list[str]) -> list[str]:
     tool = shutil.which("c++filt")
     if tool is None:
         return symbols
-    names = subprocess.run(
-        [tool], input="\n".join(symbols), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return [
-        re.sub(r"\((?:\w+::)*(?:Product|OuterProduct|FixupParams|\w+)<?.*", "", n.replace("sparsenet::cuda::", ""))
-        for n in names
-    ]
+    names = subprocess.run([tool], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    return [readable(name) for name in names.splitlines()]
 
 
 def disassembler() -> str | None:
@@ -84,20 +81,31 @@ def compiled(tmp_path_factory):
         return dict(pool.map(compile_one, sorted(CUDA.glob("*.cu"))))
 
 
-def test_no_spills_in_the_matrix_kernels(compiled):
-    rows = [match.groupdict() for _, report in compiled.values() for match in ENTRY.finditer(report)]
-    names = demangled([row["symbol"] for row in rows])
-    lines, spilled = ["| kernel | arch | registers | spill bytes |", "|---|---|---|---|"], []
-    for row, name in sorted(zip(rows, names, strict=True), key=lambda pair: (pair[1], pair[0]["arch"])):
-        bytes_spilled = int(row["stores"]) + int(row["loads"])
-        lines.append(f"| {name} | {row['arch']} | {row['registers']} | {bytes_spilled} |")
-        if bytes_spilled and MATRIX.search(name):
-            spilled.append(lines[-1])
-    report = ROOT / "build" / "nvcc_report.md"
-    report.parent.mkdir(exist_ok=True)
-    report.write_text("\n".join(lines) + "\n")
-    assert len(rows) > 100 and {row["arch"] for row in rows} == {f"sm_{a}" for a in ARCHS}
-    assert not spilled, spilled
+@pytest.fixture(scope="module")
+def report(compiled):
+    """{readable name: {arch: registers, bytes spilled, HMMA instructions}}, written for emulator_report.py, too."""
+    rows = [match.groupdict() for _, text in compiled.values() for match in ENTRY.finditer(text)]
+    found: dict[str, dict] = {}
+    for row, name in zip(rows, demangled([row["symbol"] for row in rows]), strict=True):
+        found.setdefault(name, {})[row["arch"]] = {
+            "registers": int(row["registers"]),
+            "spill_bytes": int(row["stores"]) + int(row["loads"]),
+        }
+    yield found
+    target = ROOT / "build" / "nvcc_report.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(dict(sorted(found.items())), indent=1))
+
+
+def test_no_spills_in_the_matrix_kernels(report):
+    assert len(report) > 100 and all(set(on_archs) == {f"sm_{a}" for a in ARCHS} for on_archs in report.values())
+    spilled = {
+        (name, arch): entry["spill_bytes"]
+        for name, on_archs in report.items()
+        for arch, entry in on_archs.items()
+        if entry["spill_bytes"] and MATRIX.search(name)
+    }
+    assert not spilled
 
 
 def test_no_warnings(compiled):
@@ -105,7 +113,7 @@ def test_no_warnings(compiled):
         assert "warning" not in report, f"{stem}:\n{report[-2000:]}"
 
 
-def test_the_tensor_core_kernels_use_tensor_cores_and_asynchronous_copies(compiled):
+def test_the_tensor_core_kernels_use_tensor_cores_and_asynchronous_copies(compiled, report):
     tool = disassembler()
     if tool is None:
         pytest.skip("needs cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
@@ -117,18 +125,20 @@ def test_the_tensor_core_kernels_use_tensor_cores_and_asynchronous_copies(compil
         sass = subprocess.run(
             [tool, "-sass", str(target)], capture_output=True, text=True, check=True, env=environment
         ).stdout
-        for section in sass.split("Function : ")[1:]:
-            name = section.split(maxsplit=1)[0]
-            if not MATRIX.search(name):
-                continue
-            kernels += 1
-            tf32 = "kernelIf" in name
-            assert ("HMMA.1688.F32.TF32" if tf32 else "HMMA.16816.F32") in section, name
-            assert "LDL" not in section and "STL" not in section, f"{name} uses local memory"
-            if "small" not in name:
-                assert "LDGSTS" in section, name
-                # tf32 operands whose k runs down the rows are read word by word: both operands of an outer product.
-                assert "LDSM" in section or (tf32 and "product_sm80" not in name), name
+        for arch, code in re.findall(r"^\s*arch = (\w+)$(.*?)(?=^\s*arch = |\Z)", sass, re.MULTILINE | re.DOTALL):
+            sections = [section for section in code.split("Function : ")[1:] if MATRIX.search(section.split()[0])]
+            names = demangled([section.split()[0] for section in sections])
+            for name, section in zip(names, sections, strict=True):
+                kernels += 1
+                tf32 = re.search(r"kernel<float\b", name) is not None
+                count = section.count("HMMA.1688.F32.TF32" if tf32 else "HMMA.16816.F32")
+                report[name][arch]["hmma"] = count
+                assert count > 0, name
+                assert "LDL" not in section and "STL" not in section, f"{name} uses local memory"
+                if "small" not in name:
+                    assert "LDGSTS" in section, name
+                    # tf32 operands whose k runs down the rows are read word by word: both of an outer product.
+                    assert "LDSM" in section or (tf32 and "product_sm80" not in name), name
     # Per arch and type (bfloat16, float16, tf32):
     # 8 forward, 12 small-batch forward, 8 grad_input, 4 grad_weight, 4 norms.
     assert kernels == len(ARCHS) * 3 * (8 + 12 + 8 + 4 + 4)

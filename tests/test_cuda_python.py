@@ -26,9 +26,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def module():
+def module(request):
     module = emulated.load()
-    module.configure(seed=0)
+    module.configure(seed=emulated.seed_of(request))
     module.set_device()
     module.force_variant(0)
     module.launches()

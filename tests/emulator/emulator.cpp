@@ -38,32 +38,33 @@ void Emulator::fail(const std::string& what) const {
 
 // Scheduling --------------------------------------------------------------------------------------------------------
 
-void Emulator::run(const std::string& kernel, int64_t ctas, int threads, int64_t shared_bytes,
-                   const std::function<void()>& body) {
+void Emulator::run(const Launch& launch, const std::function<void()>& body) {
   static std::mutex one_launch_at_a_time; // the bindings release the GIL
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-  kernel_ = kernel;
+  kernel_ = launch.kernel;
   current_ = nullptr;
-  if (threads <= 0 || threads > 1024 || threads % 32 != 0)
-    throw EmulatorError(text(kernel, ": a CTA must have 32..1024 threads in whole warps, got ", threads));
-  num_threads_ = threads;
-  num_ctas_ = ctas;
-  while (static_cast<int>(threads_.size()) < threads) threads_.push_back(std::make_unique<Thread>());
-  shared_.assign(static_cast<size_t>(shared_bytes), kPoison);
+  if (launch.threads <= 0 || launch.threads > 1024 || launch.threads % 32 != 0)
+    throw EmulatorError(text(kernel_, ": a CTA must have 32..1024 threads in whole warps, got ", launch.threads));
+  num_threads_ = launch.threads;
+  num_ctas_ = launch.ctas;
+  while (static_cast<int>(threads_.size()) < num_threads_) threads_.push_back(std::make_unique<Thread>());
+  shared_.assign(static_cast<size_t>(launch.shared_bytes), kPoison);
   random_.seed(options.seed * 0x9e3779b97f4a7c15ull + (++launch_number_));
   banks_ = {};
-  std::vector<int64_t> order(static_cast<size_t>(ctas));
-  for (int64_t i = 0; i < ctas; ++i) order[static_cast<size_t>(i)] = i;
+  std::vector<int64_t> order(static_cast<size_t>(num_ctas_));
+  for (int64_t i = 0; i < num_ctas_; ++i) order[static_cast<size_t>(i)] = i;
   if (options.order == ThreadOrder::random) std::shuffle(order.begin(), order.end(), random_);
   if (options.order == ThreadOrder::backward) std::reverse(order.begin(), order.end());
   for (const int64_t cta : order) run_cta(cta, body);
-  launches.push_back({kernel, ctas, threads, shared_bytes, banks_});
-  Total& total = totals[kernel];
+  launches.push_back({launch, banks_});
+  Total& total = totals[launch.function];
+  total.kernel = launch.kernel;
   ++total.launches;
-  total.ctas += ctas;
-  total.threads = std::max(total.threads, threads);
-  total.shared_bytes = std::max(total.shared_bytes, shared_bytes);
+  total.ctas += launch.ctas;
+  total.threads = std::max(total.threads, launch.threads);
+  total.shared_bytes = std::max(total.shared_bytes, launch.shared_bytes);
   total.seeds.insert(options.seed);
+  total.sizes.insert(launch.sizes);
 }
 
 void Emulator::run_cta(int64_t cta, const std::function<void()>& body) {

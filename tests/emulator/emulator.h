@@ -21,6 +21,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "fiber.h"
@@ -48,20 +49,32 @@ struct BankReport {
   int64_t unmatched = 0;    // accesses of lanes whose warp diverged: not evaluated
 };
 
-struct LaunchRecord {
+// The sizes of a problem, for the report: batch, n and k of a product, else the number of CTAs.
+using Sizes = std::tuple<int64_t, int64_t, int64_t>;
+
+struct Launch {
   std::string kernel;
+  const void* function = nullptr; // tells the instantiations of a template apart
+  Sizes sizes = {};
   int64_t ctas = 0;
   int threads = 0;
   int64_t shared_bytes = 0;
+};
+
+struct LaunchRecord {
+  Launch launch;
   BankReport banks;
 };
 
+// All launches of one instantiation.
 struct Total {
+  std::string kernel;
   int64_t launches = 0;
   int64_t ctas = 0;
   int threads = 0;          // of a CTA, the most
   int64_t shared_bytes = 0; // of a CTA, the most
   std::set<uint64_t> seeds;
+  std::set<Sizes> sizes;
 };
 
 // What a lane hands to a warp-wide operation. `kind` names the operation; lanes of one warp must agree on it.
@@ -81,12 +94,11 @@ public:
   static Emulator& instance();
 
   Options options;
-  std::vector<LaunchRecord> launches; // since somebody took them
-  std::map<std::string, Total> totals; // by kernel, of the whole process
+  std::vector<LaunchRecord> launches;  // since somebody took them
+  std::map<const void*, Total> totals; // by function, of the whole process
 
   // Runs body() once per thread of each CTA, CTAs in random order, one after the other.
-  void run(const std::string& kernel, int64_t ctas, int threads, int64_t shared_bytes,
-           const std::function<void()>& body);
+  void run(const Launch& launch, const std::function<void()>& body);
 
   // Called by the intrinsics, on a fiber ---------------------------------------------------------------------------
   int thread_index() const { return current_->index; }

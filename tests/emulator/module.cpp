@@ -1,5 +1,6 @@
 // The test module: every CUDA op as in `_C.cuda`, run by the emulator, plus the emulator's own controls and the kernels
 // with planted bugs.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,31 +45,36 @@ PYBIND11_MODULE(MODULE_NAME, module) {
   module.def("clear_memory", [] { Emulator::instance().clear_memory(); });
   module.def("launches", [] {
     py::list result;
-    for (const auto& launch : Emulator::instance().launches) {
+    for (const auto& [launch, banks] : Emulator::instance().launches) {
       py::dict entry;
       entry["kernel"] = launch.kernel;
       entry["ctas"] = launch.ctas;
       entry["threads"] = launch.threads;
       entry["shared_bytes"] = launch.shared_bytes;
-      entry["instructions"] = launch.banks.instructions;
-      entry["wavefronts"] = launch.banks.wavefronts;
-      entry["conflicts"] = launch.banks.conflicts;
-      entry["unmatched"] = launch.banks.unmatched;
+      entry["instructions"] = banks.instructions;
+      entry["wavefronts"] = banks.wavefronts;
+      entry["conflicts"] = banks.conflicts;
+      entry["unmatched"] = banks.unmatched;
       result.append(entry);
     }
     Emulator::instance().launches.clear();
     return result;
   });
   module.def("totals", [] {
-    py::dict result;
-    for (const auto& [kernel, total] : Emulator::instance().totals) {
+    Dl_info here = {};
+    dladdr(reinterpret_cast<const void*>(&Emulator::instance), &here);
+    py::dict result; // by the offset of the function in this module: its value in the symbol table
+    for (const auto& [function, total] : Emulator::instance().totals) {
       py::dict entry;
+      entry["kernel"] = total.kernel;
       entry["launches"] = total.launches;
       entry["ctas"] = total.ctas;
       entry["threads"] = total.threads;
       entry["shared_bytes"] = total.shared_bytes;
       entry["seeds"] = total.seeds.size();
-      result[kernel.c_str()] = entry;
+      entry["sizes"] = total.sizes;
+      const auto offset = static_cast<const char*>(function) - static_cast<const char*>(here.dli_fbase);
+      result[py::int_(offset)] = entry;
     }
     return result;
   });

@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from sparsenet import data as datasets
 from sparsenet.architecture import density_tables, reproduce_parts
 from sparsenet.architecture.estimators import compare_estimators
+from sparsenet.architecture.reproduce_parts import kept_row
 from sparsenet.architecture.samplers import RandomSampler, StudySampler, random_parameters
 from sparsenet.architecture.search import load_dataset, retrain, search, write_report
 from sparsenet.architecture.search_space import Architecture, SearchSpace
@@ -25,7 +26,6 @@ from sparsenet.architecture.search_workers import SearchConfig, open_study
 from sparsenet.architecture.trials import (
     TrialConfig,
     TrialData,
-    TrialResult,
     effective_gradient_flow,
     train_trial,
 )
@@ -136,7 +136,7 @@ def equal_capacity(task: Reproduction, dataset: datasets.Dataset, fraction: floa
     config = TrialConfig(
         epochs=task.count(10), schedule="constant", weight_decay=0.0, train_fraction=fraction, **UNTUNED
     )
-    rows = []
+    rows, file = [], task.out / f"rows_a2_{dataset.name}_{fraction:g}.jsonl"
     for units in WIDTHS:
         for kind in ("sparse", "dense"):
             width, density = (100, units / 100) if kind == "sparse" else (units, 1.0)
@@ -144,8 +144,10 @@ def equal_capacity(task: Reproduction, dataset: datasets.Dataset, fraction: floa
                 architecture = Architecture(
                     data.features, data.num_classes, width, (density, density), pattern_seed=seed
                 )
-                result = train_trial(architecture, data, replace(config, seed=seed))
-                rows.append({"active": result.active_weights, "kind": kind, "seed": seed, **_figures(result)})
+                key = {"active": architecture.active_weights, "kind": kind, "seed": seed}
+                own = replace(config, seed=seed)
+                rows.append(kept_row(file, key, partial(_trained, architecture, data, own)))
+    file.unlink()
     return {"rows": rows, "epochs": config.epochs, "p_value": wilcoxon(rows, "active")}
 
 
@@ -156,7 +158,7 @@ def depths(task: Reproduction, dataset: datasets.Dataset) -> dict:
     networks collapse as published; ``modern`` is BatchNorm and residual connections. The last two from 8 layers.
     """
     data = TrialData.from_dataset(dataset, validation=0)
-    rows = []
+    rows, file = [], task.out / f"rows_a6_{dataset.name}.jsonl"
     for depth in DEPTHS if task.scale >= 1 else DEPTHS[:3]:
         for mode in MODES if depth >= 8 else ("plain",):
             config = TrialConfig(epochs=3, **(UNTUNED | MODES[mode]))
@@ -165,8 +167,10 @@ def depths(task: Reproduction, dataset: datasets.Dataset) -> dict:
                 densities = (0.75, *[0.5625] * (depth - 1), 0.75) if kind == "sparse" else (1.0,) * (depth + 1)
                 for seed in task.seeds:
                     architecture = Architecture(data.features, data.num_classes, width, densities, pattern_seed=seed)
-                    result = train_trial(architecture, data, replace(config, seed=seed))
-                    rows.append({"depth": depth, "mode": mode, "kind": kind, "seed": seed, **_figures(result)})
+                    key = {"depth": depth, "mode": mode, "kind": kind, "seed": seed}
+                    own = replace(config, seed=seed)
+                    rows.append(kept_row(file, key, partial(_trained, architecture, data, own)))
+    file.unlink()
     plain = [row for row in rows if row["mode"] == "plain"]
     return {"rows": rows, "epochs": 3, "p_value": wilcoxon(plain, "depth")}
 
@@ -180,7 +184,8 @@ def wilcoxon(rows: list[dict], axis: str) -> float:
     return float(signed_rank(*zip(*pairs, strict=True)).pvalue)
 
 
-def _figures(result: TrialResult) -> dict:
+def _trained(architecture: Architecture, data: TrialData, config: TrialConfig) -> dict:
+    result = train_trial(architecture, data, config)
     curve = [a for _, _, a in result.curve]
     return {
         "accuracy": 100 * result.accuracy,

@@ -8,7 +8,7 @@
 // forward and grad_input are one loop (multiply): a task packs a few tiles of rows of x (or dz) feature by feature, so
 // that they fit in L2, then walks all block rows (columns) past them. Values are read in place and streamed once per
 // task. The finished tile, [output][row], is transposed back while bias and activation are applied.
-// grad_values packs x and dz once per panel of rows, block column by block column, and gives each task a run of blocks.
+// grad_values is described in grad_values.h.
 //
 // Every sum runs in one fixed order whatever the number of threads: results are bit-identical from run to run.
 #include <omp.h>
@@ -23,8 +23,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = int64_t(1) << 19; // packed x of one task: a quarter of a common 2 MiB L2
 
-// --- forward and grad_input
-// -------------------------------------------------------------------------------------------
+// --- forward and grad_input ------------------------------------------------------------------------------------------
 
 // out[M, outputs] = source[M, inputs] times the blocks, walked along their outputs.
 template <class P> struct Product {
@@ -198,8 +197,7 @@ void multiply(const Product<P>& op, const Walks<P>& walks, const Rows<S>& source
   }
 }
 
-// --- values in the form a policy computes with
-// ------------------------------------------------------------------------
+// --- values in the form a policy computes with -----------------------------------------------------------------------
 
 template <class P, typename S> constexpr bool kReadsValuesInPlace = sizeof(S) * P::kDepth == sizeof(typename P::Packed);
 
@@ -304,9 +302,10 @@ template <class P, Activation A, typename S> void backward_with(const LinearBack
                                        .outputs = p.rows,
                                        .inputs = p.cols,
                                        .batch = op.grad_y.rows,
+                                       .block_size = p.block_size,
                                        .values = static_cast<S*>(op.grad_values),
                                        .bias = static_cast<S*>(op.grad_bias)};
-  grad_values<S, A>(gradients, grad_z_rows<S>(op), x, p.block_size, threads);
+  grad_values<S, A>(gradients, grad_z_rows<S>(op), x, threads);
 }
 
 template <class P, typename S> void backward_for(const LinearBackward& op, int threads) {

@@ -1,116 +1,90 @@
 // Blocks of the dense weight gradient, dW[n][k] = sum_m dz[m][n] x[m][k], at a list of block places. Shared by the
-// backward of block_sparse_linear (the active blocks), by candidate gradients and by block_gradient_squared_norms.
+// backward of block_sparse_linear (the active blocks) and by candidate gradients.
 //
-// Each task owns a range of block columns (and, with few columns, a part of the block rows). It walks the batch in
-// panels of rows: the panel's x is packed strip by strip into a buffer that stays in L2; then, block row by block row,
-// one strip of dz is packed and multiplied with the x strips of the blocks there. Only dz and the results stream past.
-// Tasks share nothing, so there is no barrier, and every sum runs in one fixed order.
+//               x of the task                         per square of a block, in L1: acc [32][32] += g_chunk^T x_chunk
+//            strips: 0   1   2   3   4 ...
+//   panel   |  [rows][32] each, in L3       |            c[8 outputs][2 vectors] in registers over a chunk of rows:
+//   of rows |  .   A   .   .   B   .   .   |            per row 2 loads of x, 8 broadcasts of g, 16 multiply-adds
+//            ------------------------------
+//   g strips (block row of A, B and the next ones): packed in L2
+//
+// A task owns a run of places in row order, equal shares of them whatever the pattern, and walks the batch in panels of
+// rows: it packs the x strips that its places need, then, a few block rows at a time, strips of dz, and multiplies each
+// with the x strips of the blocks there. Lines that the next panel and the next block rows will pack are fetched
+// meanwhile. Per block and row of the batch b elements of x come from L3 and b of dz from L2, for b^2 multiply-adds.
+// Tasks share nothing, so there is no barrier; every block is summed by one task in the order of the rows: results are
+// bit-identical from run to run.
 #pragma once
 
 #include <omp.h>
 
-#include "tile.h"
+#include "strips.h"
 #include "workspace.h"
 
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
-constexpr int64_t kStripsBytes = int64_t(1) << 19; // packed x of one task and panel: a quarter of a common 2 MiB L2
+constexpr int64_t kPanelRows = 512;
+constexpr int64_t kStripsBytes = int64_t(4) << 20;     // packed x of a task's panel: a share of L3
+constexpr int64_t kGradStripsBytes = int64_t(1) << 17; // packed dz: well within L2
+constexpr int64_t kChunkBytes = int64_t(8) << 10;      // of a strip: stays in L1 over all output groups
 
-// Blocks narrower than a vector are summed as dot products along the rows of feature-packed strips.
-template <typename T> constexpr bool is_narrow(int64_t block) { return block < kLanes<T>; }
-
-// Packed strips of one panel, one for each block column.
-template <class P> struct Strips {
-  typename P::Packed* data;
-  int64_t block, panel_rows;
-  int64_t stride() const { return block * (panel_rows / P::kDepth); }
-  typename P::Packed* strip(int64_t s) const { return data + s * stride(); }
-};
-
-// Bytes that `count` strips take.
-template <class P> int64_t strips_bytes(int64_t count, int64_t block, int64_t panel_rows) {
-  return count * Strips<P>{nullptr, block, panel_rows}.stride() * int64_t(sizeof(typename P::Packed));
-}
-
-// Packs `features` columns of rows [begin, begin + panel_rows), zeros from row `batch` on; strips that `needed` marks 0
-// are left alone (null: all are needed). Adds the column sums to bias_sum [features] where it is not null.
-template <class P, Activation A, typename S>
-void pack_strips(const Rows<S>& source, const Strips<P>& strips, int64_t features, int64_t batch, int64_t begin,
-                 const char* needed, Compute<S>* bias_sum) {
-  using C = Compute<S>;
-  const int64_t rows = strips.panel_rows;
-  if (!is_narrow<C>(strips.block)) {
-    pack_rows<P, A>(source, begin, min_of(batch, begin + rows), begin + rows, features, strips.block, needed,
-                    strips.data, strips.stride(), bias_sum);
-  } else if constexpr (P::kDepth == 1) {
-    const int64_t padded = ceil_div(features, strips.block) * strips.block;
-    pack_features<P, A>(source, begin, min_of(batch, begin + rows), features, padded, rows, rows, strips.data);
-    if (bias_sum == nullptr) return;
-    for (int64_t f = 0; f < features; ++f) {
-      Vec<C> sum = {};
-      for (int64_t m = 0; m < rows; m += kLanes<C>) sum += load(strips.data + f * rows + m);
-      bias_sum[f] += sum_lanes(sum);
+// acc0 [W][W] += g^T x0 over `rows` packed rows; strips of one vector take two x at a time: acc1 += g^T x1.
+template <class P, int W>
+void sum_strips(const typename P::Packed* g, const typename P::Packed* x0, const typename P::Packed* x1, int64_t rows,
+                FetchQueue& fetch, typename P::Accumulator* acc0, typename P::Accumulator* acc1) {
+  constexpr int lanes = kLanes<typename P::Packed>, outputs = kRegisters == 32 ? 8 : 4;
+  constexpr int64_t chunk = kChunkBytes / (W * int64_t(sizeof(*x0)));
+  static_assert(W % outputs == 0 && W % lanes == 0, "a strip is whole groups of outputs and whole vectors");
+  for (int64_t m = 0; m < rows; m += chunk) {
+    const int64_t count = min_of(chunk, rows - m);
+    for (int output = 0; output < W; output += outputs) {
+      const auto* w = g + m * W + output;
+      if constexpr (W == lanes) {
+        outer_products<P, outputs>(w, {W, 1}, x0 + m * W, x1 + m * W, W, count, fetch, acc0 + output * W,
+                                   acc1 + output * W, W);
+      } else {
+        for (int k = 0; k < W; k += 2 * lanes)
+          outer_products<P, outputs>(w, {W, 1}, x0 + m * W + k, x0 + m * W + k + lanes, W, count, fetch,
+                                     acc0 + output * W + k, acc0 + output * W + k + lanes, W);
+      }
     }
   }
 }
 
-constexpr int64_t kLineBytes = 64;
-
-template <class P, int B>
-SPARSENET_INLINE void sum_wide_block(const typename P::Packed* g, const typename P::Packed* x, int64_t panel_rows,
-                                     FetchQueue& fetch, typename P::Accumulator* acc) {
-  constexpr int lanes = kLanes<typename P::Packed>, outputs = kRegisters == 32 ? 8 : 4;
-  constexpr int64_t chunk = 4096 / B; // rows whose strips stay in L1 over all output groups
-  static_assert(B % outputs == 0 && B % (2 * lanes) == 0, "a block is whole groups of outputs and pairs of vectors");
-  const int64_t rows = panel_rows / P::kDepth;
-  for (int64_t m = 0; m < rows; m += chunk)
-    for (int output = 0; output < B; output += outputs)
-      for (int k = 0; k < B; k += 2 * lanes)
-        outer_products<P, outputs>(g + m * B + output, B, x + m * B + k, x + m * B + k + lanes, B,
-                                   min_of(chunk, rows - m), fetch, acc + output * B + k, acc + output * B + k + lanes,
-                                   B);
-}
-
-// acc0 and acc1 [B][B] += the panel's part of two blocks of the same block row (acc1 may be null: one block only).
-template <class P, int B>
-void sum_blocks(const typename P::Packed* g, const typename P::Packed* x0, const typename P::Packed* x1,
-                int64_t panel_rows, FetchQueue& fetch, typename P::Accumulator* acc0, typename P::Accumulator* acc1) {
-  using T = typename P::Packed;
-  constexpr int lanes = kLanes<T>;
-  if constexpr (B < lanes) {
-    constexpr int side = B < 4 ? B : 4;
-    for (int block = 0; block < (acc1 != nullptr ? 2 : 1); ++block)
-      for (int i = 0; i < B; i += side)
-        for (int j = 0; j < B; j += side)
-          dot_products<T, side>(g + i * panel_rows, (block ? x1 : x0) + j * panel_rows, panel_rows, panel_rows,
-                                (block ? acc1 : acc0) + i * B + j, B);
-  } else if constexpr (B == lanes) { // one vector wide: two blocks side by side
-    constexpr int outputs = kRegisters == 32 ? 8 : 4;
-    typename P::Accumulator unused[B * lanes] = {};
-    for (int output = 0; output < B; output += outputs)
-      outer_products<P, outputs>(g + output, B, x0, acc1 != nullptr ? x1 : x0, B, panel_rows / P::kDepth, fetch,
-                                 acc0 + output * B, (acc1 != nullptr ? acc1 : unused) + output * B, B);
-  } else {
-    sum_wide_block<P, B>(g, x0, panel_rows, fetch, acc0);
-    if (acc1 != nullptr) sum_wide_block<P, B>(g, x1, panel_rows, fetch, acc1);
-  }
+// acc [B][B] += the same for strips that lie feature by feature, `stride` apart.
+template <typename T, int B> void sum_features(const T* g, const T* x, int64_t stride, int64_t rows, T* acc) {
+  constexpr int side = B < 4 ? B : 4;
+  for (int i = 0; i < B; i += side)
+    for (int j = 0; j < B; j += side)
+      dot_products<T, side>(g + i * stride, x + j * stride, stride, rows, acc + i * B + j, B);
 }
 
 template <class P>
-using SumBlocks = void (*)(const typename P::Packed*, const typename P::Packed*, const typename P::Packed*, int64_t,
+using SumStrips = void (*)(const typename P::Packed*, const typename P::Packed*, const typename P::Packed*, int64_t,
                            FetchQueue&, typename P::Accumulator*, typename P::Accumulator*);
 
-template <class P> SumBlocks<P> sum_blocks_for(int64_t block) {
-  if constexpr (P::kDepth == 1) {
-    if (block == 1) return sum_blocks<P, 1>;
-    if (block == 4) return sum_blocks<P, 4>;
-    if (block == 8) return sum_blocks<P, 8>;
-  }
-  if (block == 16) return sum_blocks<P, 16>;
-  if (block == 32) return sum_blocks<P, 32>;
-  if (block == 64) return sum_blocks<P, 64>;
-  return sum_blocks<P, 128>;
+template <class P> SumStrips<P> sum_strips_of(int64_t width) {
+  constexpr int lanes = kLanes<typename P::Packed>;
+  if constexpr (lanes <= 4)
+    if (width == 4) return sum_strips<P, 4>;
+  if constexpr (lanes <= 8)
+    if (width == 8) return sum_strips<P, 8>;
+  return width == 16 ? sum_strips<P, 16> : sum_strips<P, 32>;
+}
+
+template <typename T> using SumFeatures = void (*)(const T*, const T*, int64_t, int64_t, T*);
+
+template <typename T> SumFeatures<T> sum_features_of(int64_t block) {
+  return block == 1 ? sum_features<T, 1> : block == 4 ? sum_features<T, 4> : sum_features<T, 8>;
+}
+
+// Rows of a panel: at most kPanelRows, with x packed within kStripsBytes; nearly equal panels, a multiple of 16 each.
+SPARSENET_INLINE int64_t panel_rows_for(int64_t batch, int64_t bytes_per_row) {
+  const int64_t whole = ceil_div(max_of(batch, 1), 16) * 16;
+  const int64_t most = max_of(64, min_of(kPanelRows, kStripsBytes / max_of(bytes_per_row, 1) / 16 * 16));
+  const int64_t panels = ceil_div(whole, most);
+  return ceil_div(ceil_div(whole, panels), 16) * 16;
 }
 
 // The places, by block row, and where their gradients go.
@@ -120,16 +94,17 @@ template <typename S> struct BlockGradients {
   const int32_t* block; // [count] number of each place in values; null: in order
   int64_t count;
   int64_t out_blocks, in_blocks, outputs, inputs, batch;
+  int64_t block_size;
   S* values; // [count, b, b]
   S* bias;   // [outputs] or null: the column sums of dz
   int64_t place(int64_t i) const { return block != nullptr ? block[i] : i; }
 };
 
-// First entry of [begin, end) whose column is not below `limit`.
-SPARSENET_INLINE int64_t first_at_least(const int32_t* col, int64_t begin, int64_t end, int64_t limit) {
+// First i of [begin, end) whose sorted[i] is not below `limit`; end if there is none.
+SPARSENET_INLINE int64_t first_at_least(const int32_t* sorted, int64_t begin, int64_t end, int64_t limit) {
   while (begin < end) {
     const int64_t middle = (begin + end) / 2;
-    if (col[middle] < limit) {
+    if (sorted[middle] < limit) {
       begin = middle + 1;
     } else {
       end = middle;
@@ -138,147 +113,221 @@ SPARSENET_INLINE int64_t first_at_least(const int32_t* col, int64_t begin, int64
   return begin;
 }
 
-// One task's buffers.
-template <class P> struct GradientScratch {
-  Strips<P> x, g;
-  typename P::Accumulator* acc;  // [2, b, b]: the two blocks in work, where they are not summed in place
-  typename P::Accumulator* sums; // [count, b, b] between panels, shared; null where values serve
-  typename P::Accumulator* bias; // [outputs], shared: each task its own rows
-  char* needed;                  // [strips of x]
-};
-
-// The lines of columns [col, col + width) in `count` rows from `row` on.
-template <typename S>
-void push_strip(FetchQueue& fetch, const Rows<S>& rows, int64_t row, int64_t col, int64_t width, int64_t count) {
-  for (int64_t c = 0; c < width; c += kLineBytes / int64_t(sizeof(S)))
-    fetch.push(rows.data + row * rows.stride + col + c, rows.stride * int64_t(sizeof(S)), count);
-}
-
-// Sums the blocks of block columns [col_begin, col_end) in block rows [row_begin, row_end) over the whole batch.
-template <class P, Activation A, typename S>
-void sum_range(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>& x, const GradientScratch<P>& scratch,
-               int64_t b, int64_t col_begin, int64_t col_end, int64_t row_begin, int64_t row_end) {
+// One thread's share: places [begin, end) in block columns [first_col, last_col), panel after panel.
+template <class P, Activation A, typename S> struct GradientTask {
+  using T = typename P::Packed;
   using C = typename P::Accumulator;
-  constexpr bool in_place = sizeof(S) == sizeof(C);
-  const int64_t bb = b * b, group = max_of(1, kLanes<C> / b), panel_rows = scratch.x.panel_rows;
-  const int64_t panels = ceil_div(max_of(op.batch, 1), panel_rows);
-  const SumBlocks<P> sum = sum_blocks_for<P>(b);
-  const bool with_bias = op.bias != nullptr && col_begin == 0;
-  FetchQueue fetch;
-  memset(scratch.needed, 0, size_t(col_end - col_begin));
-  if (op.count > 0)
-    for (int64_t i = op.crow[row_begin]; i < op.crow[row_end]; ++i)
-      if (op.col[i] >= col_begin && op.col[i] < col_end) scratch.needed[op.col[i] - col_begin] = 1;
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t m = panel * panel_rows;
-    if (op.count > 0)
-      pack_strips<P, Activation::none>(columns_from(x, col_begin * b), scratch.x,
-                                       min_of(col_end * b, op.inputs) - col_begin * b, op.batch, m, scratch.needed,
-                                       static_cast<C*>(nullptr));
-    for (int64_t first = row_begin; first < row_end; first += group) {
-      const int64_t last = min_of(first + group, row_end), n = first * b, features = min_of(last * b, op.outputs) - n;
-      bool packed = false;
-      const auto pack_g = [&] {
-        pack_strips<P, A>(columns_from(grad_z, n), scratch.g, features, op.batch, m, nullptr,
-                          with_bias ? scratch.bias + n : nullptr);
-        packed = true;
-      };
-      if (with_bias) pack_g();
-      if (op.count == 0) continue;
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t begin = first_at_least(op.col, op.crow[r], op.crow[r + 1], col_begin);
-        const int64_t end = first_at_least(op.col, begin, op.crow[r + 1], col_end);
-        if (begin < end && !packed) pack_g();
-        fetch.clear();
-        push_strip(fetch, grad_z, m, n + group * b, b, panel_rows);
-        for (int64_t i = begin; i < end; i += 2) {
-          const int64_t step = min_of(2, end - i);
-          C* to[2] = {nullptr, nullptr};
-          for (int64_t j = 0; j < step; ++j) {
-            if constexpr (in_place) {
-              to[j] = reinterpret_cast<C*>(op.values) + op.place(i + j) * bb;
-            } else {
-              to[j] = panels == 1 ? scratch.acc + j * bb : scratch.sums + (i + j) * bb;
-            }
-            if (panel == 0) memset(to[j], 0, size_t(bb) * sizeof(C));
-          }
-          if constexpr (in_place)
-            if (i + 2 < end)
-              fetch.push_first(op.values + op.place(i + 2) * bb, kLineBytes, 2 * bb * int64_t(sizeof(S)) / kLineBytes);
-          sum(scratch.g.strip(r - first), scratch.x.strip(op.col[i] - col_begin),
-              step == 2 ? scratch.x.strip(op.col[i + 1] - col_begin) : nullptr, panel_rows, fetch, to[0], to[1]);
-          if constexpr (!in_place)
-            if (panel + 1 == panels)
-              for (int64_t j = 0; j < step; ++j)
-                for (int64_t e = 0; e < bb; e += kLanes<C>)
-                  store_narrow(op.values + op.place(i + j) * bb + e, load_wide(to[j] + e, bb - e), bb - e);
+  static constexpr bool kInPlace = sizeof(S) == sizeof(C); // values hold the sums between panels
+
+  const BlockGradients<S>& op;
+  const Rows<S>& grad_z;
+  const Rows<S>& x;
+  Strips<P> xs; // of the block columns
+  Strips<P> gs; // of g_rows block rows
+  C* acc;       // [2][W][W]
+  C* sums;      // [count, b, b], shared: between panels, where values cannot hold them
+  C* bias;      // [outputs], shared; null: not wanted from this task
+  char* needed; // [strips of x]
+  int64_t g_rows, begin, end, first_col, last_col;
+  bool last;                                // of all tasks: it also has the block rows without a place behind `end`
+  int64_t first_row = -1;                   // of the panel
+  LinesAhead x_ahead = {}, g_ahead[2] = {}; // what will be packed next: fetched while summing
+  int64_t x_rate = 0, g_rate = 0;           // lines of each for every square
+
+  void run() {
+    const int64_t per_block = op.block_size / xs.width, strips = (last_col - first_col) * per_block;
+    memset(needed, 0, size_t(strips));
+    for (int64_t i = begin; i < end; ++i)
+      if (op.col[i] >= first_col && op.col[i] < last_col)
+        memset(needed + (op.col[i] - first_col) * per_block, 1, size_t(per_block));
+    for (first_row = 0; first_row < max_of(op.batch, 1); first_row += xs.rows) {
+      const int64_t column = first_col * op.block_size;
+      if (begin < end)
+        pack_strips<P, Activation::none>(columns_from(x, column), xs, strips, op.inputs - column, op.batch, first_row,
+                                         needed, static_cast<C*>(nullptr));
+      x_ahead = {};
+      if (!last_panel())
+        x_ahead = LinesAhead::of(x.data + (first_row + xs.rows) * x.stride + column, x.stride,
+                                 min_of(xs.rows, op.batch - first_row - xs.rows),
+                                 min_of(op.inputs, last_col * op.block_size) - column);
+      const int64_t squares = (end - begin) * per_block * per_block * (last_col - first_col) / max_of(op.in_blocks, 1);
+      x_rate = ceil_div(x_ahead.count(), max_of(squares, 1));
+      // Block rows that begin here, and before them the one that `begin` cuts: its bias is another task's.
+      int64_t r = first_at_least(op.crow, 0, op.out_blocks, begin);
+      if (op.crow[r] > begin) block_rows(r - 1, r, false);
+      int64_t r_end = last ? op.out_blocks : first_at_least(op.crow, r, op.out_blocks, end);
+      for (; r < r_end; r += g_rows) block_rows(r, min_of(r + g_rows, r_end), bias != nullptr);
+    }
+  }
+
+private:
+  bool first_panel() const { return first_row == 0; }
+  bool last_panel() const { return first_row + xs.rows >= op.batch; }
+
+  // Entries of block row r in this task.
+  int64_t entries_begin(int64_t r) const {
+    const int64_t from = max_of(op.crow[r], begin), to = min_of(op.crow[r + 1], end);
+    return first_col == 0 ? from : first_at_least(op.col, from, to, first_col);
+  }
+  int64_t entries_end(int64_t r) const {
+    const int64_t from = max_of(op.crow[r], begin), to = min_of(op.crow[r + 1], end);
+    return last_col == op.in_blocks ? to : first_at_least(op.col, from, to, last_col);
+  }
+
+  void block_rows(int64_t r_begin, int64_t r_end, bool with_bias) {
+    const int64_t b = op.block_size, per_block = b / xs.width, n = r_begin * b;
+    bool any = with_bias;
+    for (int64_t r = r_begin; r < r_end; ++r) any |= entries_begin(r) < entries_end(r);
+    if (!any) return;
+    pack_strips<P, A>(columns_from(grad_z, n), gs, (r_end - r_begin) * per_block, op.outputs - n, op.batch, first_row,
+                      nullptr, with_bias ? bias + n : nullptr);
+    const int64_t next = r_end * b, next_features = min_of(g_rows * b, op.outputs - next);
+    const int64_t panel_end = min_of(op.batch, first_row + xs.rows);
+    g_ahead[0] = LinesAhead::of(grad_z.data + first_row * grad_z.stride + next, grad_z.stride, panel_end - first_row,
+                                next_features);
+    if constexpr (A != Activation::none)
+      g_ahead[1] = LinesAhead::of(grad_z.saved + first_row * grad_z.saved_stride + next, grad_z.saved_stride,
+                                  panel_end - first_row, next_features);
+    int64_t squares = 0;
+    for (int64_t r = r_begin; r < r_end; ++r) squares += (entries_end(r) - entries_begin(r)) * per_block * per_block;
+    g_rate = ceil_div(g_ahead[0].count(), max_of(squares, 1));
+    for (int64_t r = r_begin; r < r_end; ++r) {
+      const int64_t from = entries_begin(r), to = entries_end(r);
+      for (int64_t u = 0; u < per_block && from < to; ++u) {
+        const T* g = gs.strip((r - r_begin) * per_block + u);
+        if (!is_narrow<C>(b)) {
+          wide_row(from, to, g, u * xs.width);
+        } else if constexpr (P::kDepth == 1) {
+          narrow_row(from, to, g);
         }
       }
     }
   }
-}
 
-// Rows of a panel: as many as keep `strip_bytes_per_row` * rows within kStripsBytes, a multiple of 16, at least 64.
-SPARSENET_INLINE int64_t panel_rows_for(int64_t batch, int64_t bytes_per_row) {
-  const int64_t whole = ceil_div(max_of(batch, 1), 16) * 16;
-  const int64_t most = max_of(64, kStripsBytes / max_of(bytes_per_row, 1) / 16 * 16);
-  const int64_t panels = ceil_div(whole, most);
-  return ceil_div(ceil_div(whole, panels), 16) * 16;
-}
-
-template <class P, Activation A, typename S>
-void grad_values_with(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>& x, int64_t b, int threads) {
-  using T = typename P::Packed;
-  using C = typename P::Accumulator;
-  constexpr bool in_place = sizeof(S) == sizeof(C);
-  const int64_t ranges = max_of(1, min_of(threads, op.in_blocks));
-  const int64_t parts = max_of(1, min_of(ceil_div(threads, ranges), op.out_blocks)), tasks = ranges * parts;
-  const int64_t widest = ceil_div(op.in_blocks, ranges), element = int64_t(sizeof(T)) / P::kDepth;
-  const int64_t rows = panel_rows_for(op.batch, widest * b * element);
-  const bool many_panels = op.batch > rows;
-  threads = int(min_of(threads, tasks));
-
-  WorkspacePlan plan;
-  plan.piece(op.count > 0 ? strips_bytes<P>(widest, b, rows) : 0);
-  const int64_t g_at = plan.piece(strips_bytes<P>(max_of(1, kLanes<C> / b), b, rows));
-  const int64_t acc_at = plan.piece(2 * b * b * int64_t(sizeof(C)));
-  const int64_t needed_at = plan.piece(widest);
-  const int64_t per_thread = plan.bytes;
-  plan.bytes *= threads;
-  const int64_t bias_at = plan.piece(op.bias != nullptr ? op.outputs * int64_t(sizeof(C)) : 0);
-  const int64_t sums_at = plan.piece(in_place || !many_panels ? 0 : op.count * b * b * int64_t(sizeof(C)));
-  Workspace workspace(plan.bytes);
-  if (workspace.dry()) return;
-  C* const bias = reinterpret_cast<C*>(workspace.data() + bias_at);
-  if (op.bias != nullptr) memset(bias, 0, size_t(op.outputs) * sizeof(C));
-  int64_t next_task = 0;
-
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    char* const mine = workspace.data() + per_thread * omp_get_thread_num();
-    const GradientScratch<P> scratch = {.x = {reinterpret_cast<T*>(mine), b, rows},
-                                        .g = {reinterpret_cast<T*>(mine + g_at), b, rows},
-                                        .acc = reinterpret_cast<C*>(mine + acc_at),
-                                        .sums = reinterpret_cast<C*>(workspace.data() + sums_at),
-                                        .bias = bias,
-                                        .needed = mine + needed_at};
-    for (int64_t task; (task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED)) < tasks;) {
-      const int64_t range = task % ranges, part = task / ranges;
-      sum_range<P, A>(op, grad_z, x, scratch, b, range * op.in_blocks / ranges, (range + 1) * op.in_blocks / ranges,
-                      part * op.out_blocks / parts, (part + 1) * op.out_blocks / parts);
+  // Rows [u, u + W) of the blocks at places [from, to): squares of W x W, side by side.
+  void wide_row(int64_t from, int64_t to, const T* g, int64_t u) {
+    const int64_t w = xs.width, per_block = op.block_size / w, squares = (to - from) * per_block;
+    const int64_t step = w == kLanes<C> ? 2 : 1;
+    const SumStrips<P> sum = sum_strips_of<P>(w);
+    const auto strip_of = [&](int64_t s) {
+      return xs.strip((op.col[from + s / per_block] - first_col) * per_block + s % per_block);
+    };
+    for (int64_t s = 0; s < squares; s += step) {
+      const int64_t here = min_of(step, squares - s);
+      for (int64_t j = 0; j < here; ++j)
+        load_square(from + (s + j) / per_block, u, (s + j) % per_block * w, acc + j * w * w);
+      FetchQueue fetch;
+      if (kInPlace && w == op.block_size && s + here < squares)
+        fetch.push(op.values + op.place(from + s + here) * w * w, 64, here * w * w * int64_t(sizeof(S)) / 64);
+      fetch.push(g_ahead[0].next(step * g_rate));
+      if constexpr (A != Activation::none) fetch.push(g_ahead[1].next(step * g_rate));
+      fetch.push(x_ahead.next(step * x_rate));
+      sum(g, strip_of(s), strip_of(s + here - 1), xs.rows / P::kDepth, fetch, acc, acc + w * w);
+      for (int64_t j = 0; j < here; ++j)
+        store_square(from + (s + j) / per_block, u, (s + j) % per_block * w, acc + j * w * w);
     }
   }
-  if (op.bias != nullptr)
-    for (int64_t n = 0; n < op.outputs; ++n) narrow(bias[n], op.bias + n);
+
+  void narrow_row(int64_t from, int64_t to, const T* g) {
+    const SumFeatures<T> sum = sum_features_of<T>(op.block_size);
+    for (int64_t i = from; i < to; ++i) {
+      load_square(i, 0, 0, acc);
+      sum(g, xs.strip(op.col[i] - first_col), xs.feature_stride(), xs.rows, acc);
+      store_square(i, 0, 0, acc);
+    }
+  }
+
+  // The square at (u, v) of the block at place i, from and to where its sum is kept.
+  void load_square(int64_t i, int64_t u, int64_t v, C* to) const {
+    const int64_t b = op.block_size, w = xs.width;
+    if (first_panel()) {
+      memset(to, 0, size_t(w * w) * sizeof(C));
+      return;
+    }
+    const C* from = (kInPlace ? reinterpret_cast<const C*>(op.values) + op.place(i) * b * b : sums + i * b * b) + u * b;
+    if (w == b) {
+      memcpy(to, from, size_t(w * w) * sizeof(C));
+    } else {
+      for (int64_t r = 0; r < w; ++r) memcpy(to + r * w, from + r * b + v, size_t(w) * sizeof(C));
+    }
+  }
+  void store_square(int64_t i, int64_t u, int64_t v, const C* from) const {
+    const int64_t b = op.block_size;
+    if (kInPlace || last_panel()) {
+      copy_square(from, op.values + op.place(i) * b * b + u * b + v);
+    } else {
+      copy_square(from, sums + i * b * b + u * b + v);
+    }
+  }
+  template <typename To> void copy_square(const C* from, To* to) const {
+    const int64_t b = op.block_size, w = xs.width, length = w == b ? w * w : w; // of what lies in one piece
+    for (int64_t r = 0; r * length < w * w; ++r)
+      for (int64_t c = 0; c < length; c += kLanes<C>)
+        store_narrow(to + r * b + c, load(from + r * length + c), length - c);
+  }
+};
+
+template <class P, Activation A, typename S>
+void grad_values_with(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>& x, int threads) {
+  using T = typename P::Packed;
+  using C = typename P::Accumulator;
+  const int64_t b = op.block_size, width = strip_width(b), per_block = b / width;
+  // Threads share out places, and with more than three of them block columns too: each packs less of x then.
+  int64_t ranges = 1;
+  while ((ranges + 1) * (ranges + 1) <= threads && ranges < op.in_blocks) ++ranges;
+  const int64_t parts = max_of(1, min_of(threads / ranges, op.count)), tasks = ranges * parts;
+  const int64_t widest = ceil_div(op.in_blocks, ranges);
+  const int64_t rows = panel_rows_for(op.batch, widest * b * int64_t(sizeof(T)) / P::kDepth);
+  const bool keeps_sums = rows < op.batch && sizeof(S) != sizeof(C);
+  const Strips<P> strip = {nullptr, width, rows};
+  const int64_t g_rows = max_of(max_of(1, kLanes<C> / b), kGradStripsBytes / strip.bytes(per_block));
+
+  WorkspacePlan plan;
+  plan.piece(op.count > 0 ? strip.bytes(widest * per_block) : 0);
+  const int64_t g_at = plan.piece(strip.bytes(g_rows * per_block));
+  const int64_t acc_at = plan.piece(int64_t(sizeof(C)) * (2 * width * width + kLanes<C>));
+  const int64_t needed_at = plan.piece(widest * per_block);
+  const int64_t per_task = plan.bytes;
+  plan.bytes *= tasks;
+  const int64_t bias_at = plan.piece(op.bias != nullptr ? op.outputs * int64_t(sizeof(C)) : 0);
+  const int64_t sums_at = plan.piece(keeps_sums ? op.count * b * b * int64_t(sizeof(C)) : 0);
+  Workspace workspace(plan.bytes);
+  if (workspace.dry()) return;
+  char* const base = workspace.data();
+  C* const bias = op.bias != nullptr ? reinterpret_cast<C*>(base + bias_at) : nullptr;
+  if (bias != nullptr) memset(bias, 0, size_t(op.outputs) * sizeof(C));
+
+#pragma omp parallel for num_threads(int(tasks)) schedule(static, 1) if (tasks > 1)
+  for (int64_t t = 0; t < tasks; ++t) {
+    char* const mine = base + per_task * t;
+    const int64_t range = t % ranges, part = t / ranges;
+    GradientTask<P, A, S> task = {.op = op,
+                                  .grad_z = grad_z,
+                                  .x = x,
+                                  .xs = {reinterpret_cast<T*>(mine), width, rows},
+                                  .gs = {reinterpret_cast<T*>(mine + g_at), width, rows},
+                                  .acc = reinterpret_cast<C*>(mine + acc_at),
+                                  .sums = reinterpret_cast<C*>(base + sums_at),
+                                  .bias = range == 0 ? bias : nullptr,
+                                  .needed = mine + needed_at,
+                                  .g_rows = g_rows,
+                                  .begin = part * op.count / parts,
+                                  .end = (part + 1) * op.count / parts,
+                                  .first_col = range * op.in_blocks / ranges,
+                                  .last_col = (range + 1) * op.in_blocks / ranges,
+                                  .last = part + 1 == parts};
+    task.run();
+  }
+  for (int64_t n = 0; op.bias != nullptr && n < op.outputs; ++n) narrow(bias[n], op.bias + n);
 }
 
 template <typename S, Activation A>
-void grad_values(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>& x, int64_t block, int threads) {
+void grad_values(const BlockGradients<S>& op, const Rows<S>& grad_z, const Rows<S>& x, int threads) {
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(S) == 2)
-    if (block >= kLanes<float>) return grad_values_with<Pair, A>(op, grad_z, x, block, threads);
+    if (op.block_size >= kLanes<float>) return grad_values_with<Pair, A>(op, grad_z, x, threads);
 #endif
-  grad_values_with<Single<Compute<S>>, A>(op, grad_z, x, block, threads);
+  grad_values_with<Single<Compute<S>>, A>(op, grad_z, x, threads);
 }
 
 } // namespace

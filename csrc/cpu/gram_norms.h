@@ -43,7 +43,7 @@ void gram_tile(const Rows<S>& source, int64_t features, int64_t batch, int64_t a
   memset(gram, 0, size_t(kPairs) * sizeof(*gram));
   for (int64_t m = 0; m < kGramTile; m += outputs)
     for (int64_t n = 0; n < kGramTile; n += 2 * lanes)
-      outer_products<P, outputs>(left + m, kGramTile, right + n, right + n + lanes, kGramTile, block, nothing,
+      outer_products<P, outputs>(left + m, {kGramTile, 1}, right + n, right + n + lanes, kGramTile, block, nothing,
                                  gram + m * kGramTile + n, gram + m * kGramTile + n + lanes, kGramTile);
 }
 
@@ -88,7 +88,7 @@ void multiply_grams(const Grams<typename P::Accumulator>& d, const Grams<typenam
   constexpr int lanes = kLanes<typename P::Packed>, outputs = kRegisters == 32 ? 8 : 4;
   FetchQueue nothing;
   auto* at = sums + row * x.stride() + col;
-  outer_products<P, outputs>(d.data + row, d.stride(), x.data + col, x.data + col + lanes, x.stride(), kPairs, nothing,
+  outer_products<P, outputs>(d.data + row, {d.stride(), 1}, x.data + col, x.data + col + lanes, x.stride(), kPairs, nothing,
                              at, at + lanes, x.stride());
 }
 

@@ -111,38 +111,58 @@ void pack_features(const Rows<S>& source, int64_t row_begin, int64_t row_end, in
   }
 }
 
+// The columns [col, col + kLanes) of kRowsAtOnce rows from `row` on -> to [row / depth][block]. Rows from row_end on
+// and columns from `count` on are zero. Adds the column sums to bias_sum where it is not null.
+constexpr int64_t kRowsAtOnce = 8;
+
+template <class P, Activation A, bool kWhole, typename S>
+SPARSENET_INLINE void pack_column(const Rows<S>& source, int64_t row, int64_t row_end, int64_t col, int64_t count,
+                                  int64_t block, typename P::Packed* to, Compute<S>* bias_sum) {
+  using C = Compute<S>;
+  if constexpr (kWhole) count = kLanes<C>;
+  Vec<C> rows[kRowsAtOnce];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRowsAtOnce; ++i)
+    rows[i] = kWhole || row + i < row_end ? source.template load_at<A>(row + i, col, count) : Vec<C>{};
+  if (bias_sum != nullptr) {
+    Vec<C> sum = load_wide(bias_sum, count);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRowsAtOnce; ++i) sum += rows[i];
+    store_narrow(bias_sum, sum, count);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRowsAtOnce; i += P::kDepth) {
+    if constexpr (P::kDepth == 1) {
+      store(to + i * block, rows[i]);
+    } else {
+#if defined(__AVX512BF16__)
+      const auto low = __builtin_convertvector(round_to_bfloat16(rows[i]), Vec<uint32_t>);
+      const auto high = __builtin_convertvector(round_to_bfloat16(rows[i + 1]), Vec<uint32_t>);
+      store(to + i / 2 * block, low | (high << 16));
+#endif
+    }
+  }
+}
+
 // Rows [row_begin, row_end) of source, cut into strips of `block` features: strip s of features goes to
-// out + s * strip_stride as [row / depth][block], zeros outside the matrix. Rows come from one panel of padded rows, of
-// which out holds those from row_begin on; padded_end (>= row_end, row_begin + a multiple of depth) says how far.
-// Strips that `needed` marks 0 are left alone (null: all are needed). Adds the column sums to bias_sum [features] where
-// it is not null.
+// out + s * strip_stride as [row / depth][block], zeros outside the matrix, up to padded_end rows (a multiple of
+// kRowsAtOnce after row_begin). Strips that `needed` marks 0 are left alone (null: all are needed). Adds the column
+// sums to bias_sum [features] where it is not null.
 template <class P, Activation A, typename S>
 void pack_rows(const Rows<S>& source, int64_t row_begin, int64_t row_end, int64_t padded_end, int64_t features,
                int64_t block, const char* needed, typename P::Packed* out, int64_t strip_stride, Compute<S>* bias_sum) {
-  using C = Compute<S>;
-  constexpr int lanes = kLanes<C>;
-  for (int64_t r = row_begin; r < padded_end; r += P::kDepth) {
+  constexpr int64_t lanes = kLanes<Compute<S>>;
+  for (int64_t r = row_begin; r < padded_end; r += kRowsAtOnce) {
     typename P::Packed* to = out + (r - row_begin) / P::kDepth * block;
     for (int64_t f = 0, strip = 0; f < features; f += block, ++strip, to += strip_stride) {
       if (needed != nullptr && !needed[strip]) continue;
       for (int64_t c = 0; c < block; c += lanes) {
         const int64_t count = max_of(0, min_of(lanes, features - f - c));
-        Vec<C> rows[P::kDepth];
-        for (int d = 0; d < P::kDepth; ++d)
-          rows[d] = r + d < row_end ? source.template load_at<A>(r + d, f + c, count) : Vec<C>{};
-        if (bias_sum != nullptr) {
-          Vec<C> sum = load_wide(bias_sum + f + c, count) + rows[0];
-          if constexpr (P::kDepth == 2) sum += rows[1];
-          store_narrow(bias_sum + f + c, sum, count);
-        }
-        if constexpr (P::kDepth == 1) {
-          store(to + c, rows[0]);
+        auto* const sum = bias_sum != nullptr ? bias_sum + f + c : nullptr;
+        if (count == lanes && r + kRowsAtOnce <= row_end) {
+          pack_column<P, A, true>(source, r, row_end, f + c, count, block, to + c, sum);
         } else {
-#if defined(__AVX512BF16__)
-          const auto low = __builtin_convertvector(round_to_bfloat16(rows[0]), Vec<uint32_t>);
-          const auto high = __builtin_convertvector(round_to_bfloat16(rows[1]), Vec<uint32_t>);
-          store(to + c, low | (high << 16));
-#endif
+          pack_column<P, A, false>(source, r, row_end, f + c, count, block, to + c, sum);
         }
       }
     }

@@ -6,8 +6,7 @@
 //                     natural order for forward (w = values[output][k]) and across it for grad_input
 //                     (values[k][output]). The weights need no packing, and the code is the same for every block size.
 //   outer_products    acc[output][k] += sum over rows of g[row][output] * x[row][k]: rank-1 updates, for blocks at
-//   least
-//                     one vector wide.
+//                     least one vector wide.
 //   dot_products      the same sums for narrower blocks, as dot products along the rows of feature-packed operands.
 #pragma once
 
@@ -37,19 +36,39 @@ struct Lines {
   int64_t stride, count;
 };
 
+// A matrix's lines in order, to be fetched a few at a time.
+struct LinesAhead {
+  const char* row = nullptr;
+  int64_t stride = 0, rows = 0, row_bytes = 0, at = 0;
+
+  template <typename T>
+  static LinesAhead of(const T* data, int64_t stride, int64_t rows, int64_t cols) {
+    const int64_t element = int64_t(sizeof(T));
+    return {reinterpret_cast<const char*>(data), stride * element, cols > 0 ? max_of(rows, 0) : 0, cols * element, 0};
+  }
+  int64_t count() const { return rows * ceil_div(row_bytes, 64); }
+  Lines next(int64_t most) { // no further than to the end of the row
+    if (rows == 0) return {nullptr, 0, 0};
+    const Lines lines = {row + at, 64, min_of(most, ceil_div(row_bytes - at, 64))};
+    at += 64 * lines.count;
+    if (at >= row_bytes) {
+      row += stride;
+      at = 0;
+      --rows;
+    }
+    return lines;
+  }
+};
+
 // Lines that will soon be read or written. The kernels fetch one every few steps, so that lines arrive while they
 // compute and never all at once: a core has a dozen or so misses in flight, and its own loads need them too. Lines that
 // another task writes must not be among them: taking those away from its core costs more than it brings.
 class FetchQueue {
 public:
+  void push(const Lines& lines) { push(lines.at, lines.stride, lines.count); }
   void push(const void* at, int64_t stride, int64_t count) {
     if (count <= 0 || size_ == kCapacity) return;
     queue_[size_++] = {static_cast<const char*>(at), stride, count};
-  }
-  void push_first(const void* at, int64_t stride, int64_t count) {
-    if (size_ == kCapacity) --size_;
-    for (int i = size_++; i > 0; --i) queue_[i] = queue_[i - 1];
-    queue_[0] = {static_cast<const char*>(at), stride, count};
   }
   void clear() { size_ = 0; }
 
@@ -63,7 +82,7 @@ public:
     --size_;
   }
   SPARSENET_INLINE static void fetch_one(Lines& lines) {
-    __builtin_prefetch(lines.at, 1, 3);
+    __builtin_prefetch(lines.at, 0, 3);
     lines.at += lines.count > 1 ? lines.stride : 0;
     --lines.count;
   }
@@ -153,9 +172,14 @@ void multiply_blocks(const typename P::Packed* x, const typename P::Packed* valu
   }
 }
 
+// How outer_products reads g: `step` elements from row to row, `output` from output to output.
+struct Strides {
+  int64_t step, output;
+};
+
 // acc[output][vector] += g[row][output] * x_v[row]: `outputs` columns of g, two vectors of x from two addresses.
 template <class P, int kOutputs>
-SPARSENET_INLINE void outer_products(const typename P::Packed* g, int64_t g_stride, const typename P::Packed* x0,
+SPARSENET_INLINE void outer_products(const typename P::Packed* g, Strides g_strides, const typename P::Packed* x0,
                                      const typename P::Packed* x1, int64_t stride, int64_t rows, FetchQueue& fetch,
                                      typename P::Accumulator* acc0, typename P::Accumulator* acc1, int64_t acc_stride) {
   using T = typename P::Packed;
@@ -169,7 +193,7 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, int64_t g_stri
     const Vec<T> a = load(x0 + m * stride), b = load(x1 + m * stride);
 #pragma GCC unroll 16
     for (int r = 0; r < kOutputs; ++r) {
-      const T w = g[m * g_stride + r];
+      const T w = g[m * g_strides.step + r * g_strides.output];
       c[r][0] = P::multiply_add(c[r][0], w, a);
       c[r][1] = P::multiply_add(c[r][1], w, b);
     }
@@ -180,6 +204,7 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, int64_t g_stri
     FetchQueue::fetch_one(lines);
     step(m);
     step(m + 1);
+    FetchQueue::fetch_one(lines);
     step(m + 2);
     step(m + 3);
   }

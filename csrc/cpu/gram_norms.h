@@ -1,12 +1,21 @@
-// Block norms of a gradient by Gram matrices, for batches well below b^2.
+// Squared norms of the blocks of the dense weight gradient, without the gradient:
 //
-//   || D_i^T X_j ||_F^2 = < X_j X_j^T, D_i D_i^T > = sum over rows m, n of (X_j X_j^T)[m][n] * (D_i D_i^T)[m][n]
+//   || D^T X ||_F^2 = sum over pairs of rows (m, m') of <d_m, d_m'> <x_m, x_m'>
 //
-// with X_j [M, b] a block column of x and D_i [M, b] one of grad_z. The pairs (m, n) are cut into square tiles of rows;
-// per tile the threads first make that part of every block's Gram matrix, kept as [pair][block], then add the product
-// of the two lists, [pair][out block] and [pair][in block], to norms [out block][in block]. By symmetry only tiles on
-// and below the diagonal are made; those below count twice. Work: M^2/2 * (out blocks * in blocks + out + in)
-// multiply-adds, where the gradient itself takes M * out * in. Memory: one tile of every Gram matrix.
+// for a block of outputs D [batch, b] and a block of inputs X [batch, b]. The Gram matrices of all blocks are made for
+// 8 x 32 pairs of rows at a time; as lists of 256 numbers they are the operands of one small product:
+//
+//        32 rows of the batch from c, packed once per c           G: [out block][256]         norms += G H
+//   8  +--------------------------------------------+
+//   r  | . block of 8 x 32 inner products . . . . . |   ->                                    [out][in blocks]
+//   o  +--------------------------------------------+             H: [in blocks / 2 vectors][256][2 vectors]
+//   w
+//   s  from a >= c, in place
+//
+// Pairs are symmetric: only tiles with a >= c are made, and those beside the diagonal count twice. Multiply-adds: about
+// M^2/2 * (out blocks * in blocks + out + in), where the gradient itself takes M * out * in. Memory: 32 rows of both
+// operands, two lists per block, and the norms. While the threads multiply one tile's lists they make the next one's:
+// one barrier for each tile. Every sum runs in one fixed order: norms are bit-identical whatever the threads.
 #pragma once
 
 #include <omp.h>
@@ -17,136 +26,173 @@
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
-constexpr int64_t kGramTile = 32; // rows of the batch on a side
-constexpr int64_t kPairs = kGramTile * kGramTile;
+constexpr int64_t kGramRows = 8, kGramColumns = 32;
+constexpr int64_t kPairs = kGramRows * kGramColumns;
+constexpr int64_t kPairsAtOnce = 128; // of two vectors of H: 16 KiB, which stays in L1 past all out blocks
+constexpr int64_t kLargestBlock = 128;
+constexpr int64_t kOutBlocksPerTask = 64;
 
 inline double gram_work(int64_t batch, int64_t out_blocks, int64_t in_blocks, int64_t block) { // multiply-adds
-  const int64_t tiles = ceil_div(max_of(batch, 1), kGramTile);
-  return 0.5 * double(tiles * (tiles + 1) * kPairs) * double(out_blocks * in_blocks + (out_blocks + in_blocks) * block);
+  const double columns = double(ceil_div(max_of(batch, 1), kGramColumns)), per_column = kGramColumns / kGramRows;
+  const double tiles = per_column * columns * (columns + 1) / 2;
+  return tiles * double(kPairs) * double(out_blocks * in_blocks + (out_blocks + in_blocks) * block);
 }
 
-// gram [kGramTile][kGramTile] = rows [a, ...) of one block of `source` times its rows [c, ...), transposed.
-template <class P, typename S>
-void gram_tile(const Rows<S>& source, int64_t features, int64_t batch, int64_t a, int64_t c, int64_t block,
-               typename P::Packed* packed, typename P::Accumulator* gram) {
-  using T = typename P::Packed;
-  constexpr int lanes = kLanes<T>, outputs = kRegisters == 32 ? 8 : 4;
-  constexpr auto none = Activation::none;
-  static_assert(kGramTile % (2 * lanes) == 0 && kGramTile % outputs == 0,
-                "a tile is whole groups of outputs and vectors");
-  T* const left = packed;
-  T* const right = a == c ? packed : packed + block * kGramTile;
-  pack_features<P, none>(source, a, min_of(batch, a + kGramTile), features, block, kGramTile, kGramTile, left);
-  if (a != c)
-    pack_features<P, none>(source, c, min_of(batch, c + kGramTile), features, block, kGramTile, kGramTile, right);
-  FetchQueue nothing;
-  memset(gram, 0, size_t(kPairs) * sizeof(*gram));
-  for (int64_t m = 0; m < kGramTile; m += outputs)
-    for (int64_t n = 0; n < kGramTile; n += 2 * lanes)
-      outer_products<P, outputs>(left + m, {kGramTile, 1}, right + n, right + n + lanes, kGramTile, block, nothing,
-                                 gram + m * kGramTile + n, gram + m * kGramTile + n + lanes, kGramTile);
-}
+// One operand: the columns from `origin` on, as whole blocks.
+template <typename S> struct GramOperand {
+  using C = Compute<S>;
+  Rows<S> source; // from the first block on
+  int64_t columns, batch, block, blocks;
+  C* packed; // [blocks * block][kGramColumns]
 
-// One operand's Gram matrices, [pair][block]. Rows are an odd number of vectors long, so that they do not fall into the
-// same cache sets.
-template <typename C> struct Grams {
-  C* data;
-  int64_t blocks;
-  static int64_t stride_for(int64_t blocks) { return (ceil_div(blocks, 2 * kLanes<C>) * 2 + 1) * kLanes<C>; }
-  int64_t stride() const { return stride_for(blocks); }
-};
+  // Rows [c, c + kGramColumns) of block i.
+  void pack(int64_t i, int64_t c) const {
+    const int64_t from = i * block;
+    pack_features<Single<C>, Activation::none>(columns_from(source, from), c, min_of(batch, c + kGramColumns),
+                                               min_of(block, columns - from), block, kGramColumns, kGramColumns,
+                                               packed + from * kGramColumns);
+  }
 
-// The Gram tiles (a, c) of blocks [first, first + lanes) of an operand whose first block is `origin`.
-template <class P, typename S>
-void gram_tiles(const Rows<S>& source, int64_t columns, int64_t origin, int64_t batch, int64_t a, int64_t c,
-                int64_t first, int64_t block, typename P::Packed* scratch,
-                const Grams<typename P::Accumulator>& grams) {
-  using C = typename P::Accumulator;
-  constexpr int lanes = kLanes<C>;
-  C* const tiles = scratch + 2 * block * kGramTile; // [lanes][kPairs]
-  for (int64_t i = 0; i < lanes; ++i) {
-    const int64_t column = (origin + first + i) * block;
-    if (first + i < grams.blocks) {
-      gram_tile<P>(columns_from(source, column), min_of(block, columns - column), batch, a, c, block, scratch,
-                   tiles + i * kPairs);
-    } else {
-      memset(tiles + i * kPairs, 0, size_t(kPairs) * sizeof(C));
+  // pairs [kGramRows][kGramColumns] = factor * the inner products of rows [a, ...) with the packed ones, of block i.
+  void inner_products(int64_t i, int64_t a, C factor, C* pairs) const {
+    constexpr int lanes = kLanes<C>, outputs = kRegisters == 32 ? 8 : 4;
+    static_assert(kGramRows % outputs == 0 && kGramColumns % (2 * lanes) == 0, "whole tiles of outer_products");
+    C left[kGramRows * kLargestBlock];
+    const int64_t from = i * block, count = min_of(block, columns - from);
+    for (int64_t r = 0; r < kGramRows; ++r)
+      for (int64_t k = 0; k < block; k += lanes)
+        store(left + r * kLargestBlock + k,
+              a + r < batch ? broadcast<C>(factor) *
+                                  load_wide(source.data + (a + r) * source.stride + from + k, max_of(0, count - k))
+                            : Vec<C>{});
+    memset(pairs, 0, size_t(kPairs) * sizeof(C));
+    const C* right = packed + from * kGramColumns;
+    FetchQueue nothing;
+    for (int64_t r = 0; r < kGramRows; r += outputs)
+      for (int64_t m = 0; m < kGramColumns; m += 2 * lanes)
+        outer_products<Single<C>, outputs>(left + r * kLargestBlock, {1, kLargestBlock}, right + m, right + m + lanes,
+                                           kGramColumns, block, nothing, pairs + r * kGramColumns + m,
+                                           pairs + r * kGramColumns + m + lanes, kGramColumns);
+  }
+
+  // The same of blocks [first, first + kLanes), side by side: out [pair][stride].
+  void inner_products_of_blocks(int64_t first, int64_t a, C* out, int64_t stride) const {
+    constexpr int lanes = kLanes<C>;
+    C pairs[lanes * kPairs];
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (first + i < blocks) {
+        inner_products(first + i, a, C(1), pairs + i * kPairs);
+      } else {
+        memset(pairs + i * kPairs, 0, size_t(kPairs) * sizeof(C));
+      }
+    }
+    for (int64_t pair = 0; pair < kPairs; pair += lanes) {
+      Vec<C> square[lanes];
+      for (int i = 0; i < lanes; ++i) square[i] = load(pairs + i * kPairs + pair);
+      transpose(square);
+      for (int i = 0; i < lanes; ++i) store(out + (pair + i) * stride, square[i]);
     }
   }
-  for (int64_t pair = 0; pair < kPairs; pair += lanes) {
-    Vec<C> square[lanes];
-    for (int i = 0; i < lanes; ++i) square[i] = load(tiles + i * kPairs + pair);
-    transpose(square);
-    for (int i = 0; i < lanes; ++i) store(grams.data + (pair + i) * grams.stride() + first, square[i]);
-  }
-}
+};
 
-// sums [.][stride of x] of outputs [row, row + kOutputs) and two vectors of inputs += the product of the lists.
-template <class P>
-void multiply_grams(const Grams<typename P::Accumulator>& d, const Grams<typename P::Accumulator>& x, int64_t row,
-                    int64_t col, typename P::Accumulator* sums) {
-  constexpr int lanes = kLanes<typename P::Packed>, outputs = kRegisters == 32 ? 8 : 4;
-  FetchQueue nothing;
-  auto* at = sums + row * x.stride() + col;
-  outer_products<P, outputs>(d.data + row, {d.stride(), 1}, x.data + col, x.data + col + lanes, x.stride(), kPairs, nothing,
-                             at, at + lanes, x.stride());
-}
+template <typename S> struct GramNorms {
+  using C = Compute<S>;
+  static constexpr int kBlocks = 2 * kLanes<C>, kOutputs = kRegisters == 32 ? 8 : 4;
+  GramOperand<S> d, x;
+  C* lists; // of even and of odd tiles
+  C* sums;  // [padded_out_blocks][padded_in_blocks]
+  int64_t padded_out_blocks() const { return ceil_div(d.blocks, kOutputs) * kOutputs; }
+  int64_t padded_in_blocks() const { return ceil_div(x.blocks, kBlocks) * kBlocks; }
+  int64_t list_elements() const { return (padded_out_blocks() + padded_in_blocks()) * kPairs; }
+  C* g(int64_t a) const { return lists + a / kGramRows % 2 * list_elements(); } // [padded_out_blocks][kPairs]
+  C* h(int64_t a) const { return g(a) + padded_out_blocks() * kPairs; } // [padded_in_blocks / kBlocks][kPairs][kBlocks]
+
+  // All pairs of rows; to be called by every thread of a team.
+  void run() const {
+    for (int64_t c = 0; c < d.batch; c += kGramColumns) {
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t i = 0; i < d.blocks + x.blocks; ++i) i < d.blocks ? d.pack(i, c) : x.pack(i - d.blocks, c);
+      make_lists(c, c);
+#pragma omp barrier
+      for (int64_t a = c; a < d.batch; a += kGramRows) {
+        if (a + kGramRows < d.batch) make_lists(a + kGramRows, c);
+        add_products(a);
+#pragma omp barrier
+      }
+    }
+  }
+
+private:
+  void make_lists(int64_t a, int64_t c) const {
+    const int64_t d_groups = ceil_div(d.blocks, kLanes<C>), x_groups = ceil_div(x.blocks, kLanes<C>);
+    const C times = a < c + kGramColumns ? C(1) : C(2);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t group = 0; group < d_groups + x_groups; ++group) {
+      const int64_t first = (group < d_groups ? group : group - d_groups) * kLanes<C>;
+      if (group >= d_groups) {
+        x.inner_products_of_blocks(first, a, h(a) + first / kBlocks * kBlocks * kPairs + first % kBlocks, kBlocks);
+      } else {
+        for (int64_t i = first; i < min_of(first + kLanes<C>, d.blocks); ++i)
+          d.inner_products(i, a, times, g(a) + i * kPairs);
+      }
+    }
+  }
+
+  void add_products(int64_t a) const {
+    const int64_t row_tasks = ceil_div(d.blocks, kOutBlocksPerTask), column_groups = padded_in_blocks() / kBlocks;
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t task = 0; task < row_tasks * column_groups; ++task)
+      add_product(a, task % row_tasks * kOutBlocksPerTask, task / row_tasks);
+  }
+
+  // Out blocks [first, first + kOutBlocksPerTask) times one group of in blocks.
+  void add_product(int64_t a, int64_t first, int64_t column_group) const {
+    const int64_t end = min_of(first + kOutBlocksPerTask, padded_out_blocks()), stride = padded_in_blocks();
+    FetchQueue nothing;
+    for (int64_t pair = 0; pair < kPairs; pair += kPairsAtOnce) {
+      const C* right = h(a) + (column_group * kPairs + pair) * kBlocks;
+      for (int64_t row = first; row < end; row += kOutputs) {
+        C* at = sums + row * stride + column_group * kBlocks;
+        outer_products<Single<C>, kOutputs>(g(a) + row * kPairs + pair, {1, kPairs}, right, right + kLanes<C>, kBlocks,
+                                            kPairsAtOnce, nothing, at, at + kLanes<C>, stride);
+      }
+    }
+  }
+};
 
 // norms [out_blocks, in_blocks] for the block rows of grad_z from block_row_begin on.
 template <typename S>
 void gram_norms(const GradientNorms& op, const Rows<S>& grad_z, const Rows<S>& x, int threads) {
-  using P = Single<Compute<S>>;
   using C = Compute<S>;
-  constexpr int lanes = kLanes<C>, outputs = kRegisters == 32 ? 8 : 4;
-  const int64_t b = op.block_size, out_blocks = op.block_row_end - op.block_row_begin;
-  const int64_t in_blocks = ceil_div(op.x.cols, b), tiles = ceil_div(max_of(op.x.rows, 1), kGramTile);
-  const int64_t d_stride = Grams<C>::stride_for(out_blocks), x_stride = Grams<C>::stride_for(in_blocks);
-  WorkspacePlan pieces;
-  const int64_t d_at = pieces.piece(kPairs * d_stride * int64_t(sizeof(C)));
-  const int64_t x_at = pieces.piece(kPairs * x_stride * int64_t(sizeof(C)));
-  const int64_t sums_at = pieces.piece(d_stride * x_stride * int64_t(sizeof(C)));
-  const int64_t scratch_bytes = (2 * b * kGramTile + lanes * kPairs) * int64_t(sizeof(C));
-  const int64_t scratch_at = pieces.piece(scratch_bytes * threads);
-  Workspace workspace(pieces.bytes);
+  const int64_t b = op.block_size, origin = op.block_row_begin * b, element = int64_t(sizeof(C));
+  const int64_t out_blocks = op.block_row_end - op.block_row_begin, in_blocks = ceil_div(op.x.cols, b);
+  GramNorms<S> norms = {.d = {columns_from(grad_z, origin), op.grad_z.cols - origin, op.x.rows, b, out_blocks, nullptr},
+                        .x = {x, op.x.cols, op.x.rows, b, in_blocks, nullptr},
+                        .lists = nullptr,
+                        .sums = nullptr};
+  const int64_t stride = norms.padded_in_blocks(), sums_elements = norms.padded_out_blocks() * stride;
+  WorkspacePlan plan;
+  const int64_t d_at = plan.piece(out_blocks * b * kGramColumns * element);
+  const int64_t x_at = plan.piece(in_blocks * b * kGramColumns * element);
+  const int64_t lists_at = plan.piece(2 * norms.list_elements() * element);
+  const int64_t sums_at = plan.piece(sums_elements * element);
+  Workspace workspace(plan.bytes);
   if (workspace.dry()) return;
-  const Grams<C> d_grams = {reinterpret_cast<C*>(workspace.data() + d_at), out_blocks};
-  const Grams<C> x_grams = {reinterpret_cast<C*>(workspace.data() + x_at), in_blocks};
-  C* const sums = reinterpret_cast<C*>(workspace.data() + sums_at);
-  memset(sums, 0, size_t(d_stride * x_stride) * sizeof(C));
-  const int64_t d_groups = ceil_div(out_blocks, lanes), x_groups = ceil_div(in_blocks, lanes);
-  const int64_t row_groups = ceil_div(out_blocks, outputs), col_groups = ceil_div(in_blocks, 2 * lanes);
-  int64_t next_group = 0, next_product = 0;
+  const auto piece = [&](int64_t at) { return reinterpret_cast<C*>(workspace.data() + at); };
+  norms.d.packed = piece(d_at);
+  norms.x.packed = piece(x_at);
+  norms.lists = piece(lists_at);
+  norms.sums = piece(sums_at);
+  memset(norms.lists, 0, size_t(2 * norms.list_elements() * element)); // blocks that only fill a group stay zero
+  memset(norms.sums, 0, size_t(sums_elements * element));
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    C* const scratch = reinterpret_cast<C*>(workspace.data() + scratch_at + scratch_bytes * omp_get_thread_num());
-    const auto one_tile = [&](int64_t a, int64_t c) {
-      for (int64_t i; (i = __atomic_fetch_add(&next_group, 1, __ATOMIC_RELAXED)) < d_groups + x_groups;)
-        if (i < d_groups) {
-          gram_tiles<P>(grad_z, op.grad_z.cols, op.block_row_begin, op.x.rows, a * kGramTile, c * kGramTile, i * lanes,
-                        b, scratch, d_grams);
-        } else {
-          gram_tiles<P>(x, op.x.cols, 0, op.x.rows, a * kGramTile, c * kGramTile, (i - d_groups) * lanes, b, scratch,
-                        x_grams);
-        }
-#pragma omp barrier
-#pragma omp single nowait
-      next_group = 0;
-      for (int64_t i; (i = __atomic_fetch_add(&next_product, 1, __ATOMIC_RELAXED)) < row_groups * col_groups;)
-        multiply_grams<P>(d_grams, x_grams, i % row_groups * outputs, i / row_groups * 2 * lanes, sums);
-#pragma omp barrier
-#pragma omp single nowait
-      next_product = 0;
-    };
-    for (int64_t a = 1; a < tiles; ++a)
-      for (int64_t c = 0; c < a; ++c) one_tile(a, c);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < d_stride * x_stride; ++i) sums[i] *= 2;
-    for (int64_t a = 0; a < tiles; ++a) one_tile(a, a);
+    norms.run();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < out_blocks; ++i)
       for (int64_t j = 0; j < in_blocks; ++j) {
-        const C sum = sums[i * x_stride + j];
+        const C sum = norms.sums[i * stride + j];
         op.norms[i * in_blocks + j] = float(sum < 0 ? C(0) : sum); // rounding may take a vanishing norm below zero
       }
   }

@@ -5,7 +5,7 @@
 //   count    a CTA per 4096 elements: its 256 digit counts -> counts[digit][tile]
 //   scan     one CTA: exclusive sums over counts, which is each (digit, tile)'s first output position
 //   scatter  a CTA per tile, 256 elements a round: rank among equal digits by warp ballots, then across warps by digit
-// Bytes per element and pass: 12 read twice, 12 written. Nothing here has been timed on hardware yet.
+// Bytes per element and pass: 8 read to count, 12 to move, 12 written. Nothing here has been timed on hardware yet.
 #pragma once
 
 #include <utility>

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 
 import cuda_emulated as emulated
+import emulator_report
 import numpy as np
 import pytest
 
@@ -197,10 +200,21 @@ def test_rounding_matches_torch(module, dtype):
     np.testing.assert_array_equal(emulated.fetched(y, dtype, 16), expected)
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.skipif(os.environ.get("SPARSENET_EMULATOR_FLAVOUR") == "asan", reason="one flavour is enough")
+def test_the_page_of_variants_is_not_stale():
+    """It lists each instantiation, planted bug and mutant that there is; emulator_report.py writes it anew."""
+    text = emulator_report.PAGE.read_text()
+    listed = re.findall(r"^\| \w+ \| `(\w+_kernel[^`]*)` \| [1-9]", text, re.MULTILINE)
+    assert sorted(listed) == sorted(emulator_report.instantiations(emulated.build()))
+    assert text.endswith("\n".join(emulator_report.bugs_lines()) + "\n")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("SPARSENET_EMULATOR_FLAVOUR") == "asan", reason="is what runs it")
-def test_everything_under_address_and_undefined_behaviour_sanitizers():
-    tests = [
+def test_the_kernels_under_address_and_undefined_behaviour_sanitizers():
+    """Every op and variant in bfloat16, tf32 and float32; float16 and float64 are the same templates."""
+    files = [
         f"tests/{name}.py"
         for name in (
             "test_cuda_emulator",
@@ -208,8 +222,10 @@ def test_everything_under_address_and_undefined_behaviour_sanitizers():
             "test_cuda_block_sparse_linear_backward",
             "test_cuda_block_gradient_squared_norms",
             "test_cuda_block_pattern",
+            "test_cuda_compact_blocks",
         )
     ]
+    tests = [*files, "-k", "not [float16 and not -float16 and not float64"]
     done = emulated.run_child(
         "-m", "pytest", "-o", "addopts=", "-m", "not slow", "-q", "-p", "no:cacheprovider", *tests, asan=True
     )

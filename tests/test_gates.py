@@ -320,6 +320,14 @@ def test_close_gates_by_share_and_threshold(kind):
     assert model[0].num_open() == 3
 
 
+def test_gates_that_do_not_learn_are_not_closed():
+    model = nn.Sequential(
+        TriStateReLU(10, width=False), TriStateReLU(4, width_start=torch.tensor([0.6, 0.7, 0.8, 0.9]))
+    )
+    assert close_gates_(model, share=0.5) == 2  # half of 4, not of 14
+    assert model[0].num_open() == 10 and model[1].closed_units().tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("kind", list(GATES))
 def test_training_learns_with_every_kind(kind):
     torch.manual_seed(1)
@@ -368,6 +376,10 @@ def test_parameter_groups_split_gates_from_weights():
         (lambda: architecture_penalty(TriStateReLU(2), -1.0), "lambda_3 must be finite and at least 0, got -1.0"),
         (lambda: architecture_penalty(TriStateReLU(2), 1.0, sn.Constant(-2.0)), "lambda_1 must be finite"),
         (lambda: close_gates_(TriStateReLU(2)), "give share or below"),
+        (
+            lambda: close_gates_(TriStateReLU(2, width=False), below=0.1),
+            "at least one TriStateReLU whose gates learn, got",
+        ),
         (lambda: close_gates_(TriStateReLU(2), share=0.1, below=0.1), "give share or below"),
         (lambda: close_gates_(TriStateReLU(2), share=1.0), "share must lie in [0, 1), got 1.0"),
     ],

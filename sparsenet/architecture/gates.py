@@ -409,21 +409,23 @@ def close_gates_(model: nn.Module, *, share: float | None = None, below: float |
     """Switches the weakest units off for good: what slimming does before :func:`sparsenet.compact`.
 
     Args:
-        model: with TriStateReLU layers.
-        share: of all units together that shall be off, in [0, 1); the smallest gates go, ties by position.
+        model: with TriStateReLU layers; those whose gates do not learn (``width=False``) stay as they are.
+        share: of all other units together that shall be off, in [0, 1); the smallest gates go, ties by position.
         below: every unit whose gate outside of training is below this in absolute value goes. One of the two.
 
     Returns:
         How many units are off now. A layer keeps its strongest unit.
 
     Raises:
-        ValueError: neither or both given, or out of range.
+        ValueError: neither or both given, or out of range; no gate learns.
     """
     if (share is None) == (below is None):
         raise ValueError(f"close_gates_: give share or below, one of the two, got share={share!r}, below={below!r}")
     if share is not None and not 0.0 <= share < 1.0:
         raise ValueError(f"close_gates_: share must lie in [0, 1), got {share!r}")
-    layers = list(gated_layers(model).values())
+    layers = [layer for layer in gated_layers(model).values() if layer.width_gate.requires_grad]
+    if not layers:
+        raise ValueError("close_gates_: model must hold at least one TriStateReLU whose gates learn, got none")
     strengths = [_strength(layer) for layer in layers]
     if share is not None:
         ranked = torch.cat([s.float() for s in strengths]).argsort(stable=True)

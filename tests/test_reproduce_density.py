@@ -62,7 +62,7 @@ def test_parts_that_train(tmp_path, capsys, small_images):
 
 @pytest.mark.slow
 def test_every_part(tmp_path, capsys, small_images):
-    assert reproduce_density.run(arguments(tmp_path, "--scale", "0.05")) == 0
+    assert reproduce_density.run(arguments(tmp_path, "--scale", "0.05", "--workers", "1")) == 0
     printed = capsys.readouterr().out
     assert "two workers" in printed and "| A5 |" in printed
     assert {p.stem for p in tmp_path.glob("*.json")} == {*reproduce_density.PARTS, "results"}

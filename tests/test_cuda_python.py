@@ -264,6 +264,40 @@ def test_every_policy_rewires_as_on_the_cpu(module, policy):
     assert {"compact_blocks", "candidate_gradients"}.isdisjoint(kernels_of(module))
 
 
+@pytest.mark.parametrize("policy", ["set", "rigl"])
+def test_a_rewire_takes_neither_weights_nor_scores_to_the_host(module, monkeypatch, policy):
+    """What a GPU would have to wait for: single numbers, and never more of a layer's values, scores or moments."""
+    monkeypatch.setattr(functional, "_handed", lambda t: t)  # CPU tensors go to the kernels as a GPU's would
+    taken = []
+
+    def watch(name):
+        original = getattr(torch.Tensor, name)
+
+        def taking(self, *arguments, **options):
+            taken.append((self.dtype.is_floating_point, self.numel(), name))
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, taking)
+
+    with emulated.serving():
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        sparsifier = sn.Sparsifier(model, optimizer, POLICIES[policy](0.5), every=2)
+        train(model, sparsifier, optimizer, steps=1, dtype=torch.float32)
+        x = torch.randn(24, 70)
+        module.launches()
+        for name in ("cpu", "numpy", "tolist", "item", "__array__", "__int__", "__float__", "__bool__", "__index__"):
+            watch(name)
+        model(x).square().mean().backward()
+        optimizer.step()
+        update = sparsifier.step()
+    assert update.dropped == update.grown > 10
+    assert any(numel == 1 for _, numel, _ in taken), "nothing was watched"
+    assert all(numel == 1 for floating, numel, _ in taken if floating), taken
+    assert all(numel <= max(layer.pattern.num_blocks for layer in model) for _, numel, _ in taken)
+    assert kernels_of(module) >= {"score_keys", "radix_scatter"}
+
+
 def test_survivors_keep_their_moments_bit_for_bit(module):
     with emulated.serving():
         model = mlp()

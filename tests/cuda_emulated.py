@@ -29,6 +29,7 @@ from sparsenet.cuda import CudaKernels
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = Path(os.environ.get("SPARSENET_EMULATOR_CSRC", ROOT / "csrc"))  # the mutation tests point it at changed sources
+QUICK = "SPARSENET_EMULATOR_QUICK" in os.environ  # what has to be compiled is compiled without optimising
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = Path(os.environ.get("SPARSENET_EMULATOR_BUILD", ROOT / "build" / "emulator"))
 FLAVOURS = {
@@ -100,7 +101,8 @@ def build(flavour: str = "release") -> Path:
         for old in sorted(folder.glob(f"{stem}-*.o"), key=lambda p: p.stat().st_mtime)[:-2]:
             old.unlink(missing_ok=True)
         scratch = target.with_suffix(f".{os.getpid()}.tmp")
-        command = [compiler, *flags, f"-I{CSRC}", "-x", "c++", "-c", str(source), "-o", str(scratch)]
+        optimised = [f for f in flags if not QUICK or f != "-O2"]
+        command = [compiler, *optimised, f"-I{CSRC}", "-x", "c++", "-c", str(source), "-o", str(scratch)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{source.name} does not build for the emulator:\n{done.stderr[-6000:]}")

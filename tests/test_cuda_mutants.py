@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cuda_emulated as emulated
 import pytest
@@ -181,34 +184,43 @@ MUTANTS = {
 }
 
 
+def run_mutant(name: str, folder: Path) -> subprocess.CompletedProcess:
+    """Its tests, on a copy of the sources in which one line is another."""
+    file, text, instead, tests, _ = MUTANTS[name]
+    shutil.copytree(emulated.ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
+    for header in (emulated.ROOT / "csrc").glob("*.h"):
+        shutil.copy(header, folder / "csrc")
+    source = folder / "csrc" / "cuda" / file
+    assert source.read_text().count(text) == 1, f"the line to break is not in {file} exactly once"
+    source.write_text(source.read_text().replace(text, instead))
+    objects = folder / "build" / "release"
+    objects.mkdir(parents=True)
+    for built in (emulated.BUILD / "release").glob("*.o"):
+        (objects / built.name).symlink_to(built)
+    done = emulated.run_child(
+        *("-m", "pytest", "-o", "addopts=", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"),
+        SPARSENET_EMULATOR_CSRC=str(folder / "csrc"),
+        SPARSENET_EMULATOR_BUILD=str(folder / "build"),
+        SPARSENET_EMULATOR_QUICK="1",
+    )
+    shutil.rmtree(folder)
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{name: a future of its tests}: two at a time, while the tests below look at them one by one."""
+    emulated.load()  # the objects that the mutants share
+    folder = tmp_path_factory.mktemp("mutants")
+    pool = ThreadPoolExecutor(max_workers=2)
+    yield {name: pool.submit(run_mutant, name, folder / str(i)) for i, name in enumerate(MUTANTS)}
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("SPARSENET_EMULATOR_FLAVOUR") == "asan", reason="one flavour is enough")
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(name, tmp_path):
-    file, text, instead, tests, said = MUTANTS[name]
-    emulated.load()  # the objects that the mutant shares
-    shutil.copytree(emulated.ROOT / "csrc" / "cuda", tmp_path / "csrc" / "cuda")
-    for header in (emulated.ROOT / "csrc").glob("*.h"):
-        shutil.copy(header, tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / file
-    assert source.read_text().count(text) == 1, f"the line to break is not in {file} exactly once"
-    source.write_text(source.read_text().replace(text, instead))
-    folder = tmp_path / "build" / "release"
-    folder.mkdir(parents=True)
-    for built in (emulated.BUILD / "release").glob("*.o"):
-        (folder / built.name).symlink_to(built)
-    done = emulated.run_child(
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"tests/{tests}",
-        SPARSENET_EMULATOR_CSRC=str(tmp_path / "csrc"),
-        SPARSENET_EMULATOR_BUILD=str(tmp_path / "build"),
-    )
+def test_a_mutant_is_noticed(name, runs):
+    done = runs[name].result()
     assert done.returncode == 1 and "1 failed" in done.stdout, f"survived:\n{(done.stdout + done.stderr)[-3000:]}"
-    assert re.search(said, done.stdout), done.stdout[-3000:]
+    assert re.search(MUTANTS[name][-1], done.stdout), done.stdout[-3000:]

@@ -440,6 +440,36 @@ def test_old_losses_raise_after_a_rewire(module):
             y.backward()
 
 
+def test_running_out_of_memory_in_backward_leaves_a_smaller_retry(module, monkeypatch):
+    """As the caching allocator would refuse: the error is torch's own, nothing was changed, and less of it works."""
+
+    def gradients(rows):
+        layer = mlp()[0]
+        layer(torch.linspace(-1, 1, rows * 70).view(rows, 70)).sum().backward()
+        return layer.values.grad, layer.bias.grad
+
+    expected = gradients(4)
+    allocate = CudaKernels._scratch
+
+    def scarce(self, nbytes):
+        if nbytes > 40 * 150 * 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return allocate(self, nbytes)
+
+    with emulated.serving():
+        layer = mlp()[0]
+        loss = layer(torch.randn(64, 70)).sum()
+        monkeypatch.setattr(CudaKernels, "_scratch", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward()
+        assert layer.values.grad is None and layer.bias.grad is None
+        torch.testing.assert_close(gradients(4), expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(torch.OutOfMemoryError):  # again, through the same graph
+            loss.backward()
+        layer(torch.randn(4, 70)).sum().backward()
+        assert layer.values.grad is not None
+
+
 # --- devices --------------------------------------------------------------------------------------------------------
 
 

@@ -412,5 +412,5 @@ def print_summary(report: SearchReport, finals: list[TrialResult], write: Callab
     for seed, final in enumerate(finals):
         write(f"  seed {seed}: accuracy {100 * final.accuracy:.2f} %, loss {final.loss:.4f}")
     if report.folder is not None:
-        network = " and network.safetensors (seed 0)" if finals else ""
-        write(f"report.json, plots{network} in {report.folder}")
+        network = ", network.safetensors (seed 0)" if finals else ""
+        write(f"in {report.folder}: report.json, plots{network}")

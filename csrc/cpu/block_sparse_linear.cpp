@@ -212,13 +212,19 @@ template <typename S> void widen_values(const S* values, int64_t count, float* o
 
 // Each block transposed, in the order of the transposed index.
 void transpose_values(const BFloat16* values, const PatternView& pattern, BFloat16* out, int threads) {
+  constexpr int lanes = kLanes<float>;
   const int64_t b = pattern.block_size;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t i = 0; i < pattern.num_blocks; ++i) {
     const BFloat16* from = values + int64_t(pattern.t_block[i]) * b * b;
     BFloat16* to = out + i * b * b;
-    for (int64_t r = 0; r < b; ++r)
-      for (int64_t c = 0; c < b; ++c) to[c * b + r] = from[r * b + c];
+    for (int64_t r = 0; r < b; r += lanes)
+      for (int64_t c = 0; c < b; c += lanes) {
+        Vec<float> square[lanes];
+        for (int j = 0; j < lanes; ++j) square[j] = r + j < b ? load_wide(from + (r + j) * b + c, b - c) : Vec<float>{};
+        transpose(square);
+        for (int j = 0; j < lanes && c + j < b; ++j) store_halves(to + (c + j) * b + r, square[j], b - r);
+      }
   }
 }
 

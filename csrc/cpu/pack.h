@@ -111,6 +111,12 @@ void pack_features(const Rows<S>& source, int64_t row_begin, int64_t row_end, in
   }
 }
 
+#if defined(__AVX512BF16__)
+SPARSENET_INLINE Vec<uint32_t> load_halves(const BFloat16* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(p), Vec<uint32_t>);
+}
+#endif
+
 // The columns [col, col + kLanes) of kRowsAtOnce rows from `row` on -> to [row / depth][block]. Rows from row_end on
 // and columns from `count` on are zero. Adds the column sums to bias_sum where it is not null.
 constexpr int64_t kRowsAtOnce = 8;
@@ -120,6 +126,17 @@ SPARSENET_INLINE void pack_column(const Rows<S>& source, int64_t row, int64_t ro
                                   int64_t block, typename P::Packed* to, Compute<S>* bias_sum) {
   using C = Compute<S>;
   if constexpr (kWhole) count = kLanes<C>;
+#if defined(__AVX512BF16__)
+  if constexpr (P::kDepth == 2 && A == Activation::none && kWhole) { // the halves as they are
+    if (bias_sum == nullptr) {
+      const S* from = source.data + row * source.stride + col;
+  #pragma GCC unroll 8
+      for (int i = 0; i < kRowsAtOnce; i += 2, from += 2 * source.stride)
+        store(to + i / 2 * block, load_halves(from) | (load_halves(from + source.stride) << 16));
+      return;
+    }
+  }
+#endif
   Vec<C> rows[kRowsAtOnce];
 #pragma GCC unroll 8
   for (int i = 0; i < kRowsAtOnce; ++i)

@@ -148,6 +148,12 @@ template <typename S> SPARSENET_INLINE void store_narrow(S* p, Vec<Compute<S>> v
     if (i < count) narrow(v[i], p + i);
 }
 
+// The first `count` lanes of v, which are bfloat16 already: nothing is rounded (or flushed).
+SPARSENET_INLINE void store_halves(BFloat16* p, Vec<float> v, int64_t count) {
+  const auto halves = __builtin_convertvector((Vec<uint32_t>)v >> 16, HalfVector);
+  memcpy(p, &halves, size_t(count < kLanes<float> ? count : kLanes<float>) * sizeof(*p));
+}
+
 // --- transposing a square of kLanes x kLanes ----------------------------------------------------------------------
 
 template <typename T> SPARSENET_INLINE void transpose_in_memory(Vec<T>* r) {

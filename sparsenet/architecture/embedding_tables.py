@@ -234,9 +234,7 @@ def _overlays(numbers: dict[str, dict], path: Path) -> Path:
         ax.set_title(f"{part[3:].replace('_', ' ')}: {weights['sparse']} / {weights['dense']} weights", fontsize=8)
         values = [v for name in ("target", "sparse", "dense") for v in own[name]]
         middle, half = (max(values) + min(values)) / 2, (max(values) - min(values)) / 2
-        ax.set_ylim(
-            middle - max(0.5, 1.1 * half), middle + max(0.5, 1.1 * half)
-        )  # targets: root mean square 1
+        ax.set_ylim(middle - max(0.5, 1.1 * half), middle + max(0.5, 1.1 * half))  # targets: root mean square 1
     _legend(figure, axes[0])
     figure.suptitle("outputs along x = (t, .5, -.5)", fontsize=9)
     return save_figure(figure, path)

@@ -4,12 +4,20 @@ import argparse
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparsenet import data as datasets
-from sparsenet.architecture import gate_cells, gate_mechanics, gate_tables, gate_training, reproduce_gates
+from sparsenet.architecture import (
+    gate_cells,
+    gate_mechanics,
+    gate_tables,
+    gate_training,
+    reproduce_gates,
+    reproduce_parts,
+)
 from sparsenet.architecture.gate_training import TrainingSettings, prepare, train
 from sparsenet.architecture.gated_networks import caffenet_parameters, lenet, lenet_parameters, truncated_svd
 
@@ -211,3 +219,9 @@ def test_cells_times_are_summed_however_deep():
     numbers = {"a": [{"cell_cpu_seconds": 1.0}, {"b": {"cell_cpu_seconds": 2.0, "c": 1}}], "d": 4}
     assert gate_tables._all_of(numbers, "cell_cpu_seconds") == [1.0, 2.0]
     assert partial(gate_tables._all_of, numbers)("absent") == []
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    root = Path(__file__).resolve().parent.parent
+    tables = gate_tables.tables(reproduce_parts.read_results(root / "bench/results/reproduce_gates.json"))
+    assert tables in (root / "docs/methods/gates.md").read_text()

@@ -132,11 +132,11 @@ def _caffenet(image: int) -> dict:
         for _ in range(count):
             x = torch.randn(4, 3, image, image, generator=generator)
             y = torch.randint(1000, (4,), generator=generator)
-            began = time.perf_counter()
+            began = time.process_time()
             optimizer.zero_grad()
             (F.cross_entropy(model(x), y) + architecture_penalty(model)).backward()
             optimizer.step()
-            taken.append(time.perf_counter() - began)
+            taken.append(time.process_time() - began)
         return statistics.median(taken)
 
     before = steps(4)
@@ -151,7 +151,7 @@ def _caffenet(image: int) -> dict:
         "parameters": [parameters, weights_and_biases(model)],
         "bytes": report.bytes,
         "widths": [[c.before for c in report.layers.values()], [c.after for c in report.layers.values()]],
-        "seconds_per_step": [before, steps(4)],
+        "cpu_seconds_per_step": [before, steps(4)],
         "compaction_seconds": report.seconds,
         "largest_relative_change": change,
     }

@@ -163,6 +163,7 @@ def _bayesian(part: dict, path: Path) -> Path:
             axes.axhline(own["cost"], color=SERIES[1], linewidth=1.2, label=None if seed else "one run with gates")
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("trainings")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_yscale("log")
         _plain_log(axes.yaxis)
     both[0].set_ylabel("loss + 1e-5 units")

@@ -327,7 +327,7 @@ def _caffenet(part: dict) -> str:
         ["weights and biases", *(f"{p:,}" for p in part["parameters"])],
         ["units", *("-".join(map(str, w)) for w in part["widths"])],
         ["MiB with gradients and momentum", *(f"{b / 2**20:.0f}" for b in part["bytes"])],
-        ["ms per step of 4 images", *(f"{1e3 * s:.0f}" for s in part["seconds_per_step"])],
+        ["CPU ms per step of 4 images", *(f"{1e3 * s:.0f}" for s in part["cpu_seconds_per_step"])],
     ]
     text = markdown([f"{part['image']} x {part['image']} images", "before", "after"], rows)
     change, took = part["largest_relative_change"], part["compaction_seconds"]

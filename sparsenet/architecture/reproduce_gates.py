@@ -194,7 +194,7 @@ def relatives(task: Reproduction) -> dict:
     choices = (  # a hard-concrete gate that starts half open has a gradient; its parameter is a logit, hence the rate
         ("hard_concrete", (1e-3, 4e-3), {"gate_lr": 2.0}, {"width_start": 0.6}),
         ("slimming", (3e-3, 6e-3), {}, {}),
-        ("straight_through", (6e-4, 8e-4), {}, {}),
+        ("straight_through", (6e-4, 8e-4, 9e-4), {}, {}),
     )
     for kind, strengths_of_kind, changes, options in choices:
         for three in strengths_of_kind:

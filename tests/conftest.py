@@ -25,7 +25,8 @@ if os.environ.get("SPARSENET_TEST_DEVICE") == "cuda-emulated":  # test_cuda_pyth
     device = cuda_emulated.serving()  # closed when the last reference to it goes
     device.__enter__()
 
-hypothesis.settings.register_profile("sparsenet", deadline=None, derandomize=True, max_examples=50, database=None)
+examples = 8 if "SPARSENET_TEST_DEVICE" in os.environ else 50  # the emulated device takes its time
+hypothesis.settings.register_profile("sparsenet", deadline=None, derandomize=True, max_examples=examples, database=None)
 hypothesis.settings.load_profile("sparsenet")
 
 

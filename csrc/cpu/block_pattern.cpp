@@ -1,6 +1,7 @@
 #include "block_pattern.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -12,6 +13,38 @@ namespace sparsenet::cpu {
 namespace {
 
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+
+// Unsigned keys in the order of the scores, or against it: of two keys the smaller is wanted first. -0 equals 0.
+inline uint32_t order_key(float score, bool largest) {
+  const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);
+  const uint32_t ascending = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return largest ? ~ascending : ascending;
+}
+
+struct Threshold {
+  uint32_t key;
+  int64_t below; // keys smaller than it
+};
+
+// The k-th smallest key, k >= 1, found digit by digit: three passes over the scores whatever their order.
+Threshold kth_smallest(const float* scores, int64_t count, int64_t k, bool largest) {
+  constexpr int kDigit = 11;
+  Threshold found = {0, 0};
+  uint32_t known = 0; // mask of the digits found so far
+  for (int shift : {21, 10, 0}) {
+    const uint32_t digit = shift == 0 ? (1u << 10) - 1 : (1u << kDigit) - 1;
+    std::vector<int64_t> histogram(size_t(digit) + 1, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t key = order_key(scores[i], largest);
+      if ((key & known) == found.key) ++histogram[(key >> shift) & digit];
+    }
+    uint32_t d = 0;
+    for (; found.below + histogram[d] < k; ++d) found.below += histogram[d];
+    found.key |= d << shift;
+    known |= digit << shift;
+  }
+  return found;
+}
 
 } // namespace
 
@@ -93,16 +126,15 @@ std::vector<int64_t> select_extreme(const float* scores, int64_t count, int64_t 
   SPARSENET_CHECK(k >= 0 && k <= count, "select_extreme: k must lie in [0, ", count, "], got ", k);
   for (int64_t i = 0; i < count; ++i)
     SPARSENET_CHECK(!std::isnan(scores[i]), "select_extreme: scores must not be NaN, got NaN at ", i);
-  std::vector<int64_t> order(static_cast<size_t>(count));
-  std::iota(order.begin(), order.end(), int64_t(0));
-  const auto first = [&](int64_t a, int64_t b) {
-    if (scores[a] != scores[b]) return largest ? scores[a] > scores[b] : scores[a] < scores[b];
-    return a < b;
-  };
-  if (k < count) std::nth_element(order.begin(), order.begin() + k, order.end(), first);
-  order.resize(static_cast<size_t>(k));
-  std::sort(order.begin(), order.end());
-  return order;
+  std::vector<int64_t> picked(static_cast<size_t>(k));
+  if (k == 0) return picked;
+  const Threshold threshold = kth_smallest(scores, count, k, largest);
+  int64_t ties = k - threshold.below, at = 0;
+  for (int64_t i = 0; at < k; ++i) {
+    const uint32_t key = order_key(scores[i], largest);
+    if (key < threshold.key || (key == threshold.key && ties-- > 0)) picked[size_t(at++)] = i;
+  }
+  return picked;
 }
 
 } // namespace sparsenet::cpu

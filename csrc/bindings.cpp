@@ -31,6 +31,11 @@ void* at(Address address) { return reinterpret_cast<void*>(address); }
 
 Matrix matrix(Address data, int64_t rows, int64_t cols, int64_t stride) { return {at(data), rows, cols, stride}; }
 
+// For results, which torch allocated in one piece and this call writes whole.
+void use_huge_pages(const Matrix& m, DType dtype) {
+  cpu::use_huge_pages(m.data, m.rows * m.cols * element_bytes(dtype));
+}
+
 template <typename T> py::array_t<T> to_numpy(const std::vector<T>& v) {
   return py::array_t<T>(static_cast<py::ssize_t>(v.size()), v.data());
 }
@@ -49,6 +54,8 @@ void linear_forward(const cpu::Pattern& pattern, int dtype, int activation, Addr
                             .y = matrix(y, batch, p.rows, p.rows),
                             .pre_activation = matrix(pre_activation, batch, p.rows, p.rows)};
   py::gil_scoped_release release;
+  use_huge_pages(op.y, op.dtype);
+  use_huge_pages(op.pre_activation, op.dtype);
   cpu::table_for(op.dtype).linear_forward(op, cpu::usable_threads(threads));
 }
 
@@ -67,6 +74,8 @@ void linear_backward(const cpu::Pattern& pattern, int dtype, int activation, Add
                              .grad_values = at(grad_values),
                              .grad_bias = at(grad_bias)};
   py::gil_scoped_release release;
+  use_huge_pages(op.grad_x, op.dtype);
+  cpu::use_huge_pages(op.grad_values, p.num_blocks * p.block_size * p.block_size * element_bytes(op.dtype));
   cpu::table_for(op.dtype).linear_backward(op, cpu::usable_threads(threads));
 }
 

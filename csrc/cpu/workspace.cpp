@@ -15,6 +15,7 @@ constexpr bool kExact = true; // nothing rounded up, nothing kept: the sanitizer
 constexpr bool kExact = false;
 #endif
 constexpr int64_t kHugePage = int64_t(2) << 20;
+constexpr int64_t kAlwaysMapped = int64_t(32) << 20; // glibc's malloc never keeps larger blocks for their next use
 std::atomic<int64_t> total_bytes{0};
 
 struct Kept {
@@ -69,6 +70,13 @@ Workspace::~Workspace() {
 
 DryRun::DryRun() { dry_run = this; }
 DryRun::~DryRun() { dry_run = nullptr; }
+
+void use_huge_pages(void* data, int64_t bytes) {
+  if (data == nullptr || bytes < kAlwaysMapped) return;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // a hint: it may be refused
+}
 
 int64_t workspace_bytes() { return total_bytes.load(); }
 

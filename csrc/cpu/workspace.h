@@ -49,6 +49,10 @@ struct WorkspacePlan {
   }
 };
 
+// Asks for huge pages under `bytes` of memory about to be written. For results so large that the allocator maps them
+// anew for every call: faulting in 4 KiB pages then takes as long as a sparse product.
+void use_huge_pages(void* data, int64_t bytes);
+
 int64_t workspace_bytes(); // held by all threads together, in use or kept
 void trim_workspace();     // gives back what the calling thread keeps
 

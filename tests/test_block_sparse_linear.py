@@ -60,6 +60,19 @@ def test_large_cases_match_float64(shape, block_size, batch, kind, dtype):
     check_linear(LinearCase(shape, block_size, dtype, batch, kind, "relu", True, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_small_batches_match_float64(block_size, dtype):
+    """Up to 16 rows have kernels of their own, chunks of 1, 2, 4, 8 and 16 rows; 17 has not."""
+    activations = itertools.cycle(functional.ACTIVATIONS)
+    for batch, kind in itertools.product(range(1, 18), ("half", "few")):
+        shape = (3 * block_size + 5, 2 * block_size + 51)
+        check_linear(LinearCase(shape, block_size, dtype, batch, kind, next(activations), batch % 2 == 0, batch))
+    long = (block_size, 300_000 // block_size)  # block rows of several runs
+    for shape in (long, long[::-1]):
+        check_linear(LinearCase(shape, block_size, dtype, 11, "dense", "none", True, 5))
+
+
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     block_size=st.sampled_from(sn.pattern.BLOCK_SIZES),
@@ -605,12 +618,15 @@ def test_bit_identical_whatever_the_threads(block_size, dtype):
                 assert torch.equal(ours, theirs), threads
 
 
-def test_a_row_does_not_depend_on_its_batch():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_a_row_does_not_depend_on_its_batch(block_size, dtype):
     """The rest of the batch changes nothing: not even the bits."""
-    x, values, pattern, bias, _ = operands((200, 300), 32, "half", 100)
-    whole = block_sparse_linear(x, values, pattern, bias, "gelu")
-    for rows in (slice(0, 1), slice(17, 18), slice(3, 50)):
-        assert torch.equal(block_sparse_linear(x[rows], values, pattern, bias, "gelu"), whole[rows])
+    x, values, pattern, bias, grad_y = operands((200, 300), block_size, "half", 100, dtype)
+    whole, whole_grad_x, *_ = run(x, values, pattern, bias, grad_y, "gelu")
+    for rows in (slice(0, 1), slice(17, 18), slice(2, 5), slice(30, 38), slice(50, 64), slice(3, 50)):
+        y, grad_x, *_ = run(x[rows], values, pattern, bias, grad_y[rows], "gelu")
+        assert torch.equal(y, whole[rows]) and torch.equal(grad_x, whole_grad_x[rows])
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

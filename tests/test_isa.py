@@ -34,6 +34,9 @@ SUITE = """
                 testing.check_linear(case)
             testing.check_norms(case)
             testing.check_candidates(case)
+        for batch in (1, 2, 3, 7, 8, 9, 16):  # small batches have kernels of their own
+            for shape, block, kind in (((70, 300), 16, "half"), ((300, 70), 32, "dense"), ((200, 260), 128, "half")):
+                testing.check_linear(LinearCase(shape, block, dtype, batch, kind, "silu", True, batch))
         # the same bits whatever the threads
         x, values, pattern, bias, grad_y = LinearCase((130, 257), 16, dtype, 50, "half", "none", True).operands()
         inputs = [t.requires_grad_() for t in (x, values, bias)]

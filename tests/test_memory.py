@@ -271,7 +271,7 @@ def test_plan_of_a_density_alone():
     assert plan.budget_bytes is None and plan.density == pytest.approx(0.25, abs=0.02)
 
 
-@pytest.mark.parametrize(("batch", "sizes"), [(256, [784, 4096, 4096, 10]), (64, [300, 1024, 70]), (7, [64, 64, 10])])
+@pytest.mark.parametrize(("batch", "sizes"), [(256, [784, 4096, 4096, 10]), (64, [300, 1024, 70]), (7, [256, 256, 10])])
 def test_workspace_is_what_the_kernels_take(batch, sizes):
     functional.trim_workspace()
     job = plans._Training(

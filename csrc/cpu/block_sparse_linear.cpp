@@ -15,6 +15,7 @@
 
 #include "grad_values.h"
 #include "isa.h"
+#include "small_batch.h"
 #include "tile.h"
 #include "workspace.h"
 
@@ -25,22 +26,13 @@ constexpr int64_t kPanelBytes = int64_t(1) << 19; // packed x of one task: a qua
 
 // --- forward and grad_input ------------------------------------------------------------------------------------------
 
-// out[M, outputs] = source[M, inputs] times the blocks, walked along their outputs.
-template <class P> struct Product {
-  const typename P::Packed* values;
-  const int32_t* crow;     // [out_blocks + 1]
-  const int32_t* features; // [num_blocks] input block of each entry
-  const int32_t* blocks;   // [num_blocks] its place in values; null: in order
-  int64_t num_blocks, out_blocks, in_blocks, outputs, inputs;
-};
-
 template <class P>
-using Walk = void (*)(const Product<P>&, const typename P::Packed* x, int64_t begin, int64_t end, FetchQueue& fetch,
-                      typename P::Accumulator* acc);
+using Walk = void (*)(const Product<typename P::Packed>&, const typename P::Packed* x, int64_t begin, int64_t end,
+                      FetchQueue& fetch, typename P::Accumulator* acc);
 
 template <class P, int B, int MV, bool kTransposed>
-void walk_block_rows(const Product<P>& op, const typename P::Packed* x, int64_t begin, int64_t end, FetchQueue& fetch,
-                     typename P::Accumulator* acc) {
+void walk_block_rows(const Product<typename P::Packed>& op, const typename P::Packed* x, int64_t begin, int64_t end,
+                     FetchQueue& fetch, typename P::Accumulator* acc) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t first = op.crow[r];
     const BlockRun run = {op.features + first, op.blocks != nullptr ? op.blocks + first : nullptr, first,
@@ -113,33 +105,9 @@ struct Tiling {
   int64_t first_vector(int64_t tile) const { return tile * vectors / tiles; }
 };
 
-// The block row at which part `part` of `parts` begins, so that the parts hold about equally many blocks.
-template <class P> int64_t part_begin(const Product<P>& op, int64_t group, int64_t part, int64_t parts) {
-  if (part >= parts) return op.out_blocks;
-  const int64_t goal = part * (op.num_blocks * 8 + op.out_blocks) / parts;
-  int64_t low = 0, high = op.out_blocks; // first row whose cost before it reaches the goal
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (int64_t(op.crow[middle]) * 8 + middle < goal) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return min_of(ceil_div(low, group) * group, op.out_blocks);
-}
-
-template <typename S> struct Epilogue {
-  const S* bias; // [outputs] or null
-  S* y;
-  int64_t y_stride;
-  S* pre_activation; // null: not wanted
-  int64_t pre_stride;
-};
-
 template <class P, Activation ASource, Activation AOut, typename S>
-void multiply(const Product<P>& op, const Walks<P>& walks, const Rows<S>& source, int64_t rows, const Epilogue<S>& out,
-              int threads) {
+void multiply(const Product<typename P::Packed>& op, const Walks<P>& walks, const Rows<S>& source, int64_t rows,
+              const Epilogue<S>& out, int threads) {
   using T = typename P::Packed;
   using C = typename P::Accumulator;
   constexpr int lanes = kLanes<T>;
@@ -230,17 +198,10 @@ void transpose_values(const BFloat16* values, const PatternView& pattern, BFloat
 
 int64_t value_count(const PatternView& pattern) { return pattern.num_blocks * pattern.block_size * pattern.block_size; }
 
-// The pattern as multiply() walks it: block rows for forward, block columns for grad_input.
-template <class P> Product<P> product_of(const PatternView& p, bool transposed, const typename P::Packed* values,
-                                         bool values_in_walk_order) {
-  if (!transposed)
-    return {values, p.crow, p.col, nullptr, p.num_blocks, p.block_rows(), p.block_cols(), p.rows, p.cols};
-  return {values,         p.t_crow, p.t_row, values_in_walk_order ? nullptr : p.t_block, p.num_blocks, p.block_cols(),
-          p.block_rows(), p.cols,   p.rows};
-}
-
 template <class P, typename S> void forward_with(const LinearForward& op, int threads) {
   const PatternView& p = op.pattern;
+  if constexpr (kHasSmallBatch)
+    if (is_small_product<S>(op.x.rows, p.block_size)) return forward_small<P, S>(op, threads);
   constexpr bool in_place = kReadsValuesInPlace<P, S>;
   Workspace widened(in_place ? 0 : value_count(p) * int64_t(sizeof(float)));
   auto* values = static_cast<const typename P::Packed*>(op.values);
@@ -249,31 +210,19 @@ template <class P, typename S> void forward_with(const LinearForward& op, int th
     if (!widened.dry())
       widen_values(static_cast<const S*>(op.values), value_count(p), reinterpret_cast<float*>(widened.data()), threads);
   }
-  const Product<P> product = product_of<P>(p, false, values, true);
+  const Product<typename P::Packed> product = product_of(p, false, values, true);
   const Walks<P> walks = walks_for<P, false>(p.block_size);
-  const Rows<S> source = {static_cast<const S*>(op.x.data), op.x.stride, nullptr, 0};
-  const Epilogue<S> out = {static_cast<const S*>(op.bias), static_cast<S*>(op.y.data), op.y.stride,
-                           static_cast<S*>(op.pre_activation.data), op.pre_activation.stride};
-  constexpr auto none = Activation::none;
-  switch (op.activation) {
-  case Activation::none:
-    return multiply<P, none, none>(product, walks, source, op.x.rows, out, threads);
-  case Activation::relu:
-    return multiply<P, none, Activation::relu>(product, walks, source, op.x.rows, out, threads);
-  case Activation::gelu:
-    return multiply<P, none, Activation::gelu>(product, walks, source, op.x.rows, out, threads);
-  case Activation::silu:
-    return multiply<P, none, Activation::silu>(product, walks, source, op.x.rows, out, threads);
-  }
-}
-
-template <typename S> Rows<S> grad_z_rows(const LinearBackward& op) {
-  return {static_cast<const S*>(op.grad_y.data), op.grad_y.stride, static_cast<const S*>(op.saved.data),
-          op.saved.stride};
+  const Rows<S> source = rows_of<S>(op.x);
+  const Epilogue<S> out = forward_epilogue<S>(op);
+  with_activation(op.activation, [&]<Activation A>() {
+    multiply<P, Activation::none, A>(product, walks, source, op.x.rows, out, threads);
+  });
 }
 
 template <class P, Activation A, typename S> void grad_input_with(const LinearBackward& op, int threads) {
   const PatternView& p = op.pattern;
+  if constexpr (kHasSmallBatch)
+    if (is_small_product<S>(op.grad_y.rows, p.block_size)) return grad_input_small<P, A, S>(op, threads);
   constexpr bool in_place = kReadsValuesInPlace<P, S> && P::kDepth == 1;
   Workspace prepared(in_place ? 0 : value_count(p) * int64_t(sizeof(typename P::Packed)) / P::kDepth);
   auto* values = static_cast<const typename P::Packed*>(op.values);
@@ -288,9 +237,9 @@ template <class P, Activation A, typename S> void grad_input_with(const LinearBa
                    threads);
     values = reinterpret_cast<const float*>(prepared.data());
   }
-  const Product<P> product = product_of<P>(p, true, values, P::kDepth == 2);
+  const Product<typename P::Packed> product = product_of(p, true, values, P::kDepth == 2);
   const Walks<P> walks = walks_for<P, P::kDepth == 1>(p.block_size);
-  const Epilogue<S> out = {nullptr, static_cast<S*>(op.grad_x.data), op.grad_x.stride, nullptr, 0};
+  const Epilogue<S> out = grad_input_epilogue<S>(op);
   multiply<P, A, Activation::none>(product, walks, grad_z_rows<S>(op), op.grad_y.rows, out, threads);
 }
 
@@ -298,7 +247,11 @@ template <class P, Activation A, typename S> void backward_with(const LinearBack
   if (op.grad_x.data != nullptr) grad_input_with<P, A, S>(op, threads);
   if (op.grad_values == nullptr && op.grad_bias == nullptr) return;
   const PatternView& p = op.pattern;
-  const Rows<S> x = {static_cast<const S*>(op.x.data), op.x.stride, nullptr, 0};
+  const Rows<S> x = rows_of<S>(op.x);
+  if constexpr (kHasSmallBatch)
+    if (is_small(op.grad_y.rows, p.block_size))
+      return grad_values_small<A>(p, grad_z_rows<S>(op), x, op.grad_y.rows, static_cast<S*>(op.grad_values),
+                                  static_cast<S*>(op.grad_bias), threads);
   const BlockGradients<S> gradients = {.crow = p.crow,
                                        .col = p.col,
                                        .block = nullptr,
@@ -315,16 +268,7 @@ template <class P, Activation A, typename S> void backward_with(const LinearBack
 }
 
 template <class P, typename S> void backward_for(const LinearBackward& op, int threads) {
-  switch (op.activation) {
-  case Activation::none:
-    return backward_with<P, Activation::none, S>(op, threads);
-  case Activation::relu:
-    return backward_with<P, Activation::relu, S>(op, threads);
-  case Activation::gelu:
-    return backward_with<P, Activation::gelu, S>(op, threads);
-  case Activation::silu:
-    return backward_with<P, Activation::silu, S>(op, threads);
-  }
+  with_activation(op.activation, [&]<Activation A>() { backward_with<P, A, S>(op, threads); });
 }
 
 } // namespace

@@ -1,0 +1,272 @@
+// The kernels of small_batch.h, which explains them: one run of values times a chunk of rows.
+#pragma once
+
+#include "pack.h"
+
+namespace sparsenet::cpu::SPARSENET_ISA {
+namespace {
+
+constexpr int64_t kFetchBytes = int64_t(1) << 13;
+constexpr int kFetchLine = 64;
+
+template <typename S, int64_t B> constexpr int64_t kBlockBytes = B * B * int64_t(sizeof(S));
+
+// Entry i reads x block features[i] and weight block blocks[i] (or first + i).
+struct SmallRun {
+  const int32_t* features;
+  const int32_t* blocks; // null: consecutive from `first`
+  int64_t first, count;
+  int64_t available; // entries readable from here on, for fetching; at least count
+  int64_t block(int64_t i) const { return blocks != nullptr ? blocks[i] : first + i; }
+};
+
+// Where forward's walk of a run, group of rows by group of rows and in each all blocks, will be kFetchBytes from now.
+// Fetching the next run along memory instead costs a quarter of the bandwidth.
+template <int64_t kBlockSize, int64_t kGroup> class Ahead { // bytes of a block and of its group of rows
+public:
+  static constexpr int64_t kSteps = kFetchBytes / kGroup > 0 ? kFetchBytes / kGroup : 1;
+  Ahead(const void* begin, int64_t count) : begin_(static_cast<const char*>(begin)), count_(count) {
+    block_ = kSteps % count;
+    group_ = kSteps / count;
+    settle();
+  }
+  const char* step() {
+    const char* here = at_ + block_ * kBlockSize;
+    if (++block_ == count_) {
+      block_ = 0;
+      ++group_;
+      settle();
+    }
+    return here;
+  }
+
+private:
+  void settle() { // past the last group: the next run, as if it had as many blocks
+    while (group_ >= kBlockSize / kGroup) {
+      group_ -= kBlockSize / kGroup;
+      begin_ += count_ * kBlockSize;
+    }
+    at_ = begin_ + group_ * kGroup;
+  }
+  const char *begin_, *at_;
+  int64_t count_, block_, group_;
+};
+
+// A square of values, kLanes rows of B from w on, as vectors across the rows; where a row of pairs is half a vector,
+// the first half of the square.
+template <class P, int B, typename S>
+SPARSENET_INLINE void load_across(const S* w, Vec<typename P::Packed>* square) {
+  constexpr int lanes = kLanes<typename P::Packed>;
+  if constexpr (P::kDepth == 1) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) square[r] = load_wide(w + r * B);
+    transpose(square);
+  } else {
+#if defined(__AVX512BF16__)
+  #pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) {
+      if constexpr (B / P::kDepth >= lanes) {
+        square[r] = load(reinterpret_cast<const uint32_t*>(w + r * B));
+      } else {
+        square[r] = (Vec<uint32_t>)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)(w + r * B)));
+      }
+    }
+    transpose(reinterpret_cast<Vec<float>*>(square));
+#endif
+  }
+}
+
+// tile [M][B] += one run of a block row times x [feature block][M][B / depth].
+template <class P, typename S, int B, int M>
+void across_run(const SmallRun& run, const S* values, const typename P::Packed* x, float* tile) {
+  constexpr int lanes = kLanes<float>, depth = B / P::kDepth, square_depth = depth < lanes ? depth : lanes;
+  constexpr int64_t group_bytes = lanes * B * int64_t(sizeof(S));
+  const S* const begin = values + run.first * B * B;
+  Ahead<kBlockBytes<S, B>, group_bytes> ahead(begin, run.count);
+  for (int n = 0; n < B; n += lanes) {
+    Vec<float> acc[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) acc[m] = load(tile + m * B + n);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const S* w = begin + i * B * B + n * B;
+      const typename P::Packed* xb = x + int64_t(run.features[i]) * M * depth;
+      const char* next = ahead.step();
+      for (int k = 0; k < depth; k += square_depth) {
+#pragma GCC unroll 16
+        for (int64_t at = 0; at < group_bytes * square_depth / depth; at += kFetchLine)
+          __builtin_prefetch(next + at, 0, 2);
+        next += group_bytes * square_depth / depth;
+        Vec<typename P::Packed> wv[lanes];
+        load_across<P, B>(w + k * P::kDepth, wv);
+#pragma GCC unroll 16
+        for (int j = 0; j < square_depth; ++j)
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) acc[m] = P::multiply_add(acc[m], xb[m * depth + k + j], wv[j]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) store(tile + m * B + n, acc[m]);
+  }
+}
+
+// tile [B][lanes] += the same for as many rows of x as there are lanes, which lie as [feature / depth][lanes].
+template <class P, typename S, int B>
+void broadcast_run(const SmallRun& run, const S* values, const typename P::Packed* x, float* tile) {
+  using T = typename P::Packed;
+  constexpr int M = kLanes<float>, rows = kVectorBytes == 64 ? 16 : 8, depth = B / P::kDepth;
+  static_assert(sizeof(S) * P::kDepth == sizeof(T), "a weight is broadcast from where it is");
+  const T* const begin = reinterpret_cast<const T*>(values) + run.first * B * depth;
+  Ahead<kBlockBytes<S, B>, rows * B * int64_t(sizeof(S))> ahead(begin, run.count);
+  for (int n = 0; n < B; n += rows) {
+    Vec<float> acc[rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) acc[r] = load(tile + (n + r) * M);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const T* w = begin + i * B * depth + n * depth;
+      const T* xb = x + int64_t(run.features[i]) * depth * M;
+      const char* next = ahead.step();
+#pragma GCC unroll 4
+      for (int k = 0; k < depth; ++k) {
+        if (k % (kFetchLine / rows / int(sizeof(T))) == 0) {
+          __builtin_prefetch(next, 0, 2);
+          next += kFetchLine;
+        }
+        const Vec<T> xv = load(xb + k * M);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) acc[r] = P::multiply_add(acc[r], w[r * depth + k], xv);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) store(tile + (n + r) * M, acc[r]);
+  }
+}
+
+// kLanes weights [k, k + lanes) of row n, or of the pair of rows n and n + 1.
+template <class P, int B, typename S> SPARSENET_INLINE Vec<typename P::Packed> load_along(const S* w) {
+  if constexpr (P::kDepth == 1) {
+    return load_wide(w);
+  } else {
+#if defined(__AVX512BF16__)
+    alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i rows = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)w)),
+                                            _mm256_loadu_si256((const __m256i*)(w + B)), 1);
+    return (Vec<uint32_t>)_mm512_permutexvar_epi16(_mm512_load_si512(kPairs), rows);
+#endif
+  }
+}
+
+// tile [M][B] += one run of a block column times dz [feature block][M][B / depth].
+template <class P, typename S, int B, int M>
+void along_run(const SmallRun& run, const S* values, const typename P::Packed* z, float* tile) {
+  constexpr int lanes = kLanes<float>, vectors = B / lanes < lanes / M ? B / lanes : lanes / M, width = vectors * lanes;
+  constexpr int depth = B / P::kDepth;
+  constexpr int64_t ahead = kBlockBytes<S, B> < kFetchBytes ? kFetchBytes / kBlockBytes<S, B> : 1;
+  for (int k = 0; k < B; k += width) {
+    Vec<float> acc[M][vectors];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) acc[m][v] = load(tile + m * B + k + v * lanes);
+    for (int64_t i = 0; i < run.count; ++i) {
+      const S* w = values + run.block(i) * B * B + k;
+      const S* next = values + run.block(min_of(i + ahead, run.available - 1)) * B * B + k;
+      const typename P::Packed* zb = z + int64_t(run.features[i]) * M * depth;
+#pragma GCC unroll 2
+      for (int n = 0; n < depth; ++n) {
+#pragma GCC unroll 2
+        for (int row = 0; row < P::kDepth; ++row)
+#pragma GCC unroll 8
+          for (int64_t at = 0; at < width; at += kFetchLine / int64_t(sizeof(S)))
+            __builtin_prefetch(next + (n * P::kDepth + row) * B + at, 0, 2);
+        Vec<typename P::Packed> wv[vectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) wv[v] = load_along<P, B>(w + n * P::kDepth * B + v * lanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+          for (int v = 0; v < vectors; ++v) acc[m][v] = P::multiply_add(acc[m][v], zb[m * depth + n], wv[v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) store(tile + m * B + k + v * lanes, acc[m][v]);
+  }
+}
+
+template <class P, typename S>
+using RunKernel = void (*)(const SmallRun&, const S* values, const typename P::Packed* x, float* tile);
+
+// Whether forward at this width has a lane for each row of the chunk.
+template <class P, typename S> constexpr bool has_lane_per_row(int64_t width) {
+  return width == kLanes<float> && sizeof(S) * P::kDepth == sizeof(typename P::Packed);
+}
+
+// Most rows of a chunk.
+template <class P, typename S, bool kTransposed>
+constexpr int64_t kChunkRows = kVectorBytes == 64 && (kTransposed || has_lane_per_row<P, S>(16)) ? 16 : 8;
+
+template <class P, typename S, bool kTransposed, int B, int M> constexpr RunKernel<P, S> run_kernel() {
+  if constexpr (M > kChunkRows<P, S, kTransposed>) {
+    return nullptr;
+  } else if constexpr (kTransposed) {
+    return along_run<P, S, B, M>;
+  } else if constexpr (has_lane_per_row<P, S>(M)) {
+    return broadcast_run<P, S, B>;
+  } else {
+    return across_run<P, S, B, M>;
+  }
+}
+
+template <class P, typename S, bool kTransposed, int B> RunKernel<P, S> run_kernel_of(int64_t width) {
+  return width == 1   ? run_kernel<P, S, kTransposed, B, 1>()
+         : width == 2 ? run_kernel<P, S, kTransposed, B, 2>()
+         : width == 4 ? run_kernel<P, S, kTransposed, B, 4>()
+         : width == 8 ? run_kernel<P, S, kTransposed, B, 8>()
+                      : run_kernel<P, S, kTransposed, B, 16>();
+}
+
+template <class P, typename S, bool kTransposed> RunKernel<P, S> run_kernel_for(int64_t b, int64_t width) {
+  return b == 16   ? run_kernel_of<P, S, kTransposed, 16>(width)
+         : b == 32 ? run_kernel_of<P, S, kTransposed, 32>(width)
+         : b == 64 ? run_kernel_of<P, S, kTransposed, 64>(width)
+                   : run_kernel_of<P, S, kTransposed, 128>(width);
+}
+
+// out [B][B] = the outer products of z [batch][B] and x [batch][B], summed over the batch.
+template <typename S, int B> void outer_block(const float* z, const float* x, int64_t batch, S* out) {
+  constexpr int lanes = kLanes<float>, vectors = B > lanes ? 2 : 1;
+  constexpr int rows = kVectorBytes == 64 ? 16 / vectors : 4;
+  for (int n = 0; n < B; n += rows)
+    for (int k = 0; k < B; k += vectors * lanes) {
+      Vec<float> acc[rows][vectors] = {};
+      for (int64_t m = 0; m < batch; ++m) {
+        Vec<float> xv[vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) xv[v] = load(x + m * B + k + v * lanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const Vec<float> zv = broadcast(z[m * B + n + r]);
+#pragma GCC unroll 2
+          for (int v = 0; v < vectors; ++v) acc[r][v] += zv * xv[v];
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) store_narrow(out + (n + r) * B + k + v * lanes, acc[r][v]);
+    }
+}
+
+template <typename S> using OuterKernel = void (*)(const float* z, const float* x, int64_t batch, S* out);
+
+template <typename S> OuterKernel<S> outer_kernel_for(int64_t b) {
+  return b == 16   ? outer_block<S, 16>
+         : b == 32 ? outer_block<S, 32>
+         : b == 64 ? outer_block<S, 64>
+                   : outer_block<S, 128>;
+}
+
+} // namespace
+} // namespace sparsenet::cpu::SPARSENET_ISA

@@ -511,6 +511,8 @@ ELSEWHERE = {  # not on this device: why
     "test_the_dense_gradient_is_never_stored": "measures a child process that is on the CPU",
     "test_damaged_bytes_never_crash": "reads files; no kernel of ours",
     "test_large_cases": "minutes in the emulator; test_cuda_*.py cover every tile",
+    "test_opcheck": "what torch.library was told, whatever the device",
+    "test_two_threads_on_one_layer": "the emulator runs one launch at a time",
     "test_random_is_uniform": "statistics of thousands of patterns; minutes",
     "test_random_rows_are_independent": "statistics of thousands of patterns; minutes",
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from sparsenet.architecture.network_codec import MIXED, NetworkBatch, NetworkSpa
 from sparsenet.architecture.network_decoders import DECODERS
 from sparsenet.architecture.network_encoders import ENCODERS
 from sparsenet.architecture.teachers import grid_points, normalised, random_networks
+from sparsenet.files import replace_file
 
 __all__ = ["AutoencoderConfig", "NetworkAutoencoder", "load_autoencoder", "save_autoencoder", "train_autoencoder"]
 
@@ -240,12 +240,8 @@ def save_autoencoder(path: str | Path, model: NetworkAutoencoder) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"sparsenet_autoencoder": json.dumps({"version": FORMAT_VERSION, **asdict(model.config)})}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(part), metadata=header)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    replace_file(path, lambda part: save_file(state, str(part), metadata=header))
 
 
 def load_autoencoder(path: str | Path) -> NetworkAutoencoder:

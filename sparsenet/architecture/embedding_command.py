@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from sparsenet.architecture.embedding import (
 )
 from sparsenet.architecture.embedding_search import EmbeddingSearchConfig, RegressionData, search_embedding
 from sparsenet.architecture.network_codec import ACTIVATIONS, MIXED, NetworkSpace, ScaledOutput, layered
+from sparsenet.files import replace_file
 
 __all__ = ["add_arguments", "load_network", "read_table", "run"]
 
@@ -106,9 +106,8 @@ def save_network(path: Path, module: nn.Module, space: NetworkSpace) -> None:
         "scale": getattr(module, "scale", 1.0),
         "shift": getattr(module, "shift", 0.0),
     }
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file(network.state_dict(), str(part), metadata={"sparsenet_network": json.dumps(form)})
-    os.replace(part, path)
+    header = {"sparsenet_network": json.dumps(form)}
+    replace_file(path, lambda part: save_file(network.state_dict(), str(part), metadata=header))
 
 
 def load_network(path: str | Path) -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import sparsenet
+from sparsenet.files import replace_text
 
 __all__ = [
     "Part",
@@ -73,8 +74,8 @@ def reproduce(
     numbers = read_parts(out, parts)
     text = tables(numbers)
     print(text)
-    write_whole(out / "tables.md", text + "\n")
-    write_whole(out / "results.json", results_text(numbers))
+    replace_text(out / "tables.md", text + "\n")
+    replace_text(out / "results.json", results_text(numbers))
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -95,7 +96,7 @@ def run_parts(names: list[str], parts: dict[str, Part], task: object, out: Path,
         started, cpu = time.perf_counter(), cpu_seconds()
         numbers = parts[name](task)
         wall = time.perf_counter() - started
-        write_whole(
+        replace_text(
             file,
             json.dumps({**numbers, "scale": scale, "wall_seconds": wall, "cpu_seconds": cpu_seconds() - cpu}),
         )
@@ -121,13 +122,6 @@ def kept_row(file: Path, key: dict, compute: Callable[[], dict]) -> dict:
 def cpu_seconds() -> float:
     """CPU time of this process and of its children that have ended."""
     return sum(os.times()[:4])
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes ``file`` whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, file)
 
 
 def read_parts(out: Path, parts: Iterable[str]) -> dict[str, dict]:

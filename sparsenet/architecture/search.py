@@ -36,6 +36,7 @@ from sparsenet.architecture.search_workers import (
     work,
 )
 from sparsenet.architecture.trials import TrialConfig, TrialData, TrialResult, train_trial
+from sparsenet.files import replace_file, replace_text
 
 if TYPE_CHECKING:
     import optuna
@@ -261,9 +262,8 @@ def save_network(path: Path, model: DensityMLP, config: TrialConfig) -> None:
     """Writes weights and patterns as safetensors, the architecture in the header, whole or not at all."""
     made = {"norm": config.norm, "residual": config.residual, "block_size": config.block_size}
     header = {"architecture": json.dumps({**asdict(model.architecture), **made})}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(part), metadata=header)
-    os.replace(part, path)
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    replace_file(path, lambda part: save_file(state, str(part), metadata=header))
 
 
 def load_network(path: str | Path) -> DensityMLP:
@@ -380,9 +380,7 @@ def write_report(report: SearchReport, finals: list[TrialResult], folder: Path) 
         "best": asdict(report.best()),
         "final": [asdict(f) for f in finals],
     }
-    part = folder / f".report.{os.getpid()}.part"
-    part.write_text(json.dumps(body, indent=1))
-    os.replace(part, folder / "report.json")
+    replace_text(folder / "report.json", json.dumps(body, indent=1))
     try:
         from sparsenet.architecture.search_plots import plot_search
 

@@ -32,6 +32,7 @@ from sparsenet.architecture.samplers import (
 )
 from sparsenet.architecture.search_space import Architecture, DensityMLP, SearchSpace
 from sparsenet.architecture.trials import TrialConfig, TrialData, train_trial
+from sparsenet.files import replace_file
 
 if TYPE_CHECKING:
     import optuna
@@ -217,9 +218,8 @@ def run_one(
     trial.set_user_attr("result", asdict(result))
     if config.inherit:
         weights.mkdir(parents=True, exist_ok=True)
-        part = weights / f".{trial.number}.{os.getpid()}.part"
-        save_file(models[0].state_dict(), str(part))
-        os.replace(part, weights / f"trial_{trial.number}.safetensors")
+        state = models[0].state_dict()
+        replace_file(weights / f"trial_{trial.number}.safetensors", lambda part: save_file(state, str(part)))
     values = [result.loss, float(result.active_weights)] if config.multi_objective else [result.loss]
     study.tell(trial, values)
 

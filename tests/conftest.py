@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 import sparsenet
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it starts in the background
 
 PACKAGE_PARENT = Path(sparsenet.__file__).resolve().parent.parent  # of the package under test, installed or not
 

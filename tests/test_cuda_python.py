@@ -268,6 +268,8 @@ def test_every_policy_rewires_as_on_the_cpu(module, policy):
 def test_a_rewire_takes_neither_weights_nor_scores_to_the_host(module, monkeypatch, policy):
     """What a GPU would have to wait for: single numbers, and never more of a layer's values, scores or moments."""
     monkeypatch.setattr(functional, "_handed", lambda t: t)  # CPU tensors go to the kernels as a GPU's would
+    # numpy is the way of CPU tensors alone
+    monkeypatch.setattr("sparsenet.sparsifier._true_places", lambda mask: mask.nonzero().flatten())
     taken = []
 
     def watch(name):
@@ -293,7 +295,7 @@ def test_a_rewire_takes_neither_weights_nor_scores_to_the_host(module, monkeypat
         update = sparsifier.step()
     assert update.dropped == update.grown > 10
     assert any(numel == 1 for _, numel, _ in taken), "nothing was watched"
-    assert all(numel == 1 for floating, numel, _ in taken if floating), taken
+    assert all(numel <= 2 for floating, numel, _ in taken if floating), taken  # a number, or the two extremes of scores
     assert all(numel <= max(layer.pattern.num_blocks for layer in model) for _, numel, _ in taken)
     assert kernels_of(module) >= {"score_keys", "radix_scatter"}
 

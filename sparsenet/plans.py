@@ -29,7 +29,7 @@ _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # Bytes per block: of a layer's pattern (6 int32: rows, columns, their transposes), of the patterns that a rewire plans
 # for all layers, and of the layer it works on (int64 places, orders, masks). Per place scored at a time: int64 place,
 # block row, float32 score and their selection. Other: Python objects, small tensors, the heap's rounding.
-_INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 30, 80, 36
+_INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 30, 66, 31
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
 _PRUNED_AT_ONCE = 0.05  # gradual pruning: the largest share of the blocks that leaves at one of 30 rewires
 

@@ -157,8 +157,12 @@ def serving():
 
 
 def run_child(*arguments: str, asan: bool = False, **variables: str) -> subprocess.CompletedProcess:
-    """Run ``python *arguments`` with other environment variables; with `asan`, on the sanitized flavour."""
-    environment = dict(os.environ, **variables)
+    """Run ``python *arguments`` in tests/ with other environment variables; with `asan`, on the sanitized flavour.
+
+    Not in the root, which Python would search first: the package there need not be the one that is tested.
+    """
+    package = Path(functional.__file__).resolve().parent.parent
+    environment = dict(os.environ, PYTHONPATH=str(package), **variables)
     if asan:
         build("asan")
         compiler = os.environ.get("CXX") or "g++"
@@ -171,7 +175,8 @@ def run_child(*arguments: str, asan: bool = False, **variables: str) -> subproce
             "LD_PRELOAD": ":".join(libraries),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         }
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=ROOT)
+    command, folder = [sys.executable, *arguments], Path(__file__).resolve().parent
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
 
 
 @contextmanager

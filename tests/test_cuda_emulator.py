@@ -215,7 +215,7 @@ def test_the_page_of_variants_is_not_stale():
 def test_the_kernels_under_address_and_undefined_behaviour_sanitizers():
     """Every op and variant in bfloat16, tf32 and float32; float16 and float64 are the same templates."""
     files = [
-        f"tests/{name}.py"
+        f"{name}.py"
         for name in (
             "test_cuda_emulator",
             "test_cuda_block_sparse_linear",
@@ -238,7 +238,7 @@ def test_the_kernels_under_address_and_undefined_behaviour_sanitizers():
 def test_the_sanitized_flavour_sees_memory_nobody_registered():
     """One element past a plain allocation, on a fiber: the address sanitizer ends the process and says where."""
     script = (
-        "import sys; sys.path.insert(0, 'tests'); import cuda_emulated as e, numpy as np; m = e.load()\n"
+        "import cuda_emulated as e, numpy as np; m = e.load()\n"
         "a, b = np.zeros(64, np.float32), np.zeros(64, np.float32)\n"
         "m.run_planted('right_copy_tile', a.ctypes.data, b.ctypes.data, 64); print('right one passed', flush=True)\n"
         "m.run_planted('tile_past_global_end', a.ctypes.data, b.ctypes.data, 64); print('not seen')"

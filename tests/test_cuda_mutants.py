@@ -198,7 +198,7 @@ def run_mutant(name: str, folder: Path) -> subprocess.CompletedProcess:
     for built in (emulated.BUILD / "release").glob("*.o"):
         (objects / built.name).symlink_to(built)
     done = emulated.run_child(
-        *("-m", "pytest", "-o", "addopts=", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"),
+        *("-m", "pytest", "-o", "addopts=", "-x", "-q", "-p", "no:cacheprovider", tests),
         SPARSENET_EMULATOR_CSRC=str(folder / "csrc"),
         SPARSENET_EMULATOR_BUILD=str(folder / "build"),
         SPARSENET_EMULATOR_QUICK="1",

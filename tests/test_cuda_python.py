@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 
 import cuda_emulated as emulated
 import pytest
@@ -530,9 +528,8 @@ ELSEWHERE = {  # not on this device: why
     ],
 )
 def test_the_cpu_tests_pass_on_the_cuda_kernels(files):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k"]
-    command += [" and ".join(f"not {name}" for name in ELSEWHERE), *(f"tests/{name}.py" for name in files.split())]
-    environment = dict(os.environ, SPARSENET_TEST_DEVICE="cuda-emulated")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=emulated.ROOT)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k"]
+    command += [" and ".join(f"not {name}" for name in ELSEWHERE), *(f"{name}.py" for name in files.split())]
+    done = emulated.run_child(*command, SPARSENET_TEST_DEVICE="cuda-emulated")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout

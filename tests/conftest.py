@@ -48,6 +48,28 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def module():
+    """The CUDA kernels compiled for the emulator."""
+    import cuda_emulated
+
+    return cuda_emulated.load()
+
+
+@pytest.fixture
+def emulator_defaults(module, request):
+    """The test's own order of threads, the default device, kernels chosen by the product, and no launches yet."""
+    import cuda_emulated
+
+    module.configure(seed=cuda_emulated.seed_of(request))
+    module.set_device()
+    module.force_variant(0)
+    module.launches()
+    yield
+    module.force_variant(0)
+    module.set_device()
+
+
 @pytest.fixture
 def run_child(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """``run_child(code, *arguments, timeout=120, check=True, **environment)``: Python code in a process of its own.

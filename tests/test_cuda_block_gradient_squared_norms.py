@@ -7,21 +7,7 @@ import numpy as np
 import pytest
 from cuda_emulated import fetched, pointer, rounded, stored, tolerance
 
-
-@pytest.fixture(scope="module")
-def module():
-    return emulated.load()
-
-
-@pytest.fixture(autouse=True)
-def defaults(module, request):
-    module.configure(seed=emulated.seed_of(request))
-    module.set_device()
-    module.force_variant(0)
-    module.launches()
-    yield
-    module.force_variant(0)
-    module.set_device()
+pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
 
 def blocks(dense: np.ndarray, b: int) -> np.ndarray:

@@ -8,18 +8,7 @@ import pytest
 from cuda_emulated import Pattern, pointer
 from test_block_pattern import BAD_INDICES
 
-
-@pytest.fixture(scope="module")
-def module():
-    return emulated.load()
-
-
-@pytest.fixture(autouse=True)
-def defaults(module, request):
-    module.configure(seed=emulated.seed_of(request))
-    module.set_device()
-    module.launches()
-
+pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
 NAMES = ("crow", "col", "row", "t_crow", "t_row", "t_block")
 

@@ -8,21 +8,7 @@ import pytest
 import torch
 from cuda_emulated import Pattern, fetched, pointer, rounded, stored, tolerance
 
-
-@pytest.fixture(scope="module")
-def module():
-    return emulated.load()
-
-
-@pytest.fixture(autouse=True)
-def defaults(module, request):
-    module.configure(seed=emulated.seed_of(request))
-    module.set_device()
-    module.force_variant(0)
-    module.launches()
-    yield
-    module.force_variant(0)
-    module.set_device()
+pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
 
 def activate(z: np.ndarray, activation: str) -> np.ndarray:

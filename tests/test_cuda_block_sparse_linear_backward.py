@@ -9,21 +9,7 @@ import torch
 from cuda_emulated import Pattern, fetched, pointer, rounded, stored, tolerance
 from test_cuda_block_sparse_linear import SHAPES, run_forward
 
-
-@pytest.fixture(scope="module")
-def module():
-    return emulated.load()
-
-
-@pytest.fixture(autouse=True)
-def defaults(module, request):
-    module.configure(seed=emulated.seed_of(request))
-    module.set_device()
-    module.force_variant(0)
-    module.launches()
-    yield
-    module.force_variant(0)
-    module.set_device()
+pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
 
 def derivative(saved: np.ndarray, activation: str) -> np.ndarray:

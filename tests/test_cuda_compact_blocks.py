@@ -7,18 +7,7 @@ import numpy as np
 import pytest
 from cuda_emulated import Pattern, pointer
 
-
-@pytest.fixture(scope="module")
-def module():
-    return emulated.load()
-
-
-@pytest.fixture(autouse=True)
-def defaults(module, request):
-    module.configure(seed=emulated.seed_of(request))
-    module.set_device()
-    module.launches()
-
+pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
 BYTES = {np.uint8: 1, np.uint16: 2, np.float32: 4, np.float64: 8, np.complex128: 16}
 

@@ -197,7 +197,9 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: another shape or block size.
 
-        Graphs recorded before keep the old tensors, and their backward raises :class:`StaleTopologyError`.
+        Graphs recorded before keep the old tensors, and their backward raises :class:`StaleTopologyError`. Another
+        thread may run forward, or backward by ``torch.autograd.grad``; one that adds to ``.grad`` has to wait, as torch
+        itself does not guard that.
         """
         carried = carried_from(self._pattern, pattern)
         fresh = pattern.copy().to(self.values.device)

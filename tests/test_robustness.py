@@ -95,22 +95,26 @@ def test_data_loader_workers_compute(run_child):
 
 
 def test_forking_while_other_threads_compute(run_child):
-    """Whatever locks they hold at that moment, the child is not left with one that nobody releases."""
+    """Whatever locks of ours they hold at that moment, the child is not left with one that nobody releases.
+
+    Two things of torch's are kept out of it: its default generator has a lock that a fork may leave held, so the thread
+    draws from another one; and nobody may add to ``.grad`` while another thread replaces it, so gradients are returned.
+    """
     run_child(
         """
         import os, threading, time, torch, sparsenet as sn
         torch.set_num_threads(1)
         layer = sn.SparseLinear(64, 64, density=0.5, block_size=8)
         x = torch.randn(8, 64)
-        stop = threading.Event()
+        stop, generator = threading.Event(), torch.Generator()
 
         def work():
             while not stop.is_set():
-                layer(x).sum().backward()
+                torch.autograd.grad(layer(x).sum(), layer.values)
 
         def rewire():
             while not stop.is_set():
-                layer.set_pattern(sn.BlockPattern.random((64, 64), 0.5, 8))
+                layer.set_pattern(sn.BlockPattern.random((64, 64), 0.5, 8, generator))
 
         def quiet(function):
             def run():
@@ -123,7 +127,7 @@ def test_forking_while_other_threads_compute(run_child):
         threads = [threading.Thread(target=quiet(f), daemon=True) for f in (work, rewire)]
         for t in threads:
             t.start()
-        for _ in range(30):
+        for _ in range(100):
             pid = os.fork()
             if pid == 0:
                 twin = sn.SparseLinear(64, 64, density=0.5, block_size=8)

@@ -36,6 +36,8 @@ class CMakeBuild(build_ext):
             str(build),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            # pip's build environment is gone after a build, and CMake would go on looking for its ninja there.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             f"-DSPARSENET_VERSION={self.distribution.get_version()}",
             f"-DCMAKE_INSTALL_PREFIX={target.parent}",
             *os.environ.get("SPARSENET_CMAKE_ARGS", "").split(),

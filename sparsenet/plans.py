@@ -17,7 +17,7 @@ from sparsenet import functional
 from sparsenet.densities import block_places, distribute
 from sparsenet.memory import MemoryBudget, format_bytes
 from sparsenet.models import SparseMLP
-from sparsenet.policies import POLICIES
+from sparsenet.policies import POLICIES, Policy
 from sparsenet.sparsifier import PLACES_AT_ONCE
 
 __all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
@@ -29,7 +29,7 @@ _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # Bytes per block: of a layer's pattern (6 int32: rows, columns, their transposes), of the patterns that a rewire plans
 # for all layers, and of the layer it works on (int64 places, orders, masks). Per place scored at a time: int64 place,
 # block row, float32 score and their selection. Other: Python objects, small tensors, the heap's rounding.
-_INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 30, 66, 31
+_INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 31, 27, 31
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
 _PRUNED_AT_ONCE = 0.05  # gradual pruning: the largest share of the blocks that leaves at one of 30 rewires
 
@@ -141,7 +141,8 @@ class _Training:
     activation: str
     dtype: str
     states: int
-    grows_by_gradient: bool
+    grows_by_gradient: bool  # growth is scored in backward
+    grows_otherwise: bool  # growth is scored at the rewire
     drop_fraction: float
     threads: int
     input_bytes: int  # per stored feature of an example: 1 for images, 4 for float32
@@ -193,14 +194,18 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
             during["gradients of activations"] -= job.rows_bytes(inputs) if layer else 0
             yield f"scoring growth of layer {layer}", max(during, after, key=lambda items: sum(items.values()))
     yield "optimizer step", kept | {"gradients": gradients, "activations": logits}
-    left, states = 0.0, 1 + job.states
+    left, states, planned = 0.0, 1 + job.states, 0
     for layer, (size, count, places) in enumerate(zip(values, counts, job.layer_places, strict=True)):
         exchanged = min(job.drop_fraction, (places - count) / max(count, 1))  # no more than there are free places
         if exchanged * count < 0.5:
             continue
         left += exchanged * size * states  # kept until the rewire has succeeded
         beside = round(left + size * states) + blocks * _PLANNED_BYTES + count * _REWIRE_BYTES
-        yield f"rewire of layer {layer}", kept | {"rewiring": beside, "activations": logits}
+        moving = kept | {"rewiring": beside, "activations": logits}
+        scores = min(places, PLACES_AT_ONCE) * _SCORE_BYTES if job.grows_otherwise else 0
+        choosing = kept | {"rewiring": planned, "growth scores": scores, "activations": logits}
+        planned += count * _PLANNED_BYTES
+        yield f"rewire of layer {layer}", max(choosing, moving, key=lambda items: sum(items.values()))
     flowing = max(job.rows_bytes(out) + job.rows_bytes(inputs) for out, inputs in job.shapes)
     yield "evaluation", kept | {"activations": flowing + logits}
 
@@ -283,6 +288,7 @@ def plan(
         dtype=dtype,
         states=OPTIMIZER_STATES[optimizer] if optimizer != "sgd" or momentum else 0,
         grows_by_gradient=POLICIES[policy].needs_gradient,
+        grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].grow_scores is not Policy.grow_scores,
         drop_fraction={"static": 0.0, "gmp": _PRUNED_AT_ONCE}.get(policy, drop_fraction),
         threads=threads or torch.get_num_threads(),
         input_bytes=input_bytes,

@@ -40,6 +40,7 @@ PREDICTED_SLOWLY = [
     {"sizes": [784, 4096, 4096, 10], "budget": "64MiB", "dtype": "bfloat16"},
     {"sizes": [784, 2048, 2048, 2048, 10], "budget": "64MiB", "block_size": 4},
     {"sizes": [784, 2048, 2048, 10], "budget": "64MiB", "block_size": 1, "batch_size": 128},
+    {"sizes": [784, 1024, 1024, 1024, 10], "budget": "96MiB", "block_size": 1, "batch_size": 128, "policy": "set"},
     {"sizes": [784, 8192, 8192, 10], "budget": "400MiB", "batch_size": 1000, "policy": "set", "activation": "silu"},
     {"sizes": [3072, 4096, 4096, 10], "budget": "96MiB", "block_size": 64, "batch_size": 64},
     {"sizes": [784, 8192, 8192, 10], "budget": "256MiB", "block_size": 128, "distribution": "uniform"},
@@ -276,8 +277,8 @@ def test_workspace_is_what_the_kernels_take(batch, sizes):
     functional.trim_workspace()
     job = plans._Training(
         shapes=tuple((out, inp) for inp, out in pairwise(sizes)), block_size=32,
-        batch_size=batch, activation="relu", dtype="float32", states=2, grows_by_gradient=True, drop_fraction=0.3,
-        threads=torch.get_num_threads(), input_bytes=1,
+        batch_size=batch, activation="relu", dtype="float32", states=2, grows_by_gradient=True, grows_otherwise=False,
+        drop_fraction=0.3, threads=torch.get_num_threads(), input_bytes=1,
     )  # fmt: skip
     model = sn.SparseMLP(sizes, density=0.2)
     predicted = plans._workspace_bytes(job, [layer.pattern.num_blocks for layer in model])

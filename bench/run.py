@@ -63,7 +63,7 @@ def main() -> int:
         ]  # fmt: skip
         avx2 = name == "avx2"
         command += ["--suffix", "_avx2"] if avx2 else []
-        done = subprocess.run(command, cwd=BENCH.parent, env={**os.environ, **(AVX2 if avx2 else {})}, check=False)
+        done = subprocess.run(command, cwd=BENCH, env={**os.environ, **(AVX2 if avx2 else {})}, check=False)
         status = status or done.returncode
     return status or subprocess.run([sys.executable, str(BENCH / "tables.py")], check=False).returncode
 

@@ -84,7 +84,8 @@ def _checks(numbers: dict[str, dict]) -> str:
         )
     if pair := numbers.get("workers"):
         rates = " and ".join(f"{v:.1f}" for v in pair["trials_per_minute"].values())
-        text = f"{pair['ratio']:.2f} ({rates} trials a minute, load {pair['load']:.1f})"
+        ratios = ", ".join(f"{v:.2f}" for v in sorted(pair["ratios"]))
+        text = f"{pair['ratio']:.2f}, median of {ratios} ({rates} trials a minute, load {pair['load']:.1f})"
         rows.append(["", "two workers >= 1.7 x one", text, verdict(pair["ratio"] >= 1.7)])
     return "### Acceptance checks\n\n" + markdown(["check", "target", "ours", ""], rows)
 

@@ -150,8 +150,9 @@ def test_fixed_benches_from_the_command_line(tmp_path, monkeypatch, capsys):
 def test_a_bench_file_is_driven_by_pytest_benchmark(tmp_path):
     pytest.importorskip("pytest_benchmark")
     options = ["-q", "-p", "no:cacheprovider", "--contest-seconds", "0.001", "--results", str(tmp_path)]
-    which = ["bench/bench_training_step.py", "-k", "overhead", "--benchmark-json", str(tmp_path / "benchmark.json")]
-    done = subprocess.run([sys.executable, "-m", "pytest", *which, *options], cwd=ROOT, capture_output=True, text=True)
+    which = ["bench_training_step.py", "-k", "overhead", "--benchmark-json", str(tmp_path / "benchmark.json")]
+    command = [sys.executable, "-m", "pytest", *which, *options]
+    done = subprocess.run(command, cwd=ROOT / "bench", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = results.read(tmp_path / "training_step.json").rows
     assert [row.phase for row in rows] == ["forward", "step"]

@@ -59,6 +59,7 @@ def test_compiled_equals_eager(activation, dtype):
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.slow
 def test_inductor_equals_eager_through_rewires():
     model = torch.nn.Sequential(SparseLinear(33, 7, density=0.5, block_size=4), torch.nn.Tanh())
     compiled = torch.compile(model, fullgraph=True)

@@ -111,7 +111,7 @@ void multiply(const Product<typename P::Packed>& op, const Walks<P>& walks, cons
   using T = typename P::Packed;
   using C = typename P::Accumulator;
   constexpr int lanes = kLanes<T>;
-  const int64_t b = walks.block_size, group = max_of(1, lanes / b);
+  const int64_t b = walks.block_size, group = max_of(1, kStoredTogether<S> / b);
   const int64_t padded_inputs = op.in_blocks * b, packed_inputs = ceil_div(padded_inputs, P::kDepth);
   const int64_t tile_bytes = packed_inputs * walks.max_vectors * lanes * int64_t(sizeof(T));
   const Tiling tiling(rows, lanes, walks.max_vectors, tile_bytes, threads);
@@ -178,22 +178,35 @@ template <typename S> void widen_values(const S* values, int64_t count, float* o
   }
 }
 
-// Each block transposed, in the order of the transposed index.
-void transpose_values(const BFloat16* values, const PatternView& pattern, BFloat16* out, int threads) {
+// Each block transposed, in the order of the transposed index: pairs of rows at a time.
+template <int B> void transpose_blocks(const BFloat16* values, const PatternView& pattern, BFloat16* out, int threads) {
   constexpr int lanes = kLanes<float>;
-  const int64_t b = pattern.block_size;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t i = 0; i < pattern.num_blocks; ++i) {
-    const BFloat16* from = values + int64_t(pattern.t_block[i]) * b * b;
-    BFloat16* to = out + i * b * b;
-    for (int64_t r = 0; r < b; r += lanes)
-      for (int64_t c = 0; c < b; c += lanes) {
-        Vec<float> square[lanes];
-        for (int j = 0; j < lanes; ++j) square[j] = r + j < b ? load_wide(from + (r + j) * b + c, b - c) : Vec<float>{};
+    const BFloat16* from = values + int64_t(pattern.t_block[i]) * B * B;
+    BFloat16* to = out + i * B * B;
+    for (int r = 0; r < B; r += 2 * lanes)
+      for (int c = 0; c < B; c += lanes) {
+        Vec<uint32_t> square[lanes] = {};
+        for (int j = 0; j < lanes && r + 2 * j < B; ++j) {
+          const BFloat16* const w = from + (r + 2 * j) * B + c;
+          square[j] = first_halves<B>(w) | (first_halves<B>(w + B) << 16);
+        }
         transpose(square);
-        for (int j = 0; j < lanes && c + j < b; ++j) store_halves(to + (c + j) * b + r, square[j], b - r);
+        constexpr size_t bytes = sizeof(BFloat16) * (B < 2 * lanes ? B : 2 * lanes);
+        for (int j = 0; j < lanes && c + j < B; ++j) memcpy(to + (c + j) * B + r, &square[j], bytes);
       }
   }
+}
+
+void transpose_values(const BFloat16* values, const PatternView& pattern, BFloat16* out, int threads) {
+  const auto transpose_for = pattern.block_size == 4    ? transpose_blocks<4>
+                             : pattern.block_size == 8  ? transpose_blocks<8>
+                             : pattern.block_size == 16 ? transpose_blocks<16>
+                             : pattern.block_size == 32 ? transpose_blocks<32>
+                             : pattern.block_size == 64 ? transpose_blocks<64>
+                                                        : transpose_blocks<128>;
+  transpose_for(values, pattern, out, threads);
 }
 
 int64_t value_count(const PatternView& pattern) { return pattern.num_blocks * pattern.block_size * pattern.block_size; }

@@ -101,21 +101,11 @@ void pack_features(const Rows<S>& source, int64_t row_begin, int64_t row_end, in
         const int64_t row = row_begin + v + i;
         square[i] = row < row_end ? packed_row<P, A>(source, row, at * P::kDepth, features) : Vec<T>{};
       }
-      if constexpr (P::kDepth == 1) {
-        transpose(square);
-      } else {
-        transpose(reinterpret_cast<Vec<float>*>(square));
-      }
+      transpose(square);
       for (int64_t i = 0; i < wanted; ++i) store(out + (at + i) * stride + v, square[i]);
     }
   }
 }
-
-#if defined(__AVX512BF16__)
-SPARSENET_INLINE Vec<uint32_t> load_halves(const BFloat16* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(p), Vec<uint32_t>);
-}
-#endif
 
 // The columns [col, col + kLanes) of kRowsAtOnce rows from `row` on -> to [row / depth][block]. Rows from row_end on
 // and columns from `count` on are zero. Adds the column sums to bias_sum where it is not null.
@@ -153,9 +143,7 @@ SPARSENET_INLINE void pack_column(const Rows<S>& source, int64_t row, int64_t ro
       store(to + i * block, rows[i]);
     } else {
 #if defined(__AVX512BF16__)
-      const auto low = __builtin_convertvector(round_to_bfloat16(rows[i]), Vec<uint32_t>);
-      const auto high = __builtin_convertvector(round_to_bfloat16(rows[i + 1]), Vec<uint32_t>);
-      store(to + i / 2 * block, low | (high << 16));
+      store(to + i / 2 * block, pairs_of(rows[i], rows[i + 1]));
 #endif
     }
   }
@@ -186,13 +174,39 @@ void pack_rows(const Rows<S>& source, int64_t row_begin, int64_t row_end, int64_
   }
 }
 
+// acc [2 * kLanes][width] -> rows of bfloat16, transposed in pairs: half the work, and whole lines of 64 bytes.
+template <typename F>
+SPARSENET_INLINE void store_pairs(const float* acc, int64_t width, int64_t rows, BFloat16* y, int64_t y_stride, F act) {
+  constexpr int lanes = kLanes<float>;
+  Vec<uint32_t> square[lanes];
+  for (int i = 0; i < lanes; ++i)
+    square[i] = pairs_of(act(load(acc + 2 * i * width)), act(load(acc + (2 * i + 1) * width)));
+  transpose(square);
+  for (int64_t i = 0; i < rows; ++i) store(reinterpret_cast<uint32_t*>(y + i * y_stride), square[i]);
+}
+
+// Outputs that store_tile likes to have at once.
+template <typename S> constexpr int kStoredTogether = kLanes<Compute<S>>;
+template <> constexpr int kStoredTogether<BFloat16> = 2 * kLanes<float>;
+
 // acc [features][width] -> rows of y (and of the pre-activation), activation applied.
 template <Activation A, typename S>
 void store_tile(const Compute<S>* acc, int64_t width, int64_t rows, int64_t features, S* y, int64_t y_stride,
                 S* pre_activation, int64_t pre_stride) {
   using C = Compute<S>;
   constexpr int lanes = kLanes<C>;
-  for (int64_t f = 0; f < features; f += lanes) {
+  int64_t f = 0;
+  if constexpr (kStoredTogether<S> == 2 * lanes) {
+    for (; f + 2 * lanes <= features; f += 2 * lanes)
+      for (int64_t v = 0; v < width && v < rows; v += lanes) {
+        const C* const from = acc + f * width + v;
+        const int64_t here = min_of(lanes, rows - v);
+        if (pre_activation != nullptr)
+          store_pairs(from, width, here, pre_activation + v * pre_stride + f, pre_stride, [](Vec<C> z) { return z; });
+        store_pairs(from, width, here, y + v * y_stride + f, y_stride, [](Vec<C> z) { return activate<A>(z); });
+      }
+  }
+  for (; f < features; f += lanes) {
     const int64_t count = min_of(lanes, features - f);
     for (int64_t v = 0; v < width && v < rows; v += lanes) {
       Vec<C> square[lanes];

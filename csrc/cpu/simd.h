@@ -121,12 +121,17 @@ SPARSENET_INLINE void store_narrow(double* p, Vec<double> v) { store(p, v); }
 SPARSENET_INLINE void store_narrow(Half* p, Vec<float> v) {
   for (int i = 0; i < kLanes<float>; ++i) p[i] = Half(v[i]);
 }
-SPARSENET_INLINE HalfVector round_to_bfloat16(Vec<float> v) {
+// In the upper half of each lane: v rounded to nearest even; NaN stays NaN.
+SPARSENET_INLINE Vec<uint32_t> round_upper(Vec<float> v) {
   const auto bits = (Vec<uint32_t>)v;
-  const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Vec<uint32_t> quiet = (bits >> 16) | 0x40u;
-  const auto is_nan = (Vec<uint32_t>)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), HalfVector);
+  return v != v ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+SPARSENET_INLINE HalfVector round_to_bfloat16(Vec<float> v) {
+  return __builtin_convertvector(round_upper(v) >> 16, HalfVector);
+}
+// Two bfloat16 a lane: `even` in the lower half, where memory begins, `odd` in the upper.
+SPARSENET_INLINE Vec<uint32_t> pairs_of(Vec<float> even, Vec<float> odd) {
+  return (round_upper(even) >> 16) | (round_upper(odd) & 0xffff0000u);
 }
 SPARSENET_INLINE void store_narrow(BFloat16* p, Vec<float> v) {
   *reinterpret_cast<HalfVector*>(p) = round_to_bfloat16(v);
@@ -148,10 +153,16 @@ template <typename S> SPARSENET_INLINE void store_narrow(S* p, Vec<Compute<S>> v
     if (i < count) narrow(v[i], p + i);
 }
 
-// The first `count` lanes of v, which are bfloat16 already: nothing is rounded (or flushed).
-SPARSENET_INLINE void store_halves(BFloat16* p, Vec<float> v, int64_t count) {
-  const auto halves = __builtin_convertvector((Vec<uint32_t>)v >> 16, HalfVector);
-  memcpy(p, &halves, size_t(count < kLanes<float> ? count : kLanes<float>) * sizeof(*p));
+// kLanes<float> bfloat16, each in the lower half of a lane.
+SPARSENET_INLINE Vec<uint32_t> load_halves(const BFloat16* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(p), Vec<uint32_t>);
+}
+// The first kCount of them, and zeros.
+template <int kCount> SPARSENET_INLINE Vec<uint32_t> first_halves(const BFloat16* p) {
+  if constexpr (kCount >= kLanes<float>) return load_halves(p);
+  Vec<uint32_t> v = {};
+  for (int i = 0; i < kCount && i < kLanes<float>; ++i) v[i] = p[i].bits;
+  return v;
 }
 
 // --- transposing a square of kLanes x kLanes ----------------------------------------------------------------------
@@ -220,6 +231,7 @@ SPARSENET_INLINE void transpose(Vec<float>* rows) {
 #else
 SPARSENET_INLINE void transpose(Vec<float>* rows) { transpose_in_memory<float>(rows); }
 #endif
+SPARSENET_INLINE void transpose(Vec<uint32_t>* rows) { transpose(reinterpret_cast<Vec<float>*>(rows)); }
 
 } // namespace
 } // namespace sparsenet::cpu::SPARSENET_ISA

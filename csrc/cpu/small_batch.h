@@ -11,7 +11,8 @@
 // Every sum of forward and grad_input runs in the order of larger batches, so a row's result does not depend on its
 // batch. x and dz are read as [feature block][M][b], of which a block's share is one piece and lies in L1; M is a power
 // of two, and what is too much for the registers is two chunks that take turns on a run of values while it is in L2.
-// Lines of values are fetched kFetchBytes ahead, in the order of the walk.
+// Forward walks the values, and grad_values writes its gradients, in the order of memory; grad_input jumps from block to
+// block. Lines are fetched kFetchBytes ahead.
 #pragma once
 
 #include <omp.h>
@@ -107,10 +108,10 @@ void store_small(const float* tile, int64_t b, int64_t rows, int64_t n, int64_t 
 // Vectors of 4 lanes would leave no row of values for a chunk of 8.
 constexpr bool kHasSmallBatch = kLanes<float> >= 8;
 SPARSENET_INLINE bool is_small(int64_t batch, int64_t b) { return batch <= kSmallBatch && b >= 16; }
-// The same for forward and grad_input: float32 beyond 8 rows is bound by multiply-adds, in which larger batches'
-// kernels are as good.
+// The same for forward and grad_input: with 8 lanes, 16 rows of float32 are bound by multiply-adds, in which larger
+// batches' kernels are better.
 template <typename S> bool is_small_product(int64_t batch, int64_t b) {
-  return is_small(batch, b) && (sizeof(S) < sizeof(float) || batch <= 8);
+  return is_small(batch, b) && (kLanes<float> > 8 || sizeof(S) < sizeof(float) || batch <= 8);
 }
 
 // What the sums of a block of outputs begin with, `features` of them inside the matrix: tile [width][b], or

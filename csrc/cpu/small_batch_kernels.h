@@ -20,38 +20,6 @@ struct SmallRun {
   int64_t block(int64_t i) const { return blocks != nullptr ? blocks[i] : first + i; }
 };
 
-// Where forward's walk of a run, group of rows by group of rows and in each all blocks, will be kFetchBytes from now.
-// Fetching the next run along memory instead costs a quarter of the bandwidth.
-template <int64_t kBlockSize, int64_t kGroup> class Ahead { // bytes of a block and of its group of rows
-public:
-  static constexpr int64_t kSteps = kFetchBytes / kGroup > 0 ? kFetchBytes / kGroup : 1;
-  Ahead(const void* begin, int64_t count) : begin_(static_cast<const char*>(begin)), count_(count) {
-    block_ = kSteps % count;
-    group_ = kSteps / count;
-    settle();
-  }
-  const char* step() {
-    const char* here = at_ + block_ * kBlockSize;
-    if (++block_ == count_) {
-      block_ = 0;
-      ++group_;
-      settle();
-    }
-    return here;
-  }
-
-private:
-  void settle() { // past the last group: the next run, as if it had as many blocks
-    while (group_ >= kBlockSize / kGroup) {
-      group_ -= kBlockSize / kGroup;
-      begin_ += count_ * kBlockSize;
-    }
-    at_ = begin_ + group_ * kGroup;
-  }
-  const char *begin_, *at_;
-  int64_t count_, block_, group_;
-};
-
 // A square of values, kLanes rows of B from w on, as vectors across the rows; where a row of pairs is half a vector,
 // the first half of the square.
 template <class P, int B, typename S>
@@ -80,22 +48,20 @@ SPARSENET_INLINE void load_across(const S* w, Vec<typename P::Packed>* square) {
 template <class P, typename S, int B, int M>
 void across_run(const SmallRun& run, const S* values, const typename P::Packed* x, float* tile) {
   constexpr int lanes = kLanes<float>, depth = B / P::kDepth, square_depth = depth < lanes ? depth : lanes;
-  constexpr int64_t group_bytes = lanes * B * int64_t(sizeof(S));
-  const S* const begin = values + run.first * B * B;
-  Ahead<kBlockBytes<S, B>, group_bytes> ahead(begin, run.count);
-  for (int n = 0; n < B; n += lanes) {
-    Vec<float> acc[M];
+  constexpr int64_t square_bytes = lanes * square_depth * P::kDepth * int64_t(sizeof(S));
+  const S* w = values + run.first * B * B; // in the order of memory: that is what fills most of its bandwidth
+  Vec<float> acc[M];
+  for (int64_t i = 0; i < run.count; ++i) {
+    const typename P::Packed* xb = x + int64_t(run.features[i]) * M * depth;
+    for (int n = 0; n < B; n += lanes, w += lanes * B) {
+      if (B > lanes || i == 0)
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) acc[m] = load(tile + m * B + n);
-    for (int64_t i = 0; i < run.count; ++i) {
-      const S* w = begin + i * B * B + n * B;
-      const typename P::Packed* xb = x + int64_t(run.features[i]) * M * depth;
-      const char* next = ahead.step();
+        for (int m = 0; m < M; ++m) acc[m] = load(tile + m * B + n);
+      const char* next = reinterpret_cast<const char*>(w) + kFetchBytes;
       for (int k = 0; k < depth; k += square_depth) {
 #pragma GCC unroll 16
-        for (int64_t at = 0; at < group_bytes * square_depth / depth; at += kFetchLine)
-          __builtin_prefetch(next + at, 0, 2);
-        next += group_bytes * square_depth / depth;
+        for (int64_t at = 0; at < square_bytes; at += kFetchLine) __builtin_prefetch(next + at, 0, 2);
+        next += square_bytes;
         Vec<typename P::Packed> wv[lanes];
         load_across<P, B>(w + k * P::kDepth, wv);
 #pragma GCC unroll 16
@@ -103,9 +69,10 @@ void across_run(const SmallRun& run, const S* values, const typename P::Packed* 
 #pragma GCC unroll 16
           for (int m = 0; m < M; ++m) acc[m] = P::multiply_add(acc[m], xb[m * depth + k + j], wv[j]);
       }
-    }
+      if (B > lanes || i + 1 == run.count)
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) store(tile + m * B + n, acc[m]);
+        for (int m = 0; m < M; ++m) store(tile + m * B + n, acc[m]);
+    }
   }
 }
 
@@ -115,16 +82,15 @@ void broadcast_run(const SmallRun& run, const S* values, const typename P::Packe
   using T = typename P::Packed;
   constexpr int M = kLanes<float>, rows = kVectorBytes == 64 ? 16 : 8, depth = B / P::kDepth;
   static_assert(sizeof(S) * P::kDepth == sizeof(T), "a weight is broadcast from where it is");
-  const T* const begin = reinterpret_cast<const T*>(values) + run.first * B * depth;
-  Ahead<kBlockBytes<S, B>, rows * B * int64_t(sizeof(S))> ahead(begin, run.count);
-  for (int n = 0; n < B; n += rows) {
-    Vec<float> acc[rows];
+  const T* w = reinterpret_cast<const T*>(values) + run.first * B * depth;
+  Vec<float> acc[rows];
+  for (int64_t i = 0; i < run.count; ++i) {
+    const T* xb = x + int64_t(run.features[i]) * depth * M;
+    for (int n = 0; n < B; n += rows, w += rows * depth) {
+      if (B > rows || i == 0)
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) acc[r] = load(tile + (n + r) * M);
-    for (int64_t i = 0; i < run.count; ++i) {
-      const T* w = begin + i * B * depth + n * depth;
-      const T* xb = x + int64_t(run.features[i]) * depth * M;
-      const char* next = ahead.step();
+        for (int r = 0; r < rows; ++r) acc[r] = load(tile + (n + r) * M);
+      const char* next = reinterpret_cast<const char*>(w) + kFetchBytes;
 #pragma GCC unroll 4
       for (int k = 0; k < depth; ++k) {
         if (k % (kFetchLine / rows / int(sizeof(T))) == 0) {
@@ -135,9 +101,10 @@ void broadcast_run(const SmallRun& run, const S* values, const typename P::Packe
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) acc[r] = P::multiply_add(acc[r], w[r * depth + k], xv);
       }
-    }
+      if (B > rows || i + 1 == run.count)
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) store(tile + (n + r) * M, acc[r]);
+        for (int r = 0; r < rows; ++r) store(tile + (n + r) * M, acc[r]);
+    }
   }
 }
 
@@ -238,6 +205,7 @@ template <class P, typename S, bool kTransposed> RunKernel<P, S> run_kernel_for(
 template <typename S, int B> void outer_block(const float* z, const float* x, int64_t batch, S* out) {
   constexpr int lanes = kLanes<float>, vectors = B > lanes ? 2 : 1;
   constexpr int rows = kVectorBytes == 64 ? 16 / vectors : 4;
+  const bool fetches = batch > 2; // with little but stores the processor sees the stream itself
   for (int n = 0; n < B; n += rows)
     for (int k = 0; k < B; k += vectors * lanes) {
       Vec<float> acc[rows][vectors] = {};
@@ -255,7 +223,11 @@ template <typename S, int B> void outer_block(const float* z, const float* x, in
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) store_narrow(out + (n + r) * B + k + v * lanes, acc[r][v]);
+        for (int v = 0; v < vectors; ++v) {
+          S* const to = out + (n + r) * B + k + v * lanes;
+          if (fetches) __builtin_prefetch(reinterpret_cast<const char*>(to) + kFetchBytes, 1, 2);
+          store_narrow(to, acc[r][v]);
+        }
     }
 }
 

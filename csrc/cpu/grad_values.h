@@ -222,6 +222,8 @@ private:
       fetch.push(g_ahead[0].next(step * g_rate));
       if constexpr (A != Activation::none) fetch.push(g_ahead[1].next(step * g_rate));
       fetch.push(x_ahead.next(step * x_rate));
+      if (s + here < squares) // the next square's x, which the last one left in L3
+        fetch.to_l2 = {reinterpret_cast<const char*>(strip_of(s + here)), kLineBytes, xs.bytes(1) / kLineBytes};
       sum(g, strip_of(s), strip_of(s + here - 1), xs.rows / P::kDepth, fetch, acc, acc + w * w);
       for (int64_t j = 0; j < here; ++j)
         store_square(from + (s + j) / per_block, u, (s + j) % per_block * w, acc + j * w * w);

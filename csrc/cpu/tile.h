@@ -71,6 +71,7 @@ public:
     queue_[size_++] = {static_cast<const char*>(at), stride, count};
   }
   void clear() { size_ = 0; }
+  Lines to_l2 = {nullptr, 0, 0}; // beside those: more than L1 holds, wanted a little later
 
   // A kernel works on a copy of what comes first, in registers, and hands it back.
   SPARSENET_INLINE Lines take() const { return size_ > 0 ? queue_[0] : Lines{nullptr, 0, 0}; }
@@ -81,8 +82,8 @@ public:
     for (int i = 1; i < size_; ++i) queue_[i - 1] = queue_[i];
     --size_;
   }
-  SPARSENET_INLINE static void fetch_one(Lines& lines) {
-    __builtin_prefetch(lines.at, 0, 3);
+  template <int kLocality = 3> SPARSENET_INLINE static void fetch_one(Lines& lines) {
+    __builtin_prefetch(lines.at, 0, kLocality);
     lines.at += lines.count > 1 ? lines.stride : 0;
     --lines.count;
   }
@@ -198,18 +199,21 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, Strides g_stri
       c[r][1] = P::multiply_add(c[r][1], w, b);
     }
   };
-  Lines lines = fetch.take();
+  Lines lines = fetch.take(), to_l2 = fetch.to_l2;
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) {
     FetchQueue::fetch_one(lines);
     step(m);
+    FetchQueue::fetch_one<2>(to_l2);
     step(m + 1);
     FetchQueue::fetch_one(lines);
     step(m + 2);
+    FetchQueue::fetch_one<2>(to_l2);
     step(m + 3);
   }
   for (; m < rows; ++m) step(m);
   fetch.give_back(lines);
+  fetch.to_l2 = to_l2;
 #pragma GCC unroll 16
   for (int r = 0; r < kOutputs; ++r) {
     store(acc0 + r * acc_stride, c[r][0]);

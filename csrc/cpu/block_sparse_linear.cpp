@@ -184,12 +184,17 @@ template <int B> void transpose_blocks(const BFloat16* values, const PatternView
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t i = 0; i < pattern.num_blocks; ++i) {
     const BFloat16* from = values + int64_t(pattern.t_block[i]) * B * B;
+    const BFloat16* next = values + int64_t(pattern.t_block[min_of(i + 1, pattern.num_blocks - 1)]) * B * B;
     BFloat16* to = out + i * B * B;
     for (int r = 0; r < B; r += 2 * lanes)
       for (int c = 0; c < B; c += lanes) {
         Vec<uint32_t> square[lanes] = {};
         for (int j = 0; j < lanes && r + 2 * j < B; ++j) {
           const BFloat16* const w = from + (r + 2 * j) * B + c;
+          if (B <= 32 && c % (2 * lanes) == 0) { // larger blocks are streams that the processor sees itself
+            __builtin_prefetch(next + (w - from), 0, 3);
+            __builtin_prefetch(next + (w - from) + B, 0, 3);
+          }
           square[j] = first_halves<B>(w) | (first_halves<B>(w + B) << 16);
         }
         transpose(square);

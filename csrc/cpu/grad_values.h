@@ -217,8 +217,7 @@ private:
       for (int64_t j = 0; j < here; ++j)
         load_square(from + (s + j) / per_block, u, (s + j) % per_block * w, acc + j * w * w);
       FetchQueue fetch;
-      if (kInPlace && w == op.block_size && s + here < squares)
-        fetch.push(op.values + op.place(from + s + here) * w * w, 64, here * w * w * int64_t(sizeof(S)) / 64);
+      if (s + here < squares) fetch_square(from + (s + here) / per_block, u, (s + here) % per_block * w, fetch);
       fetch.push(g_ahead[0].next(step * g_rate));
       if constexpr (A != Activation::none) fetch.push(g_ahead[1].next(step * g_rate));
       fetch.push(x_ahead.next(step * x_rate));
@@ -237,6 +236,21 @@ private:
       sum(g, xs.strip(op.col[i] - first_col), xs.feature_stride(), xs.rows, acc);
       store_square(i, 0, 0, acc);
     }
+  }
+
+  // The lines in which the square at (u, v) of the block at place i will be kept; of whole blocks, all of a step.
+  void fetch_square(int64_t i, int64_t u, int64_t v, FetchQueue& fetch) const {
+    const int64_t b = op.block_size, offset = u * b + v;
+    if (kInPlace || last_panel()) {
+      fetch_square_of(op.values + op.place(i) * b * b + offset, fetch);
+    } else {
+      fetch_square_of(sums + i * b * b + offset, fetch);
+    }
+  }
+  template <typename To> void fetch_square_of(const To* at, FetchQueue& fetch) const {
+    const int64_t b = op.block_size, w = xs.width, line = kLineBytes / int64_t(sizeof(To));
+    if (w == b) return fetch.push(at, kLineBytes, (w == kLanes<C> ? 2 : 1) * w * w / line);
+    for (int64_t c = 0; c < w; c += line) fetch.push(at + c, b * int64_t(sizeof(To)), w);
   }
 
   // The square at (u, v) of the block at place i, from and to where its sum is kept.

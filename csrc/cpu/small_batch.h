@@ -1,7 +1,8 @@
 // Batches of up to kSmallBatch rows: the values come from memory once and decide the time, so they are read in place
 // and the arithmetic is arranged to keep up with memory.
 //
-//   grad_input    acc[m][k : k + lanes] += dz[m][n] * values[n][k : k + lanes], down a block column.
+//   grad_input    acc[m][k : k + lanes] += dz[m][n] * values[n][k : k + lanes], block by block; the sums of all block
+//                 columns of a thread are kept meanwhile.
 //   forward       acc[m][n : n + lanes] += x[m][k] * values[n : n + lanes][k], along a block row. The vectors that run
 //                 across the rows of a block are made in registers, a square of lanes x lanes values transposed at a
 //                 time: four shuffles a vector, whatever the batch. With a lane for every row of x they are not
@@ -130,11 +131,11 @@ void start_tile(const S* bias, int64_t features, int64_t b, int64_t width, bool 
   }
 }
 
-template <class P, bool kTransposed, Activation ASource, Activation AOut, typename S>
-void multiply_small(const Product<S>& op, int64_t b, const Rows<S>& source, int64_t batch, const Epilogue<S>& out,
-                    int threads) {
+template <class P, Activation A, typename S>
+void forward_small_with(const Product<S>& op, int64_t b, const Rows<S>& source, int64_t batch, const Epilogue<S>& out,
+                        int threads) {
   using T = typename P::Packed;
-  const Chunks chunks(batch, kChunkRows<P, S, kTransposed>);
+  const Chunks chunks(batch, kForwardRows<P, S>);
   const int64_t block_bytes = b * b * int64_t(sizeof(S)), run_blocks = max_of(1, kRunBytes / block_bytes);
   const int64_t parts = max_of(threads, min_of(op.num_blocks * block_bytes / kPartBytes, 64 * threads));
   WorkspacePlan plan;
@@ -143,12 +144,12 @@ void multiply_small(const Product<S>& op, int64_t b, const Rows<S>& source, int6
   bool lane_per_row[kMostChunks];
   for (int64_t c = 0; c < chunks.count; ++c) {
     x_at[c] = plan.piece(op.in_blocks * chunks.width[c] * b * int64_t(sizeof(T)) / P::kDepth);
-    kernels[c] = run_kernel_for<P, S, kTransposed>(b, chunks.width[c]);
-    lane_per_row[c] = !kTransposed && has_lane_per_row<P, S>(chunks.width[c]);
+    kernels[c] = run_kernel_for<P, S>(b, chunks.width[c]);
+    lane_per_row[c] = has_lane_per_row<P, S>(chunks.width[c]);
   }
   const int64_t shared = plan.bytes;
   for (int64_t c = 0; c < chunks.count; ++c) tile_at[c] = plan.piece(chunks.width[c] * b * int64_t(sizeof(float)));
-  const int64_t columns_at = plan.piece(kTransposed ? 0 : chunks.most * b * int64_t(sizeof(float)));
+  const int64_t columns_at = plan.piece(chunks.most * b * int64_t(sizeof(float)));
   const int64_t per_thread = plan.bytes - shared;
   Workspace workspace(shared + per_thread * threads);
   if (workspace.dry()) return;
@@ -160,8 +161,8 @@ void multiply_small(const Product<S>& op, int64_t b, const Rows<S>& source, int6
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t in_begin = thread * op.in_blocks / team, in_end = (thread + 1) * op.in_blocks / team;
     for (int64_t c = 0; c < chunks.count; ++c)
-      pack_chunk<P, ASource>(rows_from(source, c * chunks.most), chunks.rows[c], op.inputs, b, chunks.width[c],
-                             lane_per_row[c], in_begin, in_end, x_of(c));
+      pack_chunk<P, Activation::none>(rows_from(source, c * chunks.most), chunks.rows[c], op.inputs, b, chunks.width[c],
+                                      lane_per_row[c], in_begin, in_end, x_of(c));
 #pragma omp barrier
     char* const mine = workspace.data() + per_thread * thread;
     for (int64_t part; (part = __atomic_fetch_add(&next_part, 1, __ATOMIC_RELAXED)) < parts;) {
@@ -172,8 +173,7 @@ void multiply_small(const Product<S>& op, int64_t b, const Rows<S>& source, int6
           start_tile(out.bias != nullptr ? out.bias + r * b : nullptr, features, b, chunks.width[c], lane_per_row[c],
                      reinterpret_cast<float*>(mine + tile_at[c]));
         for (int64_t first = op.crow[r]; first < op.crow[r + 1]; first += run_blocks) {
-          const SmallRun run = {op.features + first, op.blocks != nullptr ? op.blocks + first : nullptr, first,
-                                min_of(run_blocks, op.crow[r + 1] - first), op.num_blocks - first};
+          const SmallRun run = {op.features + first, first, min_of(run_blocks, op.crow[r + 1] - first)};
           for (int64_t c = 0; c < chunks.count; ++c)
             kernels[c](run, op.values, x_of(c), reinterpret_cast<float*>(mine + tile_at[c]));
         }
@@ -181,7 +181,7 @@ void multiply_small(const Product<S>& op, int64_t b, const Rows<S>& source, int6
           const float* tile = reinterpret_cast<float*>(mine + tile_at[c]);
           float* const columns = reinterpret_cast<float*>(mine + columns_at);
           if (lane_per_row[c]) transpose_columns(tile, chunks.rows[c], b, columns);
-          store_small<AOut>(lane_per_row[c] ? columns : tile, b, chunks.rows[c], r * b, features, out, c * chunks.most);
+          store_small<A>(lane_per_row[c] ? columns : tile, b, chunks.rows[c], r * b, features, out, c * chunks.most);
         }
       }
     }
@@ -229,15 +229,64 @@ void grad_values_small(const PatternView& p, const Rows<S>& grad_z, const Rows<S
 template <class P, typename S> void forward_small(const LinearForward& op, int threads) {
   const auto product = product_of(op.pattern, false, static_cast<const S*>(op.values), true);
   with_activation(op.activation, [&]<Activation A>() {
-    multiply_small<P, false, Activation::none, A>(product, op.pattern.block_size, rows_of<S>(op.x), op.x.rows,
-                                                  forward_epilogue<S>(op), threads);
+    forward_small_with<P, A>(product, op.pattern.block_size, rows_of<S>(op.x), op.x.rows, forward_epilogue<S>(op),
+                             threads);
   });
 }
 
+// Each thread takes a share of the block columns, all of whose sums it keeps, and walks its blocks in row order.
 template <class P, Activation A, typename S> void grad_input_small(const LinearBackward& op, int threads) {
-  multiply_small<P, true, A, Activation::none>(product_of(op.pattern, true, static_cast<const S*>(op.values), false),
-                                               op.pattern.block_size, grad_z_rows<S>(op), op.grad_y.rows,
-                                               grad_input_epilogue<S>(op), threads);
+  using T = typename P::Packed;
+  const PatternView& p = op.pattern;
+  const S* const values = static_cast<const S*>(op.values);
+  const auto product = product_of(p, true, values, false);
+  const Rows<S> source = grad_z_rows<S>(op);
+  const Epilogue<S> out = grad_input_epilogue<S>(op);
+  const int64_t b = p.block_size, rows = p.block_rows(), cols = p.block_cols(), parts = threads;
+  const int64_t run_blocks = max_of(1, kRunBytes / (b * b * int64_t(sizeof(S))));
+  const Chunks chunks(op.grad_y.rows, kGradInputRows);
+  WorkspacePlan plan;
+  int64_t z_at[kMostChunks], tiles_at[kMostChunks];
+  BlocksKernel<P, S> kernels[kMostChunks];
+  for (int64_t c = 0; c < chunks.count; ++c) {
+    z_at[c] = plan.piece(rows * chunks.width[c] * b * int64_t(sizeof(T)) / P::kDepth);
+    tiles_at[c] = plan.piece(cols * chunks.width[c] * b * int64_t(sizeof(float)));
+    kernels[c] = blocks_kernel_for<P, S>(b, chunks.width[c]);
+  }
+  const int64_t list_at = plan.piece(p.num_blocks * int64_t(sizeof(int32_t)));
+  Workspace workspace(plan.bytes);
+  if (workspace.dry()) return;
+  const auto z_of = [&](int64_t c) { return reinterpret_cast<T*>(workspace.data() + z_at[c]); };
+  const auto tiles_of = [&](int64_t c) { return reinterpret_cast<float*>(workspace.data() + tiles_at[c]); };
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    for (int64_t c = 0; c < chunks.count; ++c)
+      pack_chunk<P, A>(rows_from(source, c * chunks.most), chunks.rows[c], p.rows, b, chunks.width[c], false,
+                       thread * rows / team, (thread + 1) * rows / team, z_of(c));
+#pragma omp barrier
+    for (int64_t part = thread; part < parts; part += team) {
+      const int64_t begin = part_begin(product, 1, part, parts), end = part_begin(product, 1, part + 1, parts);
+      const int64_t count = p.t_crow[end] - p.t_crow[begin];
+      int32_t* const list = reinterpret_cast<int32_t*>(workspace.data() + list_at) + p.t_crow[begin];
+      for (int64_t i = 0, found = 0; found < count; ++i) {
+        list[found] = int32_t(i);
+        found += p.col[i] >= begin && p.col[i] < end;
+      }
+      for (int64_t c = 0; c < chunks.count; ++c)
+        memset(tiles_of(c) + begin * chunks.width[c] * b, 0,
+               size_t((end - begin) * chunks.width[c] * b) * sizeof(float));
+      for (int64_t first = 0; first < count; first += run_blocks) {
+        const SmallBlocks blocks = {list + first, min_of(run_blocks, count - first), count - first, p.row, p.col};
+        for (int64_t c = 0; c < chunks.count; ++c) kernels[c](blocks, values, z_of(c), tiles_of(c));
+      }
+      for (int64_t k = begin; k < end; ++k)
+        for (int64_t c = 0; c < chunks.count; ++c)
+          store_small<Activation::none>(tiles_of(c) + k * chunks.width[c] * b, b, chunks.rows[c], k * b,
+                                        min_of(b, p.cols - k * b), out, c * chunks.most);
+    }
+  }
 }
 
 } // namespace

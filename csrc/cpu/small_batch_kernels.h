@@ -11,13 +11,18 @@ constexpr int kFetchLine = 64;
 
 template <typename S, int64_t B> constexpr int64_t kBlockBytes = B * B * int64_t(sizeof(S));
 
-// Entry i reads x block features[i] and weight block blocks[i] (or first + i).
+// Consecutive blocks of a block row, from `first` on: entry i reads x block features[i].
 struct SmallRun {
   const int32_t* features;
-  const int32_t* blocks; // null: consecutive from `first`
   int64_t first, count;
-  int64_t available; // entries readable from here on, for fetching; at least count
-  int64_t block(int64_t i) const { return blocks != nullptr ? blocks[i] : first + i; }
+};
+
+// Blocks of some block columns, in the order of memory.
+struct SmallBlocks {
+  const int32_t* list; // their numbers
+  int64_t count;
+  int64_t available;        // entries readable from here on, for fetching; at least count
+  const int32_t *row, *col; // of every block
 };
 
 // A square of values, kLanes rows of B from w on, as vectors across the rows; where a row of pairs is half a vector,
@@ -123,22 +128,26 @@ template <class P, int B, typename S> SPARSENET_INLINE Vec<typename P::Packed> l
   }
 }
 
-// tile [M][B] += one run of a block column times dz [feature block][M][B / depth].
+// tiles [block column][M][B] += the blocks of a list times dz [block row][M][B / depth].
 template <class P, typename S, int B, int M>
-void along_run(const SmallRun& run, const S* values, const typename P::Packed* z, float* tile) {
+void along_blocks(const SmallBlocks& blocks, const S* values, const typename P::Packed* z, float* tiles) {
   constexpr int lanes = kLanes<float>, vectors = B / lanes < lanes / M ? B / lanes : lanes / M, width = vectors * lanes;
   constexpr int depth = B / P::kDepth;
   constexpr int64_t ahead = kBlockBytes<S, B> < kFetchBytes ? kFetchBytes / kBlockBytes<S, B> : 1;
-  for (int k = 0; k < B; k += width) {
-    Vec<float> acc[M][vectors];
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const int64_t block = blocks.list[i], later = blocks.list[i + ahead < blocks.available ? i + ahead : i];
+    const typename P::Packed* zb = z + blocks.row[block] * int64_t(M) * depth;
+    float* const tile = tiles + blocks.col[block] * int64_t(M) * B;
+    const int64_t following = blocks.list[i + 1 < blocks.available ? i + 1 : i];
+    const float* const next_tile = tiles + blocks.col[following] * int64_t(M) * B; // to be fetched from L2
+    for (int k = 0; k < B; k += width) {
+      const S* w = values + block * B * B + k;
+      const S* next = values + later * B * B + k;
+      Vec<float> acc[M][vectors];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) acc[m][v] = load(tile + m * B + k + v * lanes);
-    for (int64_t i = 0; i < run.count; ++i) {
-      const S* w = values + run.block(i) * B * B + k;
-      const S* next = values + run.block(min_of(i + ahead, run.available - 1)) * B * B + k;
-      const typename P::Packed* zb = z + int64_t(run.features[i]) * M * depth;
+        for (int v = 0; v < vectors; ++v) acc[m][v] = load(tile + m * B + k + v * lanes);
 #pragma GCC unroll 2
       for (int n = 0; n < depth; ++n) {
 #pragma GCC unroll 2
@@ -146,6 +155,7 @@ void along_run(const SmallRun& run, const S* values, const typename P::Packed* z
 #pragma GCC unroll 8
           for (int64_t at = 0; at < width; at += kFetchLine / int64_t(sizeof(S)))
             __builtin_prefetch(next + (n * P::kDepth + row) * B + at, 0, 2);
+        if (n < M * vectors) __builtin_prefetch(next_tile + n / vectors * B + k + n % vectors * lanes, 0, 3);
         Vec<typename P::Packed> wv[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) wv[v] = load_along<P, B>(w + n * P::kDepth * B + v * lanes);
@@ -154,51 +164,66 @@ void along_run(const SmallRun& run, const S* values, const typename P::Packed* z
 #pragma GCC unroll 16
           for (int v = 0; v < vectors; ++v) acc[m][v] = P::multiply_add(acc[m][v], zb[m * depth + n], wv[v]);
       }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) store(tile + m * B + k + v * lanes, acc[m][v]);
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) store(tile + m * B + k + v * lanes, acc[m][v]);
   }
 }
 
 template <class P, typename S>
 using RunKernel = void (*)(const SmallRun&, const S* values, const typename P::Packed* x, float* tile);
+template <class P, typename S>
+using BlocksKernel = void (*)(const SmallBlocks&, const S* values, const typename P::Packed* z, float* tiles);
 
 // Whether forward at this width has a lane for each row of the chunk.
 template <class P, typename S> constexpr bool has_lane_per_row(int64_t width) {
   return width == kLanes<float> && sizeof(S) * P::kDepth == sizeof(typename P::Packed);
 }
 
-// Most rows of a chunk.
-template <class P, typename S, bool kTransposed>
-constexpr int64_t kChunkRows = kVectorBytes == 64 && (kTransposed || has_lane_per_row<P, S>(16)) ? 16 : 8;
+// Most rows of a chunk, in forward and in grad_input.
+template <class P, typename S>
+constexpr int64_t kForwardRows = kVectorBytes == 64 && has_lane_per_row<P, S>(16) ? 16 : 8;
+constexpr int64_t kGradInputRows = kVectorBytes == 64 ? 16 : 8;
 
-template <class P, typename S, bool kTransposed, int B, int M> constexpr RunKernel<P, S> run_kernel() {
-  if constexpr (M > kChunkRows<P, S, kTransposed>) {
+template <class P, typename S, int B, int M> constexpr RunKernel<P, S> run_kernel() {
+  if constexpr (M > kForwardRows<P, S>) {
     return nullptr;
-  } else if constexpr (kTransposed) {
-    return along_run<P, S, B, M>;
   } else if constexpr (has_lane_per_row<P, S>(M)) {
     return broadcast_run<P, S, B>;
   } else {
     return across_run<P, S, B, M>;
   }
 }
-
-template <class P, typename S, bool kTransposed, int B> RunKernel<P, S> run_kernel_of(int64_t width) {
-  return width == 1   ? run_kernel<P, S, kTransposed, B, 1>()
-         : width == 2 ? run_kernel<P, S, kTransposed, B, 2>()
-         : width == 4 ? run_kernel<P, S, kTransposed, B, 4>()
-         : width == 8 ? run_kernel<P, S, kTransposed, B, 8>()
-                      : run_kernel<P, S, kTransposed, B, 16>();
+template <class P, typename S, int B, int M> constexpr BlocksKernel<P, S> blocks_kernel() {
+  if constexpr (M > kGradInputRows) {
+    return nullptr;
+  } else {
+    return along_blocks<P, S, B, M>;
+  }
 }
 
-template <class P, typename S, bool kTransposed> RunKernel<P, S> run_kernel_for(int64_t b, int64_t width) {
-  return b == 16   ? run_kernel_of<P, S, kTransposed, 16>(width)
-         : b == 32 ? run_kernel_of<P, S, kTransposed, 32>(width)
-         : b == 64 ? run_kernel_of<P, S, kTransposed, 64>(width)
-                   : run_kernel_of<P, S, kTransposed, 128>(width);
+// find.operator()<B, M>() for a block size and a width known now.
+template <int B, class Find> auto with_width(int64_t width, const Find& find) {
+  return width == 1   ? find.template operator()<B, 1>()
+         : width == 2 ? find.template operator()<B, 2>()
+         : width == 4 ? find.template operator()<B, 4>()
+         : width == 8 ? find.template operator()<B, 8>()
+                      : find.template operator()<B, 16>();
+}
+template <class Find> auto with_block_and_width(int64_t b, int64_t width, const Find& find) {
+  return b == 16   ? with_width<16>(width, find)
+         : b == 32 ? with_width<32>(width, find)
+         : b == 64 ? with_width<64>(width, find)
+                   : with_width<128>(width, find);
+}
+
+template <class P, typename S> RunKernel<P, S> run_kernel_for(int64_t b, int64_t width) {
+  return with_block_and_width(b, width, []<int B, int M>() { return run_kernel<P, S, B, M>(); });
+}
+template <class P, typename S> BlocksKernel<P, S> blocks_kernel_for(int64_t b, int64_t width) {
+  return with_block_and_width(b, width, []<int B, int M>() { return blocks_kernel<P, S, B, M>(); });
 }
 
 // out [B][B] = the outer products of z [batch][B] and x [batch][B], summed over the batch.

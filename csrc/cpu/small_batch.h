@@ -12,8 +12,8 @@
 // Every sum of forward and grad_input runs in the order of larger batches, so a row's result does not depend on its
 // batch. x and dz are read as [feature block][M][b], of which a block's share is one piece and lies in L1; M is a power
 // of two, and what is too much for the registers is two chunks that take turns on a run of values while it is in L2.
-// Forward walks the values, and grad_values writes its gradients, in the order of memory; grad_input jumps from block
-// to block. Lines are fetched kFetchBytes ahead.
+// All three go through the values, or write the gradients of them, in the order of memory: that is what fills most of
+// its bandwidth. Lines are fetched kFetchBytes ahead.
 #pragma once
 
 #include <omp.h>

@@ -1,4 +1,4 @@
-// The kernels of small_batch.h, which explains them: one run of values times a chunk of rows.
+// The kernels of small_batch.h, which explains them: some blocks of values times a chunk of rows.
 #pragma once
 
 #include "pack.h"
@@ -54,7 +54,7 @@ template <class P, typename S, int B, int M>
 void across_run(const SmallRun& run, const S* values, const typename P::Packed* x, float* tile) {
   constexpr int lanes = kLanes<float>, depth = B / P::kDepth, square_depth = depth < lanes ? depth : lanes;
   constexpr int64_t square_bytes = lanes * square_depth * P::kDepth * int64_t(sizeof(S));
-  const S* w = values + run.first * B * B; // in the order of memory: that is what fills most of its bandwidth
+  const S* w = values + run.first * B * B;
   Vec<float> acc[M];
   for (int64_t i = 0; i < run.count; ++i) {
     const typename P::Packed* xb = x + int64_t(run.features[i]) * M * depth;

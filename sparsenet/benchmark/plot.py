@@ -47,7 +47,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3 if grid.size > 1 else 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda part: figure.savefig(part, format="png", dpi=130))
     pyplot.close(figure)

@@ -1,6 +1,6 @@
 """The CUDA ops of a built ``_C`` on torch tensors, without the Python package: what gpu_check checks and times.
 
-Where there is no GPU the same code drives the emulated module on CPU tensors (tests/test_cuda_gpu_check.py).
+Where there is no GPU the same code drives the emulated module on CPU tensors (tests/cuda/test_gpu_check.py).
 """
 
 from __future__ import annotations

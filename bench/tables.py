@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sparsenet.benchmark.results import Results, case_text, crossovers, read
 from sparsenet.benchmark.trial import OURS, Row
-from sparsenet.memory import format_bytes
+from sparsenet.memory.budget import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -7,23 +7,20 @@ if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a synt
 
 import torch  # first: its OpenMP runtime is the one the kernels share
 
-from sparsenet import architecture, data, distributed, functional, library, reference
+from sparsenet import architecture, data, distributed, functional, reference
 from sparsenet.architecture.folding import fold_depth
 from sparsenet.architecture.gates import TriStateReLU, architecture_penalty
 from sparsenet.checkpoint import Checkpoint, load, save
-from sparsenet.compaction import CompactionError, CompactionReport, compact
-from sparsenet.compaction_sizes import resize_to
-from sparsenet.compactor import Compactor
+from sparsenet.compaction import CompactionError, CompactionReport, Compactor, compact, resize_to
+from sparsenet.functional import library
 from sparsenet.layers import SparseLinear, densify_, sparsify_
-from sparsenet.memory import MemoryBudget, measure_peak
+from sparsenet.memory import BudgetError, MemoryBudget, MemoryPlan, measure_peak, plan
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import BlockPattern
-from sparsenet.plans import BudgetError, MemoryPlan, plan
 from sparsenet.policies import GMP, SET, Policy, RigL, Static
 from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
-from sparsenet.train_config import TrainConfig
-from sparsenet.trainer import Evaluation, Examples, FitResult, Trainer
+from sparsenet.training import Evaluation, Examples, FitResult, TrainConfig, Trainer
 
 __version__ = functional.native_build_info()["version"]
 

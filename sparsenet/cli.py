@@ -18,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import sparsenet
-from sparsenet import architecture, benchmark, compact_command, data, functional
+from sparsenet import data, functional
+from sparsenet.architecture.search import run as search_command
 from sparsenet.checkpoint import FileContents, describe
-from sparsenet.job import Interrupted, report, run
+from sparsenet.commands import bench as bench_command
+from sparsenet.commands import compact as compact_command
 from sparsenet.memory import available_bytes, format_bytes, release_freed_memory
-from sparsenet.train_config import TrainConfig
+from sparsenet.reproduce import density as reproduce_density
+from sparsenet.reproduce import embedding as reproduce_embedding
+from sparsenet.reproduce import gates as reproduce_gates
+from sparsenet.training.config import TrainConfig
+from sparsenet.training.job import Interrupted, report, run
 
 __all__ = ["main"]
 
@@ -75,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_flags(plan, _PLAN_FIELDS)
     plan.set_defaults(command=_plan)
     bench = commands.add_parser("bench", help="time the block-sparse operations against dense ones and rivals")
-    benchmark.add_arguments(bench)
-    bench.set_defaults(command=benchmark.run)
+    bench_command.add_arguments(bench)
+    bench.set_defaults(command=bench_command.run)
     compact = commands.add_parser("compact", help="remove dead or unimportant units from a saved network")
     compact_command.add_arguments(compact)
     compact.set_defaults(command=compact_command.run)
@@ -95,10 +101,10 @@ def _add_architecture_commands(commands) -> None:
     reproduce = commands.add_parser("reproduce", help="repeat published experiments and compare with their numbers")
     what = reproduce.add_subparsers(required=True, metavar="what", parser_class=_Parser)
     for parser, module in (
-        (search, architecture.search),
-        (what.add_parser("density", help="Tessera and Rosman's density search"), architecture.reproduce_density),
-        (what.add_parser("embedding", help="networks in a continuous space"), architecture.reproduce_embedding),
-        (what.add_parser("gates", help="tri-state ReLU, compaction, depth collapse"), architecture.reproduce_gates),
+        (search, search_command),
+        (what.add_parser("density", help="Tessera and Rosman's density search"), reproduce_density),
+        (what.add_parser("embedding", help="networks in a continuous space"), reproduce_embedding),
+        (what.add_parser("gates", help="tri-state ReLU, compaction, depth collapse"), reproduce_gates),
     ):
         module.add_arguments(parser)
         parser.set_defaults(command=module.run)
@@ -194,7 +200,7 @@ def _doctor(_: argparse.Namespace) -> int:
     info = sparsenet.build_info()
     archs = ", ".join(info["cuda_archs"]) if info["cuda_archs"] else "none: this build is for the CPU only"
     rows = [
-        ("sparsenet", f"{info['version']}, native module {functional._C.__file__}"),
+        ("sparsenet", f"{info['version']}, native module {functional.native._C.__file__}"),
         ("python, torch", f"{sys.version.split()[0]}, {info['torch']}"),
         ("instruction set", f"{info['isa']} in use; this machine has {', '.join(info['isa_available'])}"),
         ("compiler", str(info["compiler"])),

@@ -158,7 +158,7 @@ class SparseLinear(nn.Module):
             values, bias = self._fast("values"), self._fast("bias")
             try:
                 if mask is not None:
-                    values = functional.snapshot(values) * mask
+                    values = functional.native.snapshot(values) * mask
                 return functional.block_sparse_linear(x, values, pattern, bias, self.activation)
             except (RuntimeError, ValueError, TypeError):  # half old, half new: another thread is rewiring
                 if not (pattern.index.retired and self._was_rewired(pattern)):
@@ -418,7 +418,7 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     Autograd's gradient accumulator remembers the old size for as long as an old loss is alive. Assigning data of
     another dtype first makes autograd drop it (it checks the dtype, not the size).
     """
-    with functional.storage_lock:
+    with functional.native.storage_lock:
         if parameter.shape != data.shape:
             other = torch.float64 if data.dtype != torch.float64 else torch.float32
             parameter.data = torch.empty(0, dtype=other, device=data.device)

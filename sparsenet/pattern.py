@@ -9,11 +9,11 @@ import operator
 import torch
 from torch import Tensor
 
-from sparsenet.functional import PatternIndex, row_order
+from sparsenet.functional import BLOCK_SIZES, row_order
+from sparsenet.functional.autograd import PatternIndex
 
 __all__ = ["BLOCK_SIZES", "BlockPattern"]
 
-BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128)
 _INT32_MAX = 2**31 - 1
 
 

@@ -16,7 +16,7 @@ from sparsenet.densities import distribute
 from sparsenet.layers import SparseLinear, sparse_layers, take_blocks
 from sparsenet.optimizer_state import carry_state, check_grown_state, state_by_block
 from sparsenet.pattern import BlockPattern, carried_from
-from sparsenet.policies import Policy
+from sparsenet.policies.policy import Policy
 from sparsenet.schedules import as_schedule
 
 __all__ = ["LayerUpdate", "Sparsifier", "Update"]

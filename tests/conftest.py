@@ -22,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignore
 
 PACKAGE_PARENT = Path(sparsenet.__file__).resolve().parent.parent  # of the package under test, installed or not
 
-if os.environ.get("SPARSENET_TEST_DEVICE") == "cuda-emulated":  # test_cuda_python.py runs the op tests so
+if os.environ.get("SPARSENET_TEST_DEVICE") == "cuda-emulated":  # cuda/test_python.py runs the op tests so
     import cuda_emulated
 
     device = cuda_emulated.serving()  # closed when the last reference to it goes

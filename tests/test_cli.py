@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sparsenet as sn
-from sparsenet import cli, comparison, job
+from sparsenet import cli
+from sparsenet.training import comparison, job
 
 SMALL = ["--data", "digits", "--hidden", "96", "80", "--density", "0.4", "--block-size", "16", "--batch-size", "32"]
 QUICK = [*SMALL, "--epochs", "2", "--rewire-every", "10", "--dense-steps", "0", "--threads", "1"]

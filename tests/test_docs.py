@@ -44,7 +44,7 @@ WITHOUT_A_GPU = {42, 61}  # rows that need one
 def test_every_row_of_the_robustness_page_names_a_test_that_exists():
     tests, rows = ROOT / "tests", set()
     for line in (ROOT / "docs" / "robustness.md").read_text().splitlines():
-        found = re.match(r"\| (\d*)(?:–(\d+))? \|.*\| `(\w+\.py)::(\w+)` \|$", line)
+        found = re.match(r"\| (\d*)(?:–(\d+))? \|.*\| `([\w/]+\.py)::(\w+)` \|$", line)
         if found is None:
             assert not line.startswith("| ") or line.startswith("| |"), f"no test in: {line}"
             continue

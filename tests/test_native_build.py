@@ -164,8 +164,8 @@ def test_a_native_module_that_is_too_old_is_one_line_with_the_remedy(run_child, 
     last = child.stderr.strip().splitlines()[-1]
     assert child.returncode == 1 and last.startswith("ImportError: sparsenet: the native module is older"), last
     assert "pip install" in last
-    used = set(re.findall(r"\b_C\.(\w+)", (MODULE.parent / "functional.py").read_text())) - {"_functions"}
-    assert {n for n in used if not n.startswith("_")} <= set(sn.functional._NATIVE)
+    used = set(re.findall(r"\b_C\.(\w+)", (MODULE.parent / "functional" / "native.py").read_text()))
+    assert {n for n in used if not n.startswith("_")} <= set(sn.functional.native._NATIVE)
 
 
 def test_python_version_is_checked_first():

@@ -402,12 +402,12 @@ def test_carried_from_refuses_another_matrix():
 def test_dropped_patterns_leave_nothing_behind():
     """The registry that finds indices by tensor forgets what is gone; a tensor that lives on finds no stale index."""
     gc.collect()
-    before = len(sn.functional._INDEX_OF_COL)
+    before = len(sn.functional.autograd._INDEX_OF_COL)
     kept = [BlockPattern.random((64, 64), 0.5, 8).index.col for _ in range(50)]
-    assert len(sn.functional._INDEX_OF_COL) - before == 50
-    found = sn.functional.index_from(torch.zeros(9, dtype=torch.int32), kept[0][:0], (64, 64), 8)
+    assert len(sn.functional.autograd._INDEX_OF_COL) - before == 50
+    found = sn.functional.autograd.index_from(torch.zeros(9, dtype=torch.int32), kept[0][:0], (64, 64), 8)
     assert found.num_blocks == 0
     kept.clear()
     del found
     gc.collect()
-    assert len(sn.functional._INDEX_OF_COL) == before
+    assert len(sn.functional.autograd._INDEX_OF_COL) == before

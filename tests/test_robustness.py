@@ -232,7 +232,7 @@ def test_failed_allocation_leaves_everything_usable(run_child):
     child = run_child(
         """
         import gc, resource, torch, sparsenet as sn
-        from sparsenet.functional import block_sparse_linear
+        from sparsenet.functional.autograd import block_sparse_linear
         torch.set_num_threads(2)
         pattern = sn.BlockPattern.random((1024, 16384), 1.0, 64)
         values = torch.ones(pattern.num_blocks, 64, 64, dtype=torch.float16)
@@ -401,4 +401,4 @@ def test_graphs_do_not_keep_old_patterns_alive():
     assert old() is not None
     del y
     gc.collect()
-    assert old() is None and len(sn.functional._RETIRED_COL) == 0
+    assert old() is None and len(sn.functional.autograd._RETIRED_COL) == 0

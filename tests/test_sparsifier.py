@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsenet as sn
 from sparsenet import functional
-from sparsenet.policies import Policy, block_squared_norms
+from sparsenet.policies.policy import Policy, block_squared_norms
 from sparsenet.sparsifier import _Quota, best_places, hash_uniform, layer_key
 
 

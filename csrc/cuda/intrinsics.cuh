@@ -1,7 +1,7 @@
 // The device vocabulary of every kernel: thread indices, barriers, shuffles, shared memory, asynchronous copies,
 // matrix instructions, atomics, 16-bit conversions. This is the only file with inline assembly.
 //
-// It has a host twin (tests/emulator/intrinsics_host.h) with the same names and the same meaning, in which every
+// It has a host twin (tests/cuda/emulator/intrinsics_host.h) with the same names and the same meaning, in which every
 // access is checked. Kernels therefore keep four rules:
 //   - shared memory is reached only through Shared<T> handles made by shared_array<T>(byte_offset);
 //   - global memory is read and written only through load_global / store_global / async copies / atomics;

@@ -1,5 +1,5 @@
 // What the host side of a kernel needs: a checked launch that names kernel and grid on failure, device properties,
-// and copies on a stream. Under SPARSENET_EMULATOR the same names run on the host (tests/emulator/runtime_host.h).
+// and copies on a stream. Under SPARSENET_EMULATOR the same names run on the host (tests/cuda/emulator/runtime_host.h).
 #pragma once
 
 #include <cstdint>

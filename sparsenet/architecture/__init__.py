@@ -5,24 +5,10 @@ Modules are imported when they are first named: ``sparsenet.architecture.gates``
 
 from importlib import import_module
 
-_MODULES = (
-    "embedding",
-    "embedding_search",
-    "estimators",
-    "folding",
-    "gates",
-    "growth",
-    "reproduce_density",
-    "reproduce_embedding",
-    "reproduce_gates",
-    "search",
-    "search_space",
-)
-
-__all__ = list(_MODULES)
+__all__ = ["embedding", "folding", "gates", "search"]
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
+    if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

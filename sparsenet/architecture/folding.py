@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 
 from sparsenet.architecture.folded_weights import FoldedWeight, fold_weights, replace_parameter
 from sparsenet.architecture.gates import HardConcreteGate, TriStateReLU
-from sparsenet.compact_modules import ConstantBranch
-from sparsenet.compaction import as_optimizers, plain_model
-from sparsenet.dependency_graph import UnitGraph
+from sparsenet.compaction.compacting import as_optimizers, plain_model
+from sparsenet.compaction.graph import UnitGraph
+from sparsenet.compaction.modules import ConstantBranch
+from sparsenet.compaction.rules import Axis, name_of
 from sparsenet.layers import SparseLinear
-from sparsenet.unit_rules import Axis, name_of
 
 __all__ = ["FoldReport", "FoldedPair", "fold_depth"]
 

@@ -1,10 +1,5 @@
 """Benchmarks: contenders timed in turns, goals beside the figures, results as JSON. See docs/benchmarks.md.
 
 ``timing`` measures; ``cases`` says what; ``rivals``, ``linear``, ``operations``, ``networks``, ``training`` and
-``memory`` are the contenders; ``goals`` what they should reach; ``results`` and ``plot`` show it; ``command`` is the
-command line.
+``memory`` are the contenders; ``goals`` what they should reach; ``results`` and ``plot`` show it.
 """
-
-from sparsenet.benchmark.command import add_arguments, run
-
-__all__ = ["add_arguments", "run"]

@@ -14,7 +14,7 @@ from sparsenet.benchmark.goals import eff_goal, sparselab_goal
 from sparsenet.benchmark.rivals import RIVALS, Operands, rival
 from sparsenet.benchmark.timing import Contender, Timings, rotated, rotations
 from sparsenet.benchmark.trial import OURS, Trial, Unavailable
-from sparsenet.functional import block_sparse_linear
+from sparsenet.functional.autograd import block_sparse_linear
 
 __all__ = ["PHASES", "trial"]
 

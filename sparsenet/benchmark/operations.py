@@ -14,8 +14,8 @@ from sparsenet.benchmark.goals import norms_goal
 from sparsenet.benchmark.rivals import Operands
 from sparsenet.benchmark.timing import Contender, Timings, rotated, rotations
 from sparsenet.benchmark.trial import OURS, Trial
+from sparsenet.compaction.reblocking import reblock
 from sparsenet.pattern import BlockPattern
-from sparsenet.reblocking import reblock
 
 __all__ = ["COMPACT_PHASES", "NORMS_PHASES", "PATTERN_PHASES", "compact_trial", "norms_trial", "pattern_trial"]
 

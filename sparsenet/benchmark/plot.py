@@ -9,7 +9,7 @@ from typing import Any
 from sparsenet.benchmark.results import case_text
 from sparsenet.benchmark.trial import OURS, Row
 from sparsenet.files import replace_file
-from sparsenet.plots import COLOURS, load_pyplot
+from sparsenet.training.plots import COLOURS, load_pyplot
 
 __all__ = ["draw"]
 

@@ -1,0 +1,19 @@
+"""Density search: a maximum depth, width and number of active weights in, the densities of the layers out."""
+
+from sparsenet.architecture.search.run import SearchConfig, SearchReport, TrialRecord, retrain, search
+from sparsenet.architecture.search.space import Architecture, DensityMLP, SearchSpace
+from sparsenet.architecture.search.trials import TrialConfig, TrialData, TrialResult
+
+__all__ = [
+    "Architecture",
+    "DensityMLP",
+    "SearchConfig",
+    "SearchReport",
+    "SearchSpace",
+    "TrialConfig",
+    "TrialData",
+    "TrialRecord",
+    "TrialResult",
+    "retrain",
+    "search",
+]

@@ -1,0 +1,33 @@
+"""The operations on block-sparse matrices, differentiable and compilable; only this package calls the native module."""
+
+from sparsenet.functional import library
+from sparsenet.functional.autograd import StaleTopologyError, block_sparse_linear
+from sparsenet.functional.blocks import compact_blocks, row_order, select_extreme
+from sparsenet.functional.checks import BLOCK_SIZES
+from sparsenet.functional.gradients import block_gradient_squared_norms, candidate_gradients
+from sparsenet.functional.native import (
+    ACTIVATIONS,
+    linear_workspace,
+    native_build_info,
+    norms_workspace,
+    trim_workspace,
+    workspace_bytes,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "BLOCK_SIZES",
+    "StaleTopologyError",
+    "block_gradient_squared_norms",
+    "block_sparse_linear",
+    "candidate_gradients",
+    "compact_blocks",
+    "library",
+    "linear_workspace",
+    "native_build_info",
+    "norms_workspace",
+    "row_order",
+    "select_extreme",
+    "trim_workspace",
+    "workspace_bytes",
+]

@@ -1,0 +1,90 @@
+"""Moving and choosing blocks: rows and columns gathered into another pattern, places sorted, extreme scores picked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsenet.functional import native
+from sparsenet.functional.native import as_int32
+
+__all__ = ["compact_blocks", "row_order", "select_extreme"]
+
+
+def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tensor, new_pattern) -> list[Tensor]:
+    """Rows and columns of a block-sparse matrix gathered into another pattern: values and every moment in one pass.
+
+    Element (i, j) of the new matrix is element ``(rows[i], cols[j])`` of the old one: a subset leaves units out, a
+    permutation moves them, both at once re-block what is left.
+
+    Args:
+        tensors: each [num_blocks, b, b] for ``pattern``: values, optimizer moments, masks; any dtypes.
+        pattern: the :class:`~sparsenet.BlockPattern` they are on.
+        rows: int [new out], the old row of each new one; ``cols``: int [new in], the old column of each new one.
+        new_pattern: of shape (new out, new in) and the same block size. Old blocks that it does not cover are lost.
+
+    Returns:
+        For each tensor a new one, [new num_blocks, b, b]: bit for bit what was there, zero where ``pattern`` has no
+        block and outside the matrix.
+
+    Raises:
+        ValueError: shapes, devices or indices do not fit; TypeError: indices that are not integers.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> old = sn.BlockPattern([0, 1, 2], [1, 0], shape=(8, 8), block_size=4)
+        >>> new = sn.BlockPattern([0, 1], [0], shape=(4, 4), block_size=4)
+        >>> values = torch.arange(32.0).reshape(2, 4, 4)
+        >>> sn.functional.compact_blocks([values], old, torch.arange(4), torch.arange(4, 8), new)[0].equal(values[:1])
+        True
+    """
+    name, index = "compact_blocks", pattern.index
+    new_index = new_pattern.index.to(index.col.device)
+    if index.block_size != new_index.block_size:
+        raise ValueError(f"{name}: block_size must stay {index.block_size}, got {new_index.block_size}")
+    b = index.block_size
+    for t in tensors:
+        if list(t.shape) != [index.num_blocks, b, b]:
+            raise ValueError(f"{name}: tensors must have shape {[index.num_blocks, b, b]}, got {list(t.shape)}")
+        if t.device != index.col.device:
+            raise ValueError(f"{name}: tensors must be on the device of pattern, {index.col.device}, got {t.device}")
+    picked = []
+    for label, chosen, new, old in zip(("rows", "cols"), (rows, cols), new_index.shape, index.shape, strict=True):
+        if chosen.dtype.is_floating_point or chosen.dtype == torch.bool or chosen.dtype.is_complex:
+            raise TypeError(f"{name}: {label} must be integers, got {chosen.dtype}")
+        if list(chosen.shape) != [new]:
+            raise ValueError(f"{name}: {label} must have shape [{new}], got {list(chosen.shape)}")
+        if new and (int(chosen.min()) < 0 or int(chosen.max()) >= old):
+            raise ValueError(f"{name}: {label} must lie in [0, {old}), got {int(chosen.min())} to {int(chosen.max())}")
+        picked.append(as_int32(chosen.to(index.col.device)))
+    sources = [t.detach().contiguous() for t in tensors]
+    targets = [torch.empty(new_index.num_blocks, b, b, dtype=t.dtype, device=t.device) for t in tensors]
+    if new_index.num_blocks and sources:
+        addresses = ([t.data_ptr() for t in group] for group in (sources, targets))
+        sizes = [t.element_size() for t in sources]
+        native.kernels_of(index.col.device).compact_blocks(
+            index.native, new_index.native, *picked, *addresses, sizes, torch.get_num_threads()
+        )
+    return targets
+
+
+def row_order(rows: Tensor, cols: Tensor) -> Tensor:
+    """int64 permutation that sorts places (block row, block column) by row, then column; equal places are refused."""
+    if rows.dim() != 1 or rows.shape != cols.shape:
+        raise ValueError(f"row_order: rows and cols must be of one length, got {list(rows.shape)}, {list(cols.shape)}")
+    for t in (rows, cols):
+        if t.dtype == torch.int64 and t.numel() and not -(2**31) <= int(t.min()) <= int(t.max()) < 2**31:
+            raise ValueError(f"row_order: places must fit in int32, got {int(t.min())} to {int(t.max())}")
+    order = native.kernels_of(rows.device).row_order(*map(as_int32, (rows, cols)))
+    return torch.as_tensor(order, device=rows.device).long()
+
+
+def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
+    """int64 [k], ascending: where the k smallest or largest scores are; ties go to the smaller index, NaN refused."""
+    if scores.dtype == torch.float64:  # float32 would make ties of close scores: pass their ranks on
+        unique, ranks = scores.unique(return_inverse=True)
+        scores = torch.where(scores.isnan(), torch.nan, ranks) if len(unique) < 2**24 else scores
+    picked = native.kernels_of(scores.device).select_extreme(native.handed(scores.float().contiguous()), k, largest)
+    return torch.as_tensor(picked, device=scores.device)

@@ -1,0 +1,136 @@
+"""The operations registered with ``torch.library``: torch.compile, torch.export, fake tensors and functorch see these.
+
+The kernels are those of :mod:`sparsenet.functional`. Index tensors that no :class:`PatternIndex` owns (an exported
+program's constants, a direct caller's) are validated at every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsenet.functional.autograd import backward, forward, index_from, library_backward, save_for_library_backward
+from sparsenet.functional.checks import check_linear
+from sparsenet.functional.native import NEEDS_PRE_ACTIVATION, held
+
+
+@torch.library.custom_op("sparsenet::block_sparse_linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    crow: Tensor,
+    col: Tensor,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    index = index_from(crow, col, (out_features, in_features), block_size)
+    values = held(values)
+    if index.retired:
+        index.raise_retired()
+    check_linear(x, values, index, bias, activation)
+    y, pre = forward(x, values, bias, index, activation, keep=True)
+    return y, x.new_empty(0) if pre is None else pre
+
+
+@_linear_op.register_fake
+def _(x, values, bias, crow, col, out_features, in_features, block_size, activation):
+    y = x.new_empty((*x.shape[:-1], out_features))
+    return y, torch.empty_like(y) if activation in NEEDS_PRE_ACTIVATION else x.new_empty(0)
+
+
+@torch.library.custom_op("sparsenet::block_sparse_linear_backward", mutates_args=())
+def _linear_backward_op(
+    grad_y: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    activation: str,
+    need_x: bool,
+    need_values: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    index = index_from(crow, col, (out_features, in_features), block_size)
+    values = held(values)
+    if index.retired:
+        index.raise_retired()
+    check_linear(x, values, index, None, activation)
+    kept = None if activation == "none" else saved
+    for name, tensor in (("grad_y", grad_y), ("saved", kept)):
+        expected = (*x.shape[:-1], out_features)
+        if tensor is not None and (tensor.shape != expected or tensor.dtype != x.dtype):
+            raise ValueError(
+                f"block_sparse_linear: {name} must be {x.dtype} {list(expected)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    grads = backward(grad_y, kept, x, values, index, activation, (need_x, need_values, need_bias))
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+@_linear_backward_op.register_fake
+def _(
+    grad_y,
+    saved,
+    x,
+    values,
+    crow,
+    col,
+    out_features,
+    in_features,
+    block_size,
+    activation,
+    need_x,
+    need_values,
+    need_bias,
+):
+    empty = x.new_empty(0)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else empty,
+        torch.empty(values.shape, dtype=x.dtype, device=x.device) if need_values else empty.clone(),
+        x.new_empty(out_features) if need_bias else empty.clone(),
+    )
+
+
+_linear_op.register_autograd(library_backward, setup_context=save_for_library_backward)
+
+
+@_linear_op.register_vmap
+def _(info, in_dims, x, values, bias, crow, col, out_features, in_features, block_size, activation):
+    if any(d is not None for d in in_dims[1:5]):
+        raise RuntimeError("block_sparse_linear: vmap runs over x only; values, bias and pattern must not be batched")
+    x = x.movedim(in_dims[0], 0)
+    y, pre = torch.ops.sparsenet.block_sparse_linear(
+        x, values, bias, crow, col, out_features, in_features, block_size, activation
+    )
+    return (y, pre), (0, 0 if activation in NEEDS_PRE_ACTIVATION else None)
+
+
+@_linear_backward_op.register_vmap
+def _(info, in_dims, grad_y, saved, x, values, *rest):
+    """Gradients of each sample: one call of the operation per sample."""
+    if any(d is not None for d in in_dims[3:]):
+        raise RuntimeError("block_sparse_linear: vmap runs over x only; values, bias and pattern must not be batched")
+
+    def sample(tensor: Tensor, dim: int | None, i: int) -> Tensor:
+        return tensor if dim is None else tensor.select(dim, i)
+
+    tensors = tuple(zip((grad_y, saved, x), in_dims[:3], strict=True))
+    grads = [
+        torch.ops.sparsenet.block_sparse_linear_backward(*(sample(t, d, i) for t, d in tensors), values, *rest)
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(g) for g in zip(*grads, strict=True)), (0, 0, 0)
+
+
+# The number of blocks changes with the density: torch.compile must take it as dynamic from the start, though values is
+# a Parameter, whose sizes it takes as constant.
+if hasattr(torch.compiler.config, "dynamic_sources"):
+    _names = [torch.compiler.config.dynamic_sources, r".*\._parameters\['values'\]:0", r".*\._pattern\.index\.col:0"]
+    torch.compiler.config.dynamic_sources = ",".join(filter(None, _names))

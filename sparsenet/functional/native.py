@@ -1,0 +1,136 @@
+"""The native module and what every call into it needs: which kernels serve a device, dtype codes, memory in one piece.
+
+Kernels read indices only from memory that a pattern validated and owns.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+from torch import Tensor
+
+from sparsenet.functional.cuda import kernels_by_device
+
+try:
+    from sparsenet import _C
+except ImportError as error:  # pragma: no cover - exercised by a child process in the tests
+    raise ImportError(
+        f"sparsenet: the native module is missing or does not load ({error}); build it: pip install --force-reinstall ."
+    ) from error
+_NATIVE = (
+    *("Pattern", "linear_forward", "linear_backward", "gradient_norms", "candidate_gradients", "compact_blocks"),
+    *("row_order", "select_extreme", "build_info", "workspace_bytes", "trim_workspace"),
+    *("linear_workspace", "norms_workspace"),
+)
+if _absent := [name for name in _NATIVE if not hasattr(_C, name)]:
+    raise ImportError(
+        f"sparsenet: the native module is older than the package, it has no {', '.join(_absent)}; "
+        "build it: pip install --force-reinstall ."
+    )
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
+NEEDS_PRE_ACTIVATION = ("gelu", "silu")
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+_cuda_ops = getattr(_C, "cuda", None)  # absent where there was no nvcc
+_cuda_kernels = None if _cuda_ops is None else kernels_by_device(_cuda_ops)
+
+
+def kernels_of(device: torch.device):
+    """What serves ``device``: the native module itself on the CPU, else the kernels of one GPU with the same calls."""
+    if device.type == "cpu":
+        return _C
+    if device.type == "cuda" and _cuda_kernels is not None:
+        return _cuda_kernels(device)
+    served = "cpu" if _cuda_kernels is None else "cpu, cuda"
+    hint = "; build it where nvcc is: pip install --force-reinstall ." if device.type == "cuda" else ""
+    raise RuntimeError(f"sparsenet: no kernels for device {device}; this build serves: {served}{hint}")
+
+
+def handed(indices: Tensor):
+    """Indices as the kernels of their device take them: a numpy array on the CPU, the tensor itself elsewhere."""
+    return indices.numpy(force=True) if indices.device.type == "cpu" else indices
+
+
+def as_int32(indices: Tensor):
+    """Indices of any integer type as the kernels of their device take them."""
+    return handed(indices.to(torch.int32).contiguous())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(t: Tensor, columns: int) -> Tensor:
+    """``t`` as [M, columns] with contiguous columns."""
+    if t.dim() == 2 and t.is_contiguous() and not t.is_neg():
+        return t
+    t = t.resolve_neg()
+    if t.dim() != 2:
+        t = t.reshape(t.numel() // columns if columns else t.shape[:-1].numel(), columns)
+    return t if t.stride(1) == 1 or columns == 1 else t.contiguous()
+
+
+# Torch reads a tensor's storage without the GIL: another thread may not swap it (see layers.replace_data) meanwhile.
+storage_lock = threading.Lock()
+os.register_at_fork(
+    before=storage_lock.acquire, after_in_parent=storage_lock.release, after_in_child=storage_lock.release
+)
+
+
+def snapshot(values: Tensor) -> Tensor:
+    """A differentiable alias of ``values``: it keeps the memory that ``values`` has now, whatever other threads do."""
+    if torch.compiler.is_compiling():
+        return values
+    with storage_lock:
+        return values.view_as(values)
+
+
+def held(values: Tensor) -> Tensor:
+    """The same, detached. Take it before looking whether the pattern was retired, then both belong together."""
+    with storage_lock:
+        return values.detach()
+
+
+def packed(t: Tensor) -> Tensor:
+    """``t`` in one piece. Callers keep it: an address alone does not keep a copy alive."""
+    return t if t.is_contiguous() and not t.is_neg() else t.resolve_neg().contiguous()
+
+
+# --- what the native module says -------------------------------------------------------------------------------------
+
+
+def native_build_info() -> dict:
+    """What the native module says of itself: version, instruction sets, CUDA architectures, compiler."""
+    info = dict(_C.build_info())
+    info["cuda_archs"] = info["cuda_archs"].split() if info["cuda_archs"] else []
+    info["cuda_device"] = None if _cuda_ops is None else _cuda_ops.device_info()
+    return info
+
+
+def linear_workspace(
+    dtype: torch.dtype, shape: tuple[int, int], block_size: int, num_blocks: int, batch: int, threads: int
+) -> list[int]:
+    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; calls share buffers."""
+    return _C.linear_workspace(DTYPES[dtype], *shape, block_size, num_blocks, batch, threads)
+
+
+def norms_workspace(
+    dtype: torch.dtype, shape: tuple[int, int], block_size: int, batch: int, block_rows: int, threads: int
+) -> list[int]:
+    """The same of :func:`block_gradient_squared_norms` for ``block_rows`` block rows of a layer [out, in]."""
+    out_features, in_features = shape
+    return _C.norms_workspace(DTYPES[dtype], block_size, in_features, out_features, batch, block_rows, threads)
+
+
+def workspace_bytes() -> int:
+    """Bytes of scratch memory the CPU kernels hold, of all threads."""
+    return _C.workspace_bytes()
+
+
+def trim_workspace() -> None:
+    """Gives back the scratch memory that the calling thread keeps for its next call."""
+    _C.trim_workspace()

@@ -1,0 +1,379 @@
+"""What a network will need, item by item and moment by moment, and the largest density that fits a budget.
+
+A training step is played through on paper: forward, backward layer by layer (gradients appear while activations go),
+the optimizer's step, a rewire (new values beside old ones), an evaluation. Each moment is a sum of items; the moment
+with the largest sum is the peak. tests/test_memory.py compares it with measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+
+from sparsenet import functional
+from sparsenet.densities import block_places, distribute
+from sparsenet.memory.budget import MemoryBudget, format_bytes
+from sparsenet.models import SparseMLP
+from sparsenet.policies.policy import POLICIES, Policy
+from sparsenet.sparsifier import PLACES_AT_ONCE
+
+__all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
+
+OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # tensors of state per weight; SGD's is its momentum
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+_NEEDS_PRE_ACTIVATION = ("gelu", "silu")
+
+# Bytes per block: of a layer's pattern (6 int32: rows, columns, their transposes), of the patterns that a rewire plans
+# for all layers, and of the layer it works on (int64 places, orders, masks). Per place scored at a time: int64 place,
+# block row, float32 score and their selection. Other: Python objects, small tensors, the heap's rounding.
+_INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 31, 27, 31
+_OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
+_PRUNED_AT_ONCE = 0.05  # gradual pruning: the largest share of the blocks that leaves at one of 30 rewires
+
+
+class BudgetError(ValueError):
+    """The budget is below what the network needs at its sparsest."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a plan: ``shape`` is (out, in), ``weight_bytes`` its values and bias."""
+
+    name: str
+    shape: tuple[int, int]
+    num_blocks: int
+    density: float
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A network and the memory that training it will need.
+
+    Attributes:
+        sizes, block_size, distribution, activation, dtype: of the network; ``layers``: its layers, with their blocks.
+        density: blocks of all layers together / all block places.
+        batch_size, optimizer, policy: of the training.
+        budget_bytes: the budget; None for a plan of a given density without one.
+        items: bytes by item at the moment of the peak; they sum to ``predicted_peak_bytes``.
+        moments: bytes at each moment of training; ``moment`` is the one where the peak is.
+        minimum_bytes: what the sparsest network that reaches every neuron would need.
+        dense_bytes: what the same network of ``nn.Linear`` would need.
+    """
+
+    sizes: tuple[int, ...]
+    density: float
+    layers: tuple[LayerPlan, ...]
+    items: Mapping[str, int]
+    moments: Mapping[str, int]
+    budget_bytes: int | None
+    minimum_bytes: int
+    dense_bytes: int
+    batch_size: int
+    block_size: int
+    distribution: str
+    activation: str
+    optimizer: str
+    policy: str
+    dtype: str
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """The largest sum over the moments."""
+        return max(self.moments.values())
+
+    @property
+    def moment(self) -> str:
+        """When the peak is reached."""
+        return max(self.moments, key=self.moments.__getitem__)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The moments of all layers together: forward, backward, scoring growth, optimizer step, rewire, evaluation."""
+        phases: dict[str, int] = {}
+        for name, count in self.moments.items():
+            phase = name.split(" of layer")[0]
+            phases[phase] = max(phases.get(phase, 0), count)
+        return phases
+
+    @property
+    def num_weights(self) -> int:
+        """Stored weights, edge blocks whole, without biases."""
+        return sum(layer.num_blocks for layer in self.layers) * self.block_size**2
+
+    def build(self, device: torch.device | str | None = None, generator: torch.Generator | None = None) -> SparseMLP:
+        """The planned network with random patterns of the planned numbers of blocks."""
+        return SparseMLP(
+            self.sizes,
+            [layer.density for layer in self.layers],
+            self.block_size,
+            self.activation,
+            device=device,
+            dtype=getattr(torch, self.dtype),
+            generator=generator,
+        )
+
+    def table(self) -> str:
+        """The plan as text: layers, then items at the peak."""
+        lines = [f"{'layer':<8}{'out x in':>14}{'blocks':>9}{'density':>10}{'weights':>12}"]
+        for layer in self.layers:
+            shape = f"{layer.shape[0]} x {layer.shape[1]}"
+            size = format_bytes(layer.weight_bytes)
+            lines.append(f"{layer.name:<8}{shape:>14}{layer.num_blocks:>9}{layer.density:>10.2%}{size:>12}")
+        lines += ["", f"at the peak ({self.moment})"]
+        lines += [f"  {name:<28}{format_bytes(count):>12}" for name, count in self.items.items() if count]
+        lines.append(f"  {'predicted peak':<28}{format_bytes(self.predicted_peak_bytes):>12}")
+        if self.budget_bytes is not None:
+            lines.append(f"  {'budget':<28}{format_bytes(self.budget_bytes):>12}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a prediction depends on besides the numbers of blocks. ``shapes`` are (out, in)."""
+
+    shapes: tuple[tuple[int, int], ...]
+    block_size: int
+    batch_size: int
+    activation: str
+    dtype: str
+    states: int
+    grows_by_gradient: bool  # growth is scored in backward
+    grows_otherwise: bool  # growth is scored at the rewire
+    drop_fraction: float
+    threads: int
+    input_bytes: int  # per stored feature of an example: 1 for images, 4 for float32
+    layer_places: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "layer_places", tuple(block_places(s, self.block_size) for s in self.shapes))
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return _DTYPE_BYTES[self.dtype]
+
+    def rows_bytes(self, features: int) -> int:
+        """Bytes of one [batch, features] tensor."""
+        return self.batch_size * features * self.element_bytes
+
+
+def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each moment's name and its bytes by item, without ``other``."""
+    values = [count * job.block_size**2 * job.element_bytes for count in counts]
+    weights = [v + out * job.element_bytes for v, (out, _) in zip(values, job.shapes, strict=True)]
+    blocks, first_in, last = sum(counts), job.shapes[0][1], len(job.shapes) - 1
+    kept = {
+        "weights": sum(weights),
+        "optimizer state": sum(weights) * job.states,
+        "indices": blocks * _INDEX_BYTES,
+        "kernel workspace": _workspace_bytes(job, counts),
+        "batch": job.batch_size * first_in * (4 + job.input_bytes)
+        + (job.rows_bytes(first_in) if job.element_bytes != 4 else 0),
+    }
+    saved = 2 if job.activation in _NEEDS_PRE_ACTIVATION else 1
+    hidden = [job.rows_bytes(out) * saved for out, _ in job.shapes[:-1]]
+    logits = 4 * job.batch_size * job.shapes[-1][0] * 4  # logits, their softmax and gradient; float32
+    yield "forward", kept | {"activations": sum(hidden) + logits}
+    gradients = 0
+    for layer in range(last, -1, -1):
+        out, inputs = job.shapes[layer]
+        gradients += weights[layer]
+        alive = sum(hidden[:layer]) + (0 if layer == last else hidden[layer] // saved)
+        flowing = job.rows_bytes(out) + (job.rows_bytes(inputs) if layer else 0)
+        moment = kept | {"gradients": gradients, "activations": alive + logits, "gradients of activations": flowing}
+        yield f"backward of layer {layer}", moment
+        if job.grows_by_gradient:
+            before_activation = job.rows_bytes(out) if job.activation != "none" and layer != last else 0
+            scores = min(job.layer_places[layer], PLACES_AT_ONCE) * _SCORE_BYTES
+            after = moment | {"gradients of activations": flowing + before_activation}
+            during = after | {"gradients": gradients - weights[layer], "growth scores": scores}
+            during["gradients of activations"] -= job.rows_bytes(inputs) if layer else 0
+            yield f"scoring growth of layer {layer}", max(during, after, key=lambda items: sum(items.values()))
+    yield "optimizer step", kept | {"gradients": gradients, "activations": logits}
+    left, states, planned = 0.0, 1 + job.states, 0
+    for layer, (size, count, places) in enumerate(zip(values, counts, job.layer_places, strict=True)):
+        exchanged = min(job.drop_fraction, (places - count) / max(count, 1))  # no more than there are free places
+        if exchanged * count < 0.5:
+            continue
+        left += exchanged * size * states  # kept until the rewire has succeeded
+        beside = round(left + size * states) + blocks * _PLANNED_BYTES + count * _REWIRE_BYTES
+        moving = kept | {"rewiring": beside, "activations": logits}
+        scores = min(places, PLACES_AT_ONCE) * _SCORE_BYTES if job.grows_otherwise else 0
+        choosing = kept | {"rewiring": planned, "growth scores": scores, "activations": logits}
+        planned += count * _PLANNED_BYTES
+        yield f"rewire of layer {layer}", max(choosing, moving, key=lambda items: sum(items.values()))
+    flowing = max(job.rows_bytes(out) + job.rows_bytes(inputs) for out, inputs in job.shapes)
+    yield "evaluation", kept | {"activations": flowing + logits}
+
+
+def _workspace_bytes(job: _Training, counts: Sequence[int]) -> int:
+    """Scratch memory the CPU kernels keep, by dry runs of the calls that training makes."""
+    dtype = getattr(torch, job.dtype)
+    sizes = []
+    for shape, count, places in zip(job.shapes, counts, job.layer_places, strict=True):
+        call = (dtype, shape, job.block_size)
+        sizes.append(functional.linear_workspace(*call, count, job.batch_size, job.threads))
+        if job.grows_by_gradient and count < places:
+            columns = -(-shape[1] // job.block_size)
+            rows = min(places // columns, max(1, PLACES_AT_ONCE // columns))
+            sizes.append(functional.norms_workspace(*call, job.batch_size, rows, job.threads))
+    return sum(max(depth) for depth in zip(*sizes, strict=True))
+
+
+def _predict(job: _Training, counts: Sequence[int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Items at the peak, and bytes by moment."""
+    moments: dict[str, int] = {}
+    peak: dict[str, int] = {}
+    for name, items in _moments(job, counts):
+        items["other"] = _OTHER_BYTES + int(sum(items.values()) * _OTHER_SHARE)
+        moments[name] = sum(items.values())
+        if moments[name] > sum(peak.values()):
+            peak = items
+    return peak, moments
+
+
+def plan(
+    sizes: Sequence[int],
+    budget: str | int | MemoryBudget | None = "512MiB",
+    batch_size: int = 256,
+    optimizer: str = "adamw",
+    dtype: str = "float32",
+    block_size: int = 32,
+    distribution: str = "erdos_renyi",
+    activation: str = "relu",
+    *,
+    density: float | None = None,
+    momentum: float = 0.9,
+    policy: str = "rigl",
+    drop_fraction: float = 0.3,
+    threads: int | None = None,
+    input_bytes: int = 1,
+) -> MemoryPlan:
+    """Predicts the memory that training a :class:`SparseMLP` needs, and picks the largest density that fits.
+
+    Args:
+        sizes: feature counts, input first.
+        budget: for weights, gradients, optimizer state, activations, indices and workspace together; None only with
+            ``density``.
+        batch_size: of training and evaluation.
+        optimizer: ``adamw`` or ``sgd``, torch's, with ``fused=True`` (the others need temporary tensors as well).
+        dtype: float32, bfloat16, float16 or float64, of weights, gradients, state and activations.
+        block_size, distribution, activation: as for SparseMLP.
+        density: take this one instead of the largest; it must fit a budget that is given.
+        momentum: of SGD; 0 saves its state.
+        policy: ``rigl``, ``set``, ``gmp`` or ``static``; ``drop_fraction``: the largest share of blocks it exchanges.
+        threads: that the kernels use; default torch's.
+        input_bytes: per stored feature of an example: 1 for images, 4 for float32.
+
+    Raises:
+        BudgetError: the budget is below ``minimum_bytes``, or below what ``density`` needs; says what takes it.
+        ValueError, TypeError: an argument out of range.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> plan = sn.plan([784, 1024, 1024, 10], budget="24MiB", batch_size=64)
+        >>> plan.predicted_peak_bytes <= 24 << 20 < plan.dense_bytes
+        True
+    """
+    _check_arguments(sizes, batch_size, optimizer, dtype, policy)
+    job = _Training(
+        shapes=tuple((out, inp) for inp, out in pairwise(sizes)),
+        block_size=block_size,
+        batch_size=batch_size,
+        activation=activation,
+        dtype=dtype,
+        states=OPTIMIZER_STATES[optimizer] if optimizer != "sgd" or momentum else 0,
+        grows_by_gradient=POLICIES[policy].needs_gradient,
+        grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].grow_scores is not Policy.grow_scores,
+        drop_fraction={"static": 0.0, "gmp": _PRUNED_AT_ONCE}.get(policy, drop_fraction),
+        threads=threads or torch.get_num_threads(),
+        input_bytes=input_bytes,
+    )
+
+    def counts_of(blocks: int) -> list[int]:
+        return distribute(job.shapes, blocks / places, distribution, block_size=block_size)
+
+    places = sum(job.layer_places)
+    fewest = sum(max(-(-n // block_size) for n in shape) for shape in job.shapes)
+    minimum = _predict(job, counts_of(fewest))
+    limit = None if budget is None else MemoryBudget(budget).bytes
+    if density is None:
+        if limit is None:
+            raise ValueError("plan: give a budget or a density, got neither")
+        if max(minimum[1].values()) > limit:
+            raise BudgetError(_shortage("the sparsest network that reaches every neuron", *minimum, limit))
+        counts = counts_of(_largest(fewest, places, lambda k: max(_predict(job, counts_of(k))[1].values()) <= limit))
+    else:
+        counts = distribute(job.shapes, density, distribution, block_size=block_size)
+    items, moments = _predict(job, counts)
+    if limit is not None and max(moments.values()) > limit:
+        raise BudgetError(_shortage(f"density {density}", items, moments, limit))
+    return MemoryPlan(
+        sizes=tuple(sizes),
+        density=sum(counts) / max(places, 1),
+        layers=tuple(_layer_plans(job, counts)),
+        items=items,
+        moments=moments,
+        budget_bytes=limit,
+        minimum_bytes=max(minimum[1].values()),
+        dense_bytes=_dense_bytes(job),
+        batch_size=batch_size,
+        block_size=block_size,
+        distribution=distribution,
+        activation=activation,
+        optimizer=optimizer,
+        policy=policy,
+        dtype=dtype,
+    )
+
+
+def _check_arguments(sizes: Sequence[int], batch_size: int, optimizer: str, dtype: str, policy: str) -> None:
+    for n in sizes:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"plan: sizes must be integers of at least 1, got {list(sizes)}")
+    if len(sizes) < 2:
+        raise ValueError(f"plan: sizes must name at least input and output, got {list(sizes)}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"plan: batch_size must be an integer of at least 1, got {batch_size!r}")
+    for name, value, known in (
+        ("optimizer", optimizer, OPTIMIZER_STATES),
+        ("dtype", dtype, _DTYPE_BYTES),
+        ("policy", policy, POLICIES),
+    ):
+        if value not in known:
+            raise ValueError(f"plan: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest k in [low, high] that fits; low is known to."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _shortage(what: str, items: Mapping[str, int], moments: Mapping[str, int], limit: int) -> str:
+    largest = sorted(((count, name) for name, count in items.items() if count), reverse=True)
+    parts = ", ".join(f"{name} {format_bytes(count)}" for count, name in largest)
+    needed = format_bytes(max(moments.values()))
+    return f"plan: budget must be at least {needed} for {what} ({parts}), got {format_bytes(limit)}"
+
+
+def _dense_bytes(job: _Training) -> int:
+    """What the same network with ``nn.Linear`` needs: all weights, no indices, no workspace of ours, no rewiring."""
+    peak = 0
+    for name, items in _moments(replace(job, block_size=1, drop_fraction=0.0), [out * inp for out, inp in job.shapes]):
+        if "growth" not in name:
+            items |= {"indices": 0, "kernel workspace": 0, "other": _OTHER_BYTES}
+            peak = max(peak, sum(items.values()))
+    return peak
+
+
+def _layer_plans(job: _Training, counts: Sequence[int]) -> Iterator[LayerPlan]:
+    for number, (shape, count, places) in enumerate(zip(job.shapes, counts, job.layer_places, strict=True)):
+        weight_bytes = (count * job.block_size**2 + shape[0]) * job.element_bytes
+        yield LayerPlan(str(number), shape, count, count / places, weight_bytes)

@@ -1,0 +1,6 @@
+"""The trainer, its configuration, and the main job: one training run from data to report."""
+
+from sparsenet.training.config import TrainConfig
+from sparsenet.training.trainer import Evaluation, Examples, FitResult, Trainer
+
+__all__ = ["Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer"]

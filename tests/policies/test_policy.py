@@ -1,0 +1,74 @@
+"""Policies, with numbers worked by hand."""
+
+import pytest
+import torch
+
+import sparsenet as sn
+from sparsenet.policies.policy import POLICIES, block_squared_norms
+
+
+class View:
+    """A layer as a policy sees it, with fixed answers."""
+
+    name = "hidden"
+
+    def __init__(self, values):
+        self.values = values
+
+    def random(self, places):
+        return places.float() / 10
+
+    def gradient_squared_norms(self, places):
+        return places.float() * 2
+
+
+VALUES = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, -2.0]]])
+
+
+def test_magnitude_is_the_squared_norm_of_a_block():
+    assert block_squared_norms(VALUES).tolist() == pytest.approx([25.0, 4.0, 4.0])
+    assert block_squared_norms(VALUES.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", [sn.SET(), sn.RigL(), sn.GMP(), sn.Static()])
+def test_the_smallest_blocks_leave(policy):
+    assert policy.drop_scores(View(VALUES)).tolist() == pytest.approx([25.0, 4.0, 4.0])
+
+
+def test_set_grows_at_random_and_rigl_by_gradient():
+    places = torch.tensor([1, 4])
+    assert sn.SET().grow_scores(View(VALUES), places).tolist() == pytest.approx([0.1, 0.4])
+    assert sn.RigL().grow_scores(View(VALUES), places).tolist() == [2.0, 8.0]
+    assert sn.RigL.needs_gradient and not sn.SET.needs_gradient
+
+
+@pytest.mark.parametrize("policy", [sn.GMP(), sn.Static()])
+def test_policies_that_grow_nothing_say_so(policy):
+    with pytest.raises(ValueError, match=r"density must not increase: this policy grows nothing \(layer hidden\)"):
+        policy.grow_scores(View(VALUES), torch.tensor([0]))
+
+
+def test_drop_fraction_may_be_a_schedule():
+    policy = sn.RigL(sn.Linear(0.4, 0.0, 100))
+    assert policy.drop_fraction_at(50) == pytest.approx(0.2)
+    assert sn.SET().drop_fraction_at(7) == 0.3
+    assert sn.Static().drop_fraction_at(7) == 0.0
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_a_drop_fraction_outside_0_1_is_refused(value):
+    with pytest.raises(ValueError, match=r"SET: drop_fraction must lie in \[0, 1\], got"):
+        sn.SET(value)
+    with pytest.raises(ValueError, match=r"at step 3"):
+        sn.SET(lambda step: value).drop_fraction_at(3)
+    with pytest.raises(ValueError):
+        sn.SET(float("nan"))
+
+
+def test_policies_are_found_by_name():
+    assert {name: cls.__name__ for name, cls in POLICIES.items()} == {
+        "static": "Static",
+        "set": "SET",
+        "rigl": "RigL",
+        "gmp": "GMP",
+    }

@@ -34,8 +34,8 @@ COLUMNS = (
 )
 PLANTED = [
     "Small kernels with one bug each (`tests/cuda/emulator/planted.cpp`). Each is caught in ascending, descending and",
-    "five random orders of threads; `race_hidden_by_order` is right in ascending order while the detector is off. Three",
-    "more are told apart by what they compute or count: `wrong_swizzle`, `no_swizzle`, `column_in_one_bank`.",
+    "five random orders of threads; `race_hidden_by_order` is right in ascending order while the detector is off.",
+    "Three more are told apart by what they compute or count: `wrong_swizzle`, `no_swizzle`, `column_in_one_bank`.",
 ]
 
 _tests: dict[int, set[str]] = collections.defaultdict(set)

@@ -1,7 +1,8 @@
 """Times training steps of a sparse network and of the same network dense, side by side, in a process of their own.
 
 The dense network must not spoil the memory measurement of the run it is compared with, hence the child process:
-``python -m sparsenet.comparison`` reads a request as JSON from its standard input and prints the answer as JSON.
+``python -m sparsenet.training.comparison`` reads a request as JSON from its standard input and prints the answer as
+JSON.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _save_model(folder: Path, trainer: Trainer, summary: dict[str, Any]) -> None
 
 
 def _draw(folder: Path) -> list[str]:
-    from sparsenet import plots  # after the measurement: importing matplotlib takes memory
+    from sparsenet.training import plots  # after the measurement: importing matplotlib takes memory
 
     try:
         return [str(path) for path in plots.draw_run(folder)]

@@ -386,7 +386,7 @@ def write_report(report: SearchReport, finals: list[TrialResult], folder: Path) 
 
         plot_search(report, folder)
     except ModuleNotFoundError as error:
-        tqdm.write(f"search: no plots, {error}; pip install 'sparsenet[plot]'")
+        tqdm.write(f"search: no plots, {error.__cause__}; pip install 'sparsenet[plot]'")
 
 
 def print_summary(report: SearchReport, finals: list[TrialResult], write: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of networks that get smaller: a Compactor's units, time and bytes, and those of ``reproduce gates``."""
+"""Pictures of ``sparsenet reproduce gates``."""
 
 from __future__ import annotations
 
@@ -7,49 +7,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sparsenet.compaction.compactor import Interval
 from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
+from sparsenet.reproduce.published_gates import PUBLISHED_CLASSES
 
-__all__ = ["draw", "plot_compaction"]
-
-
-def plot_compaction(intervals: Sequence[Interval], path: Path) -> Path:
-    """Units per layer, time per step and bytes over the steps, as one PNG; returns ``path``.
-
-    Raises ValueError before the first check.
-    """
-    if not intervals:
-        raise ValueError("plot_compaction: intervals must hold at least one check, got none")
-    figure, (units, seconds, size) = new_axes(11.0, 3.4, ncols=3)
-    names = [name for name, count in intervals[0].units.items() if count > 1]
-    for number, name in enumerate(names):
-        known = [(i, i.units[name]) for i in intervals if name in i.units]
-        colour = COLOURS[number % len(COLOURS)]
-        style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
-        _steps(units, [i for i, _ in known], [n for _, n in known], color=colour, linestyle=style, label=name)
-    units.set_yscale("log", base=2)
-    units.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    units.set_ylabel("units")
-    if len(names) <= 12:
-        units.legend(frameon=False, fontsize=7, title="layer", title_fontsize=7)
-    _steps(seconds, intervals, [1e3 * i.seconds_per_step for i in intervals], color=COLOURS[1])
-    seconds.set_ylabel("time per step (ms)")
-    seconds.set_ylim(bottom=0)
-    _steps(size, intervals, [i.bytes / 2**20 for i in intervals], color=COLOURS[2])
-    size.set_ylabel("weights, gradients, optimizer (MiB)")
-    size.set_ylim(bottom=0)
-    for axes in (units, seconds, size):
-        axes.set_xlabel("step")
-    return save_figure(figure, path)
-
-
-def _steps(axes, intervals: Sequence[Interval], values: Sequence[float], **style: Mapping) -> None:
-    """One level per interval."""
-    edges = [*(i.begin for i in intervals), intervals[-1].end]
-    axes.plot(edges, [*values, values[-1]], drawstyle="steps-post", linewidth=1.6, **style)
-
-
-# --- reproduce gates ------------------------------------------------------------------------------------------------
+__all__ = ["draw"]
 
 
 def draw(numbers: Mapping[str, dict], folder: Path) -> list[Path]:
@@ -120,8 +81,6 @@ def _classes(part: dict, path: Path) -> Path:
     _band(left, part["rows"], "classes", lambda row: row["widths"][2], color=COLOURS[0], label="ours")
     _band(right, part["rows"], "classes", lambda row: 100 - row["accuracy"], color=COLOURS[1])
     if "mnist" in path.stem:
-        from sparsenet.reproduce.gate_tables import PUBLISHED_CLASSES
-
         left.plot(*zip(*PUBLISHED_CLASSES.items(), strict=True), "s--", color=GREY, markersize=3.5, label="paper")
         left.legend(frameon=False)
     left.set_ylabel("learnt neurons of 500")

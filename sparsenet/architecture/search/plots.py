@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from sparsenet.architecture.search.report import SearchReport
 from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
-
-if TYPE_CHECKING:
-    from sparsenet.architecture.search.run import SearchReport
 
 __all__ = ["plot_search"]
 

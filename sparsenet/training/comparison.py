@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import sparsenet
 from sparsenet.memory.budget import available_bytes, format_bytes, measure_peak, release_freed_memory
 from sparsenet.memory.planning import MemoryPlan
 from sparsenet.models import SparseMLP
@@ -69,7 +68,7 @@ def compare_in_child(plan: MemoryPlan, steps: int, threads: int, timeout_seconds
         "steps": steps,
         "threads": threads,
     }
-    root = str(Path(sparsenet.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     try:
         child = subprocess.run(
             [sys.executable, "-m", "sparsenet.training.comparison"],

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-import sparsenet
 from sparsenet import checkpoint, data, functional
 from sparsenet.files import replace_text
+from sparsenet.functional.build import build_info
 from sparsenet.layers import sparse_layers
 from sparsenet.memory.budget import format_bytes
 from sparsenet.memory.planning import MemoryPlan
@@ -150,7 +150,7 @@ def _summary(
         "rewires": result.rewires,
         "blocks_moved": result.blocks_moved,
         "seed": config.seed,
-        "environment": sparsenet.build_info(),
+        "environment": build_info(),
     }
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from sparsenet import functional
+from sparsenet.after_step import after_every_step
 from sparsenet.densities import distribute
 from sparsenet.pattern import BlockPattern, carried_from
 from sparsenet.topology import Topology
@@ -76,7 +74,7 @@ class SparseLinear(nn.Module):
         mask = None if element_mask is None else self._checked_mask(element_mask, pattern)
         self.topology = Topology(pattern, mask)
         if mask is not None:
-            _keep_masked_zero(self)
+            after_every_step(self, _zero_masked_elements)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -211,7 +209,7 @@ class SparseLinear(nn.Module):
         self.topology.replace(pattern, element_mask, self.values, values)
         self.values.grad = None
         if element_mask is not None:
-            _keep_masked_zero(self)
+            after_every_step(self, _zero_masked_elements)
 
     def _checked_mask(self, mask: Tensor, pattern: BlockPattern) -> Tensor:
         """A copy of ``mask`` [num_blocks, b, b] for ``pattern``, False outside the matrix."""
@@ -289,13 +287,13 @@ class SparseLinear(nn.Module):
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         if twin.element_mask is not None:
-            _keep_masked_zero(twin)
+            after_every_step(twin, _zero_masked_elements)
         return twin
 
     def __setstate__(self, state):
         super().__setstate__(state)
         if self.element_mask is not None:
-            _keep_masked_zero(self)
+            after_every_step(self, _zero_masked_elements)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -415,22 +413,9 @@ def dense_blocks(weight: Tensor, pattern: BlockPattern) -> Tensor:
     return tiles[pattern.row_indices.long(), pattern.col_indices.long()]
 
 
-_masked_layers: weakref.WeakSet[SparseLinear] = weakref.WeakSet()
-_step_hooks: list[RemovableHandle] = []  # at most one, from the first masked layer on
-
-
-def _keep_masked_zero(layer: SparseLinear) -> None:
-    """From now on zeroes the layer's masked elements after every optimizer step, of whatever optimizer."""
-    if not _step_hooks:
-        _step_hooks.append(register_optimizer_step_post_hook(_zero_masked_elements))
-    _masked_layers.add(layer)
-
-
-def _zero_masked_elements(*_) -> None:
-    with torch.no_grad():
-        for layer in _masked_layers:
-            if layer.element_mask is not None:
-                layer.values.mul_(layer.element_mask)
+def _zero_masked_elements(layer: SparseLinear) -> None:
+    if layer.element_mask is not None:
+        layer.values.mul_(layer.element_mask)
 
 
 def refuse_unfit_state(model: nn.Module, state_dict, prefix: str, *_) -> None:

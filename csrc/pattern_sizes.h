@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "check.h"
+#include "checks.h"
 
 namespace sparsenet {
 

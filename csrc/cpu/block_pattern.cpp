@@ -6,7 +6,7 @@
 #include <limits>
 #include <numeric>
 
-#include "../check.h"
+#include "../checks.h"
 #include "../pattern_sizes.h"
 
 namespace sparsenet::cpu {

@@ -1,8 +1,8 @@
 // block_gradient_squared_norms and candidate gradients on CUDA: checks, choice, launch.
 #include <utility>
 
-#include "choose.h"
-#include "outer_product.cuh"
+#include "host/choose.h"
+#include "block_sparse_linear_grad_weight.cuh"
 
 namespace sparsenet::cuda {
 

@@ -6,7 +6,7 @@
 // Nothing here has been timed on hardware yet.
 #pragma once
 
-#include "elements.cuh"
+#include "device/elements.cuh"
 #include "radix_sort.cuh"
 
 namespace sparsenet::cuda {

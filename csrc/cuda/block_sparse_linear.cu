@@ -1,10 +1,10 @@
 // block_sparse_linear on CUDA: checks the arguments, chooses the kernels, lays out the workspace, launches.
 #include <algorithm>
 
-#include "activation_simt.cuh"
-#include "block_sparse_linear.cuh"
-#include "choose.h"
-#include "outer_product.cuh"
+#include "block_sparse_linear_elementwise_simt.cuh"
+#include "block_sparse_linear_product.cuh"
+#include "host/choose.h"
+#include "block_sparse_linear_grad_weight.cuh"
 
 namespace sparsenet::cuda {
 

@@ -1,6 +1,6 @@
-#include "block_sparse_linear_sm80.cuh"
+#include "block_sparse_linear_product_sm80.cuh"
 
-#include "block_sparse_linear_small_sm80.cuh"
+#include "block_sparse_linear_small_batch_sm80.cuh"
 
 namespace sparsenet::cuda {
 

@@ -1,4 +1,4 @@
-#include "block_sparse_linear_sm80.cuh"
+#include "block_sparse_linear_product_sm80.cuh"
 
 namespace sparsenet::cuda {
 

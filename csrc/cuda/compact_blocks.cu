@@ -1,7 +1,7 @@
 // compact_blocks on CUDA: checks and launches. Rows and columns were checked by the caller (functional.py).
 #include <algorithm>
 
-#include "choose.h"
+#include "host/choose.h"
 #include "compact_blocks_simt.cuh"
 
 namespace sparsenet::cuda {

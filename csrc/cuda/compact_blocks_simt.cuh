@@ -13,7 +13,7 @@
 #pragma once
 
 #include "../types.h"
-#include "elements.cuh"
+#include "device/elements.cuh"
 
 namespace sparsenet::cuda {
 

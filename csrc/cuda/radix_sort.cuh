@@ -10,8 +10,8 @@
 
 #include <utility>
 
-#include "intrinsics.cuh"
-#include "launch.h"
+#include "device/intrinsics.cuh"
+#include "host/launch.h"
 
 namespace sparsenet::cuda {
 

@@ -50,8 +50,8 @@ _loaded = {}
 
 def sources() -> list[Path]:
     cuda = CSRC / "cuda"
-    kernels = [p for p in sorted(cuda.glob("*.cu")) if p.name not in NOT_EMULATED]
-    return kernels + sorted(cuda.glob("*.cpp")) + sorted(EMULATOR.glob("*.cpp"))
+    kernels = [p for p in sorted(cuda.rglob("*.cu")) if p.name not in NOT_EMULATED]
+    return kernels + sorted(cuda.rglob("*.cpp")) + sorted(EMULATOR.glob("*.cpp"))
 
 
 def _with_includes(source: Path, seen: dict) -> dict:

@@ -1,4 +1,4 @@
-// The host twin of csrc/cuda/intrinsics.cuh: the same names, run and checked by the emulator.
+// The host twin of csrc/cuda/device/intrinsics.cuh: the same names, run and checked by the emulator.
 #pragma once
 
 #include <cmath>

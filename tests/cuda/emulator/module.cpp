@@ -4,8 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/bindings_cuda.h"
-#include "cuda/launch.h"
+#include "cuda/host/bindings.h"
+#include "cuda/host/launch.h"
 #include "emulator.h"
 #include "planted.h"
 

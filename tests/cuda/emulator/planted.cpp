@@ -3,8 +3,8 @@
 #include <map>
 #include <stdexcept>
 
-#include "cuda/intrinsics.cuh"
-#include "cuda/launch.h"
+#include "cuda/device/intrinsics.cuh"
+#include "cuda/host/launch.h"
 
 namespace sparsenet::emulator {
 

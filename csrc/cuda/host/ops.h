@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../types.h"
+#include "../../types.h"
 
 namespace sparsenet::cuda {
 

@@ -1,4 +1,4 @@
-#include "bindings_cuda.h"
+#include "bindings.h"
 
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-#include "outer_product_simt.cuh"
+#include "block_sparse_linear_grad_weight_simt.cuh"
 
 namespace sparsenet::cuda {
 

@@ -17,8 +17,8 @@
 // Nothing here has been timed on hardware yet.
 #pragma once
 
-#include "fragments_sm80.cuh"
-#include "outer_product.cuh"
+#include "device/fragments_sm80.cuh"
+#include "block_sparse_linear_grad_weight.cuh"
 
 namespace sparsenet::cuda {
 

@@ -1,4 +1,4 @@
-#include "outer_product_sm80.cuh"
+#include "block_sparse_linear_grad_weight_sm80.cuh"
 
 namespace sparsenet::cuda {
 

@@ -20,7 +20,7 @@
 // Nothing here has been timed on hardware yet.
 #pragma once
 
-#include "block_sparse_linear.cuh"
+#include "block_sparse_linear_product.cuh"
 
 namespace sparsenet::cuda {
 

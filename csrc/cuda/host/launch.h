@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../check.h"
+#include "../../checks.h"
 #include "ops.h"
 
 #ifdef __CUDACC__

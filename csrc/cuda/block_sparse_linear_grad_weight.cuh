@@ -2,7 +2,7 @@
 // batch is split, and the ordered sum over the splits.
 #pragma once
 
-#include "block_sparse_linear.cuh"
+#include "block_sparse_linear_product.cuh"
 
 namespace sparsenet::cuda {
 

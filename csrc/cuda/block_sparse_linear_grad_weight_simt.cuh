@@ -17,7 +17,7 @@
 // Nothing here has been timed on hardware yet.
 #pragma once
 
-#include "outer_product.cuh"
+#include "block_sparse_linear_grad_weight.cuh"
 
 namespace sparsenet::cuda {
 

@@ -27,8 +27,8 @@
 
 #include <cstring>
 
-#include "block_sparse_linear.cuh"
-#include "fragments_sm80.cuh"
+#include "block_sparse_linear_product.cuh"
+#include "device/fragments_sm80.cuh"
 
 namespace sparsenet::cuda {
 

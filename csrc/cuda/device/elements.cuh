@@ -2,7 +2,7 @@
 #pragma once
 
 #include "intrinsics.cuh"
-#include "launch.h"
+#include "../host/launch.h"
 
 namespace sparsenet::cuda {
 

@@ -1,4 +1,4 @@
-#include "block_sparse_linear_simt.cuh"
+#include "block_sparse_linear_product_simt.cuh"
 
 namespace sparsenet::cuda {
 

@@ -7,9 +7,9 @@
 #pragma once
 
 #include "../types.h"
-#include "intrinsics.cuh"
-#include "launch.h"
-#include "ops.h"
+#include "device/intrinsics.cuh"
+#include "host/launch.h"
+#include "host/ops.h"
 
 namespace sparsenet::cuda {
 

@@ -9,7 +9,7 @@
 // are added in warp order, so the bits do not depend on scheduling.
 #pragma once
 
-#include "block_sparse_linear.cuh"
+#include "block_sparse_linear_product.cuh"
 
 namespace sparsenet::cuda {
 

@@ -14,7 +14,7 @@
 //   (from L2). Nothing here has been timed on hardware yet.
 #pragma once
 
-#include "block_sparse_linear_sm80.cuh"
+#include "block_sparse_linear_product_sm80.cuh"
 
 namespace sparsenet::cuda {
 

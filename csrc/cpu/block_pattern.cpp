@@ -7,7 +7,6 @@
 #include <numeric>
 
 #include "../checks.h"
-#include "../pattern_sizes.h"
 
 namespace sparsenet::cpu {
 namespace {

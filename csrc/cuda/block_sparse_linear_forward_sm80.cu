@@ -7,8 +7,8 @@ namespace sparsenet::cuda {
 template void launch_product_sm80<bfloat16, false>(const Product<bfloat16>&, Stream);
 template void launch_product_sm80<float16, false>(const Product<float16>&, Stream);
 template void launch_product_sm80<float, false>(const Product<float>&, Stream);
-template void launch_product_small_sm80<bfloat16>(const Product<bfloat16>&, Stream);
-template void launch_product_small_sm80<float16>(const Product<float16>&, Stream);
-template void launch_product_small_sm80<float>(const Product<float>&, Stream);
+template void launch_product_small_batch_sm80<bfloat16>(const Product<bfloat16>&, Stream);
+template void launch_product_small_batch_sm80<float16>(const Product<float16>&, Stream);
+template void launch_product_small_batch_sm80<float>(const Product<float>&, Stream);
 
 } // namespace sparsenet::cuda

@@ -16,8 +16,6 @@
 //
 // b < 16 (row kernel): a thread owns one output column and kRowBatch batch rows; lanes run along n so that y is written
 //   coalesced, and each weight read serves kRowBatch rows. Made to be right at every size, not to be fast.
-//
-// Nothing here has been timed on hardware yet.
 #pragma once
 
 #include "block_sparse_linear_product.cuh"

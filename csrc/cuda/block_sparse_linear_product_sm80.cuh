@@ -22,7 +22,6 @@
 //
 // Bytes from L2 per CTA: 2 (kBatch b u + b b s) for u union columns and s blocks; FLOP: 2 kBatch b b s.
 // Long groups come in pieces (WorkItem), cut at columns of the group's longest line; pieces leave fp32 partial sums.
-// Nothing here has been timed on hardware yet; the stage count and tile sizes are untuned.
 #pragma once
 
 #include <cstring>

@@ -7,33 +7,45 @@
 
 namespace sparsenet::cuda {
 
-enum class ProductKernel { simt, rows_simt, sm80, small_sm80 };
-enum class OuterKernel { simt, small_simt, sm80 };
+enum class ProductKernel { simt, rows_simt, sm80, small_batch_sm80 };
+enum class GradWeightKernel { simt, small_simt, sm80 };
 
 // forward (transposed = false) and grad_input (true); `a` is the gathered matrix, x or grad_z.
 ProductKernel choose_product(DType dtype, int32_t block_size, int64_t batch, const Matrix& a, const void* values,
                              bool transposed);
 // grad_weight, candidate gradients, norms.
-OuterKernel choose_outer(DType dtype, int32_t block_size, const Matrix& g, const Matrix& x);
+GradWeightKernel choose_grad_weight(DType dtype, int32_t block_size, const Matrix& grad_z, const Matrix& x);
 
-// Whether a copy with rows on 16-byte boundaries lets the tensor cores serve what they otherwise could not.
-bool worth_aligning(DType dtype, int32_t block_size, const Matrix& matrix);
-// Where such a copy goes: `data` with the next such stride, and the bytes it takes.
-Matrix aligned_copy(DType dtype, const Matrix& matrix, void* data);
-int64_t aligned_copy_bytes(DType dtype, const Matrix& matrix);
+// An operand where the kernels read it: where the caller has it, or copied to scratch memory with rows on 16-byte
+// boundaries. Before `place` a copy has no address; its alignment is that of address 0.
+struct Operand {
+  Matrix given;
+  Matrix read;
+  int64_t copy_bytes = 0; // 0: read where it is
+
+  // Takes the copy's memory off the front of `scratch`.
+  void place(char*& scratch) {
+    if (copy_bytes == 0) return;
+    read.data = scratch;
+    scratch += copy_bytes;
+  }
+  void copy(DType dtype, Stream stream) const {
+    if (copy_bytes > 0) copy_rows(dtype, given, read, stream);
+  }
+};
+// Copied where that lets the tensor cores serve what they otherwise could not.
+Operand operand(DType dtype, int32_t block_size, const Matrix& matrix);
+// Written to scratch memory whatever its alignment.
+Operand aligned_copy(DType dtype, const Matrix& matrix);
 
 // Block rows that one CTA of a kernel works on.
 int32_t rows_per_group(ProductKernel kernel, int32_t block_size);
 
-// How often grad_weight cuts the batch so that a few blocks still fill the device.
+// How often grad_weight cuts the batch so that a few blocks still fill the device, and the bytes of partial sums.
 int32_t batch_splits(int64_t num_places, int32_t block_size, int64_t batch);
+int64_t split_bytes(int32_t splits, int64_t num_places, int32_t block_size, DType dtype);
 
 std::string name_of(ProductKernel kernel, DType dtype, bool transposed);
-std::string name_of(OuterKernel kernel, DType dtype, const char* op);
-
-void check_dtype(const char* op, DType dtype);
-// A GPU faults on an element that is not where its type may be.
-void check_address(const char* op, const char* name, DType dtype, const void* data);
-void check_block_size(const char* op, int32_t block_size);
+std::string name_of(GradWeightKernel kernel, DType dtype);
 
 } // namespace sparsenet::cuda

@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../checks.h"
 #include "ops.h"
 
 #ifdef __CUDACC__

@@ -1,3 +1,4 @@
+// block_gradient_squared_norms on any architecture: the instantiations.
 #include "block_gradient_squared_norms_simt.cuh"
 
 namespace sparsenet::cuda {

@@ -1,3 +1,4 @@
+// block_gradient_squared_norms on tensor cores: the instantiations.
 #include "block_gradient_squared_norms_sm80.cuh"
 
 namespace sparsenet::cuda {

@@ -1,3 +1,4 @@
+// forward on tensor cores: the instantiations, for large and small batches.
 #include "block_sparse_linear_product_sm80.cuh"
 
 #include "block_sparse_linear_small_batch_sm80.cuh"

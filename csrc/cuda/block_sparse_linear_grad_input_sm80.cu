@@ -1,3 +1,4 @@
+// grad_input on tensor cores: the instantiations.
 #include "block_sparse_linear_product_sm80.cuh"
 
 namespace sparsenet::cuda {

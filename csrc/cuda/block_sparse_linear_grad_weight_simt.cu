@@ -1,3 +1,4 @@
+// grad_weight on any architecture: the instantiations.
 #include "block_sparse_linear_grad_weight_simt.cuh"
 
 namespace sparsenet::cuda {

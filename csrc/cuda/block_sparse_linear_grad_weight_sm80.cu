@@ -1,3 +1,4 @@
+// grad_weight on tensor cores: the instantiations.
 #include "block_sparse_linear_grad_weight_sm80.cuh"
 
 namespace sparsenet::cuda {

@@ -1,3 +1,4 @@
+// forward and grad_input on any architecture: the instantiations.
 #include "block_sparse_linear_product_simt.cuh"
 
 namespace sparsenet::cuda {

@@ -118,14 +118,14 @@ MUTANTS = {
         f"{LINEAR}_backward.py::test_backward_simt",
         "race on shared|nobody wrote",
     ),
-    "outer product reads past its split": (
+    "grad_weight reads past its split": (
         "block_sparse_linear_grad_weight_sm80.cuh",
         "const bool g_inside = m < end_row && g_valid > 0",
         "const bool g_inside = m <= end_row && g_valid > 0",
         f"{LINEAR}_backward.py::test_backward_sm80",
         "out of bounds|assert",
     ),
-    "outer product without its pipeline barrier": (
+    "grad_weight without its pipeline barrier": (
         "block_sparse_linear_grad_weight_sm80.cuh",
         "sync_block(); // the stage is complete for all, and the stage read last is free again",
         "",
@@ -133,7 +133,7 @@ MUTANTS = {
         "race on shared|cp.async that was not waited|nobody wrote",
     ),
     "norms of the neighbouring block": (
-        "block_sparse_linear_grad_weight_sm80.cuh",
+        "block_gradient_squared_norms_sm80.cuh",
         "col = col0 + (k_part + k) / kBlock;",
         "col = col0 + (k_part + k) / kBlock + 1;",
         f"{NORMS}.py::test_norms_sm80",
@@ -155,27 +155,34 @@ MUTANTS = {
     ),
     "columns may descend": (
         "block_pattern_simt.cuh",
-        "load_global(p.col + i - 1) >= col)",
-        "load_global(p.col + i - 1) > col)",
+        "load_global(p.source.col + i - 1) >= col)",
+        "load_global(p.source.col + i - 1) > col)",
         f"{PATTERN}.py",
         "DID NOT RAISE",
     ),
-    "radix sort clears counts that are still read": (
-        "radix_sort.cuh",
-        "sync_block(); // the counts are cleared next",
-        "",
+    "an order may name a block twice": (
+        "block_pattern_simt.cuh",
+        "before < block);",
+        "before <= block);",
         f"{PATTERN}.py",
-        "race on shared",
+        "DID NOT RAISE",
     ),
-    "radix sort that is not stable": (
-        "radix_sort.cuh",
-        "const int rank = count_bits(peers & ((1u << lane_index()) - 1));",
-        "const int rank = count_bits(peers & ~((2u << lane_index()) - 1));",
+    "the transposed index takes a neighbour's row": (
+        "block_pattern_simt.cuh",
+        "store_global(p.out.t_row + j, sorted ? load_global(p.out.row + block) : 0);",
+        "store_global(p.out.t_row + j, sorted ? load_global(p.out.row + j) : 0);",
         f"{PATTERN}.py",
-        "AssertionError|assert",
+        "AssertionError|Arrays are not equal",
+    ),
+    "transposed pointers count the block column itself": (
+        "block_pattern_simt.cuh",
+        "load_global(p.source.col + block) < line)",
+        "load_global(p.source.col + block) <= line)",
+        f"{PATTERN}.py",
+        "AssertionError|Arrays are not equal",
     ),
     "scan uses its scratch again too early": (
-        "radix_sort.cuh",
+        "device/scan.cuh",
         "sync_block(); // scratch may be used again",
         "",
         f"{PATTERN}.py",

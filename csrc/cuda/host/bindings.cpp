@@ -1,3 +1,4 @@
+// What Python can call: unpacks tuples, releases the GIL, calls the ops.
 #include "bindings.h"
 
 #include <pybind11/stl.h>

@@ -16,10 +16,10 @@
 #include "cpu/compact_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/workspace.h"
-#include "check.h"
+#include "checks.h"
 #include "types.h"
 #if defined(SPARSENET_CUDA)
-  #include "cuda/bindings_cuda.h"
+  #include "cuda/host/bindings.h"
 #endif
 
 namespace py = pybind11;

@@ -6,9 +6,9 @@
 // task packs a range of block columns of x for the whole batch (at most kNormStripsBytes, at least one block column),
 // then walks the block rows past it.
 //
-// Where the batch is small against b^2 the norms come from Gram matrices instead: gram_norms.h.
-#include "grad_values.h"
-#include "gram_norms.h"
+// Where the batch is small against b^2 the norms come from Gram matrices instead: block_gradient_squared_norms_gram.h.
+#include "block_sparse_linear_grad_weight.h"
+#include "block_gradient_squared_norms_gram.h"
 #include "isa.h"
 
 namespace sparsenet::cpu::SPARSENET_ISA {

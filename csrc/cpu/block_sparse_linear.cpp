@@ -8,14 +8,14 @@
 // forward and grad_input are one loop (multiply): a task packs a few tiles of rows of x (or dz) feature by feature, so
 // that they fit in L2, then walks all block rows (columns) past them. Values are read in place and streamed once per
 // task. The finished tile, [output][row], is transposed back while bias and activation are applied.
-// grad_values is described in grad_values.h.
+// grad_values is described in block_sparse_linear_grad_weight.h.
 //
 // Every sum runs in one fixed order whatever the number of threads: results are bit-identical from run to run.
 #include <omp.h>
 
-#include "grad_values.h"
+#include "block_sparse_linear_grad_weight.h"
 #include "isa.h"
-#include "small_batch.h"
+#include "block_sparse_linear_small_batch.h"
 #include "tile.h"
 #include "workspace.h"
 

@@ -1,4 +1,5 @@
-// Strips: one operand of a weight gradient in the order in which the sums of grad_values.h and of the norms read it.
+// Strips: one operand of a weight gradient in the order in which the sums of block_sparse_linear_grad_weight.h and of
+// the norms read it.
 //
 //   strip s [row / depth][width]: columns [s * width, (s + 1) * width) of x (or grad_z) in one panel of rows of the
 //   batch, zeros outside the matrix. Blocks wider than kStripWidth are cut into squares of that width: from there on

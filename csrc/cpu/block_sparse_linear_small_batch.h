@@ -18,8 +18,8 @@
 
 #include <omp.h>
 
-#include "product.h"
-#include "small_batch_kernels.h"
+#include "block_sparse_linear_product.h"
+#include "block_sparse_linear_small_batch_kernels.h"
 #include "workspace.h"
 
 namespace sparsenet::cpu::SPARSENET_ISA {

@@ -1,4 +1,4 @@
-// The kernels of small_batch.h, which explains them: some blocks of values times a chunk of rows.
+// The kernels of block_sparse_linear_small_batch.h, which explains them: some blocks of values times a chunk of rows.
 #pragma once
 
 #include "pack.h"

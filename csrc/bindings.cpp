@@ -12,6 +12,7 @@
 #include "cpu/block_pattern.h"
 #include "cpu/compact_blocks.h"
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "cpu/workspace.h"
 #include "check.h"
 #include "types.h"
@@ -56,7 +57,7 @@ void linear_forward(const cpu::Pattern& pattern, int dtype, int activation, Addr
   py::gil_scoped_release release;
   use_huge_pages(op.y, op.dtype);
   use_huge_pages(op.pre_activation, op.dtype);
-  cpu::table_for(op.dtype).linear_forward(op, cpu::usable_threads(threads));
+  cpu::kernels_for(op.dtype).linear_forward(op, cpu::usable_threads(threads));
 }
 
 void linear_backward(const cpu::Pattern& pattern, int dtype, int activation, Address grad_y, int64_t grad_y_stride,
@@ -76,7 +77,7 @@ void linear_backward(const cpu::Pattern& pattern, int dtype, int activation, Add
   py::gil_scoped_release release;
   use_huge_pages(op.grad_x, op.dtype);
   cpu::use_huge_pages(op.grad_values, p.num_blocks * p.block_size * p.block_size * element_bytes(op.dtype));
-  cpu::table_for(op.dtype).linear_backward(op, cpu::usable_threads(threads));
+  cpu::kernels_for(op.dtype).linear_backward(op, cpu::usable_threads(threads));
 }
 
 void gradient_norms(int dtype, int block_size, Address x, int64_t x_stride, int64_t in, Address grad_z,
@@ -90,7 +91,7 @@ void gradient_norms(int dtype, int block_size, Address x, int64_t x_stride, int6
                             .block_row_end = block_row_end,
                             .norms = static_cast<float*>(at(norms))};
   py::gil_scoped_release release;
-  cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(threads));
+  cpu::kernels_for(op.dtype).gradient_norms(op, cpu::usable_threads(threads));
 }
 
 void candidate_gradients(int dtype, int block_size, Address x, int64_t x_stride, int64_t in, Address grad_z,
@@ -107,7 +108,7 @@ void candidate_gradients(int dtype, int block_size, Address x, int64_t x_stride,
                                  .num_places = rows.size(),
                                  .grads = at(grads)};
   py::gil_scoped_release release;
-  cpu::table_for(op.dtype).candidate_gradients(op, cpu::usable_threads(threads));
+  cpu::kernels_for(op.dtype).candidate_gradients(op, cpu::usable_threads(threads));
 }
 
 void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const Indices& rows, const Indices& cols,
@@ -157,8 +158,8 @@ WorkspaceSizes linear_workspace(int dtype, int64_t rows, int64_t cols, int block
                                    .grad_values = &wanted,
                                    .grad_bias = &wanted};
   return dry_run([&] {
-    cpu::table_for(forward.dtype).linear_forward(forward, cpu::usable_threads(threads));
-    cpu::table_for(backward.dtype).linear_backward(backward, cpu::usable_threads(threads));
+    cpu::kernels_for(forward.dtype).linear_forward(forward, cpu::usable_threads(threads));
+    cpu::kernels_for(backward.dtype).linear_backward(backward, cpu::usable_threads(threads));
   });
 }
 
@@ -169,7 +170,7 @@ WorkspaceSizes norms_workspace(int dtype, int block_size, int64_t in, int64_t ou
                             .x = {.rows = batch, .cols = in},
                             .grad_z = {.rows = batch, .cols = out},
                             .block_row_end = block_rows};
-  return dry_run([&] { cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(threads)); });
+  return dry_run([&] { cpu::kernels_for(op.dtype).gradient_norms(op, cpu::usable_threads(threads)); });
 }
 
 py::dict build_info() {
@@ -177,7 +178,7 @@ py::dict build_info() {
   for (const char* const* name = cpu::available_sets(); *name != nullptr; ++name) sets.append(*name);
   py::dict info;
   info["version"] = SPARSENET_VERSION;
-  info["isa"] = cpu::active_table().name;
+  info["isa"] = cpu::active_set();
   info["isa_available"] = sets;
   info["compiler"] = __VERSION__;
 #if defined(SPARSENET_CUDA)

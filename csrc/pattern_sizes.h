@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "block_sizes.h"
 #include "check.h"
 
 namespace sparsenet {
@@ -11,7 +12,7 @@ inline void check_pattern_sizes(int64_t crow_length, int64_t num_blocks, int64_t
                                 int64_t block_size) {
   constexpr int64_t kInt32Max = 2147483647;
   bool supported = false;
-  for (const int64_t allowed : {1, 4, 8, 16, 32, 64, 128}) supported |= block_size == allowed;
+  for (const int64_t allowed : kBlockSizes) supported |= block_size == allowed;
   SPARSENET_CHECK(supported, "BlockPattern: block_size must be one of 1, 4, 8, 16, 32, 64, 128, got ", block_size);
   SPARSENET_CHECK(rows >= 0 && cols >= 0 && rows <= kInt32Max && cols <= kInt32Max,
                   "BlockPattern: shape must have sizes from 0 to 2147483647, got (", rows, ", ", cols, ")");

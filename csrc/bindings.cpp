@@ -15,6 +15,7 @@
 #include "cpu/block_pattern.h"
 #include "cpu/compact_blocks.h"
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "cpu/workspace.h"
 #include "checks.h"
 #include "types.h"
@@ -47,7 +48,7 @@ void linear_forward(const cpu::Pattern& pattern, const LinearCall& call, const M
   py::gil_scoped_release release;
   use_huge_pages(op.y, op.dtype);
   use_huge_pages(op.pre_activation, op.dtype);
-  cpu::table_for(op.dtype).linear_forward(op, cpu::usable_threads(call.threads));
+  cpu::kernels_for(op.dtype).linear_forward(op, cpu::usable_threads(call.threads));
 }
 
 void linear_backward(const cpu::Pattern& pattern, const LinearCall& call, const Matrix& x, Address values,
@@ -57,14 +58,14 @@ void linear_backward(const cpu::Pattern& pattern, const LinearCall& call, const 
   py::gil_scoped_release release;
   use_huge_pages(op.grad_x, op.dtype);
   cpu::use_huge_pages(op.grad_values, p.num_blocks * p.block_size * p.block_size * element_bytes(op.dtype));
-  cpu::table_for(op.dtype).linear_backward(op, cpu::usable_threads(call.threads));
+  cpu::kernels_for(op.dtype).linear_backward(op, cpu::usable_threads(call.threads));
 }
 
 void gradient_norms(const GradientCall& call, const Matrix& x, const Matrix& grad_z, const Interval& block_rows,
                     Address norms) {
   const GradientNorms op = gradient_norms_op(call, x, grad_z, block_rows, at(norms));
   py::gil_scoped_release release;
-  cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(call.threads));
+  cpu::kernels_for(op.dtype).gradient_norms(op, cpu::usable_threads(call.threads));
 }
 
 void candidate_gradients(const GradientCall& call, const Matrix& x, const Matrix& grad_z,
@@ -82,7 +83,7 @@ void candidate_gradients(const GradientCall& call, const Matrix& x, const Matrix
                                  .num_places = rows.size(),
                                  .grads = at(grads)};
   py::gil_scoped_release release;
-  cpu::table_for(op.dtype).candidate_gradients(op, cpu::usable_threads(call.threads));
+  cpu::kernels_for(op.dtype).candidate_gradients(op, cpu::usable_threads(call.threads));
 }
 
 void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const std::pair<Indices, Indices>& gathered,
@@ -120,15 +121,15 @@ WorkspaceSizes linear_workspace(const LinearCall& call, const Matrix& x, int64_t
   const LinearBackward backward = linear_backward_op(pattern, call, x, nullptr, {.grad_y = {nullptr, x.rows, out, out}},
                                                      {&wanted, &wanted, &wanted});
   return dry_run([&] {
-    cpu::table_for(call.dtype).linear_forward(forward, cpu::usable_threads(call.threads));
-    cpu::table_for(call.dtype).linear_backward(backward, cpu::usable_threads(call.threads));
+    cpu::kernels_for(call.dtype).linear_forward(forward, cpu::usable_threads(call.threads));
+    cpu::kernels_for(call.dtype).linear_backward(backward, cpu::usable_threads(call.threads));
   });
 }
 
 WorkspaceSizes norms_workspace(const GradientCall& call, const Matrix& x, const Matrix& grad_z,
                                const Interval& block_rows) {
   const GradientNorms op = gradient_norms_op(call, x, grad_z, block_rows, nullptr);
-  return dry_run([&] { cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(call.threads)); });
+  return dry_run([&] { cpu::kernels_for(op.dtype).gradient_norms(op, cpu::usable_threads(call.threads)); });
 }
 
 py::dict build_info() {
@@ -136,7 +137,7 @@ py::dict build_info() {
   for (const char* const* name = cpu::available_sets(); *name != nullptr; ++name) sets.append(*name);
   py::dict info;
   info["version"] = SPARSENET_VERSION;
-  info["isa"] = cpu::active_table().name;
+  info["isa"] = cpu::active_set();
   info["isa_available"] = sets;
   info["compiler"] = __VERSION__;
 #if defined(SPARSENET_CUDA)

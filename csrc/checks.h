@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "block_sizes.h"
 #include "types.h"
 
 namespace sparsenet {
@@ -31,7 +32,7 @@ inline constexpr DType kTf32{4};
 // Both devices -----------------------------------------------------------------------------------------------------
 
 inline bool is_block_size(int64_t size) {
-  for (const int64_t allowed : {1, 4, 8, 16, 32, 64, 128})
+  for (const int64_t allowed : kBlockSizes)
     if (size == allowed) return true;
   return false;
 }

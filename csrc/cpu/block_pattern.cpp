@@ -1,3 +1,8 @@
+// Building an index costs a few passes over it, and is no part of a training step: the transposed index by counting,
+// the order of places by std::sort where they are not in order already, the k best scores by three counting passes.
+//
+// Measured: 72 ns a block from 1,638 places, 108 from 52,429; 6 ns a score for the best of 16,384; one core of an AMD
+// EPYC (Zen 4), calls from Python.
 #include "block_pattern.h"
 
 #include <algorithm>

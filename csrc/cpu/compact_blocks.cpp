@@ -8,8 +8,12 @@
 //
 // Work is split by new block rows. The columns of each new block column are cut once into segments: runs that stand
 // side by side in one old block. A new block is zeroed, then every (old block row, segment) that exists is copied, for
-// all tensors together, so the old block is looked up once. Bytes moved: each new element is written twice and read
-// once; nothing is computed, so the elements may be of any type.
+// all tensors together, so the old block is looked up once. Nothing is computed, so the elements may be of any type.
+//
+// Bytes for each new element of s bytes: s read and 2 s written, the second time into a line that is in L1.
+//
+// Measured: 9.4 GB/s where a plain copy moves 30 (32 %), 2 cores of an AMD EPYC (Zen 4), units removed from 4096 x 4096
+// at 10 % density, b = 32, values and two moments; 7 GB/s at 1 % and b = 16, 12 at b = 64.
 #include "compact_blocks.h"
 
 #include <algorithm>

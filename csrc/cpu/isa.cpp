@@ -1,10 +1,8 @@
 #include "isa.h"
 
-#include <atomic>
+#include <array>
 #include <cstdlib>
 #include <cstring>
-#include <dirent.h>
-#include <pthread.h>
 #include <string>
 
 #include "../checks.h"
@@ -17,7 +15,7 @@ struct Candidate {
   bool (*runs_here)();
 };
 
-// Priority order. A set is listed only where the compiler could build it.
+// Best first. A set is listed only where the compiler could build it.
 const Candidate kCandidates[] = {
 #if defined(SPARSENET_HAVE_AVX512BF16)
     {&avx512bf16::kTable,
@@ -55,35 +53,20 @@ const KernelTable& choose() {
   fail("SPARSENET_ISA: must be one of ", known, ", got ", forced);
 }
 
-// Set in a child whose parent had more than one thread when it forked: torch's parallel regions start libgomp's
-// workers as well as ours do, and a child that opens one waits forever for workers it does not have.
-std::atomic<bool> forked_from_threads{false};
-std::atomic<bool> had_threads{true};
-
-void before_fork() {
-  int entries = 0;
-  if (DIR* tasks = opendir("/proc/self/task")) {
-    while (readdir(tasks) != nullptr) ++entries;
-    closedir(tasks);
-  }
-  had_threads.store(entries != 3); // ".", ".." and the one thread
-}
-void after_fork_in_child() {
-  if (had_threads.load()) forked_from_threads.store(true);
-}
-const int registered = pthread_atfork(before_fork, nullptr, after_fork_in_child);
-
-} // namespace
-
 const KernelTable& active_table() {
   static const KernelTable& table = choose();
   return table;
 }
 
-const KernelTable& table_for(DType dtype) {
-  if (dtype == DType::float64 || dtype == DType::float16) return portable::kTable;
-  return active_table();
+// The entry of `row`, one of KernelTable's, for the dtype.
+template <class Op> Kernel<Op> entry(const Row<Op>* KernelTable::* row, int dtype) {
+  const Kernel<Op> own = (active_table().*row)->by_dtype[dtype];
+  return own != nullptr ? own : (portable::kTable.*row)->by_dtype[dtype];
 }
+
+} // namespace
+
+const char* active_set() { return active_table().name; }
 
 const char* const* available_sets() {
   static const char* names[std::size(kCandidates) + 1] = {};
@@ -94,6 +77,19 @@ const char* const* available_sets() {
   return names;
 }
 
-int usable_threads(int wanted) { return wanted <= 1 || forked_from_threads.load() ? 1 : wanted; }
+const Kernels& kernels_for(DType dtype) {
+  static const std::array<Kernels, kNumDTypes> kernels = [] {
+    std::array<Kernels, kNumDTypes> found;
+    for (int i = 0; i < kNumDTypes; ++i)
+      found[size_t(i)] = {.linear_forward = entry(&KernelTable::linear_forward, i),
+                          .linear_backward = entry(&KernelTable::linear_backward, i),
+                          .gradient_norms = entry(&KernelTable::gradient_norms, i),
+                          .candidate_gradients = entry(&KernelTable::candidate_gradients, i)};
+    return found;
+  }();
+  SPARSENET_CHECK(int(dtype) >= 0 && int(dtype) < kNumDTypes, "dtype: must be a number from 0 to ", kNumDTypes - 1,
+                  ", got ", int(dtype));
+  return kernels[size_t(dtype)];
+}
 
 } // namespace sparsenet::cpu

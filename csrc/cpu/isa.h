@@ -1,44 +1,27 @@
-// Instruction sets: which the machine has, which one runs, and the table of kernels of each.
+// Instruction sets: which this machine has, which one is in use, and the kernels that it gives.
 #pragma once
 
-#include "../types.h"
+#include "kernel_table.h"
 
 namespace sparsenet::cpu {
 
-// The ops of one instruction set. Arguments are checked before they come here.
-struct KernelTable {
-  const char* name;
-  void (*linear_forward)(const LinearForward&, int threads);
-  void (*linear_backward)(const LinearBackward&, int threads);
-  void (*gradient_norms)(const GradientNorms&, int threads);
-  void (*candidate_gradients)(const CandidateGradients&, int threads);
-};
+// Name of the set in use: the best that this machine has, or the one that the environment variable SPARSENET_ISA names;
+// read once. Throws std::invalid_argument for an unknown name and for a set that the machine lacks.
+const char* active_set();
 
-namespace portable {
-extern const KernelTable kTable;
-}
-namespace avx2 {
-extern const KernelTable kTable;
-}
-namespace avx512 {
-extern const KernelTable kTable;
-}
-namespace avx512bf16 {
-extern const KernelTable kTable;
-}
-
-// The best set this machine has, or the one SPARSENET_ISA names; read once. Throws std::invalid_argument for an unknown
-// name and for a set the machine lacks.
-const KernelTable& active_table();
-
-// The table that serves `dtype`: the active one; float64 and float16 are always served by the portable one.
-const KernelTable& table_for(DType dtype);
-
-// Names of the sets this machine can run, best first; null-terminated.
+// Names of the sets that this machine can run, best first; null-terminated.
 const char* const* available_sets();
 
-// Threads an op may use: `wanted` (what torch says), but 1 in a process forked from one with several threads, because
-// libgomp's worker threads do not survive a fork.
-int usable_threads(int wanted);
+// One kernel of every op for one dtype.
+struct Kernels {
+  Kernel<LinearForward> linear_forward;
+  Kernel<LinearBackward> linear_backward;
+  Kernel<GradientNorms> gradient_norms;
+  Kernel<CandidateGradients> candidate_gradients;
+};
+
+// Those of the set in use, and the portable ones where it has none for `dtype`. Throws std::invalid_argument for a
+// number that is no dtype.
+const Kernels& kernels_for(DType dtype);
 
 } // namespace sparsenet::cpu

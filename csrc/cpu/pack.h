@@ -3,7 +3,7 @@
 //   features  [feature / depth][row] of one tile of rows: a vector holds one feature (or a pair, for bfloat16 dot
 //             products) of kLanes consecutive rows of the batch. Forward and grad_input read it.
 //   rows      [feature block][row / depth][feature in block]: a vector holds kLanes consecutive features of one row (or
-//             row pair). grad_values reads it.
+//             row pair). grad_weight reads it.
 //
 // What lies outside the matrix is packed as zero, so kernels know no edges.
 #pragma once
@@ -20,7 +20,9 @@ template <typename T> struct Single {
   static constexpr int kDepth = 1;
   SPARSENET_INLINE static Vec<T> multiply_add(Vec<T> acc, T weight, Vec<T> x) { return acc + broadcast(weight) * x; }
 };
+struct Pair;
 #if defined(__AVX512BF16__)
+template <typename S> constexpr bool kHasPairs = sizeof(S) == sizeof(BFloat16); // the only type of its size here
 struct Pair {
   using Packed = uint32_t;
   using Accumulator = float;
@@ -29,6 +31,8 @@ struct Pair {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(weights)), (__m512bh)x);
   }
 };
+#else
+template <typename S> constexpr bool kHasPairs = false;
 #endif
 
 // A gradient before its activation, row by row: grad_y * activation'(saved); with Activation::none just the matrix.
@@ -48,15 +52,13 @@ template <typename S> struct Rows {
   }
 };
 
+template <typename S> Rows<S> rows_of(const Matrix& m) { return {static_cast<const S*>(m.data), m.stride, nullptr, 0}; }
+
 template <typename S> Rows<S> columns_from(Rows<S> rows, int64_t first) {
   rows.data += first;
   if (rows.saved != nullptr) rows.saved += first;
   return rows;
 }
-
-SPARSENET_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-SPARSENET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-SPARSENET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(__AVX512BF16__)
 // Two vectors of consecutive features -> pairs (2i, 2i+1) of bfloat16.

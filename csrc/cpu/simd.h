@@ -18,12 +18,18 @@ namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+constexpr int kVectorBytes = 32, kRegisters = 16;
 #else
-constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
+
+constexpr int64_t kLineBytes = 64; // of a cache
+
+SPARSENET_INLINE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+SPARSENET_INLINE constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+SPARSENET_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
@@ -52,7 +58,6 @@ template <typename T> SPARSENET_INLINE Vec<T> broadcast(T x) {
 }
 #if defined(__AVX512F__)
 template <> SPARSENET_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm512_set1_ps(x); }
-template <> SPARSENET_INLINE Vec<uint32_t> broadcast(uint32_t x) { return (Vec<uint32_t>)_mm512_set1_epi32(int(x)); }
 #elif defined(__AVX2__)
 template <> SPARSENET_INLINE Vec<float> broadcast(float x) { return (Vec<float>)_mm256_set1_ps(x); }
 #endif

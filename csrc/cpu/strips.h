@@ -1,17 +1,19 @@
-// Strips: one operand of a weight gradient in the order in which the sums of grad_values.h and of the norms read it.
+// Strips: one operand of a weight gradient in the order in which the sums of block_sparse_linear_grad_weight.h and of
+// the norms read it.
 //
 //   strip s [row / depth][width]: columns [s * width, (s + 1) * width) of x (or grad_z) in one panel of rows of the
 //   batch, zeros outside the matrix. Blocks wider than kStripWidth are cut into squares of that width: from there on
 //   all block sizes run at one rate. Blocks narrower than a vector lie feature by feature instead, [width][row].
 #pragma once
 
+#include "dispatch.h"
 #include "tile.h"
 
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
 constexpr int64_t kStripWidth = 32;
-constexpr int64_t kLineBytes = 64;
+constexpr int64_t kChunkBytes = int64_t(8) << 10; // of a strip: stays in L1 over all output groups
 
 template <typename T> constexpr bool is_narrow(int64_t block) { return block < kLanes<T>; }
 
@@ -25,19 +27,25 @@ template <class P> struct Strips {
   static constexpr int64_t kPad = kLineBytes / int64_t(sizeof(T));
   int64_t feature_stride() const { return rows + kPad; } // of narrow ones
   int64_t stride() const { return is_narrow<T>(width) ? width * feature_stride() : width * (rows / P::kDepth) + kPad; }
-  int64_t bytes(int64_t count) const { return count * stride() * int64_t(sizeof(T)); }
+  int64_t elements(int64_t count) const { return count * stride(); }
+  int64_t bytes(int64_t count) const { return elements(count) * int64_t(sizeof(T)); }
   T* strip(int64_t s) const { return data + s * stride(); }
 };
 
 SPARSENET_INLINE int64_t strip_width(int64_t block) { return min_of(block, kStripWidth); }
 
-// Packs `count` strips: columns [0, features) of rows [begin, begin + strips.rows) of source, which has `batch` rows;
-// strips outside the matrix become zero. Those that `needed` marks 0 may be left alone (null: all are needed). Adds the
-// column sums to bias_sum [features] where it is not null.
+// What of a source lies in a panel: columns [0, features) of rows [first_row, batch), as far as the strips reach.
+struct Panel {
+  int64_t features, batch, first_row;
+};
+
+// Packs `count` strips of a panel; strips outside the matrix become zero. Those that `needed` marks 0 may be left alone
+// (null: all are needed). Adds the column sums to bias_sum [features] where it is not null.
 template <class P, Activation A, typename S>
-void pack_strips(const Rows<S>& source, const Strips<P>& strips, int64_t count, int64_t features, int64_t batch,
-                 int64_t begin, const char* needed, Compute<S>* bias_sum) {
+void pack_strips(const Rows<S>& source, const Strips<P>& strips, int64_t count, const Panel& panel,
+                 const char* needed = nullptr, Compute<S>* bias_sum = nullptr) {
   using C = Compute<S>;
+  const auto [features, batch, begin] = panel;
   const int64_t rows = strips.rows, row_end = min_of(batch, begin + rows), width = strips.width;
   const int64_t inside = max_of(0, min_of(count, ceil_div(features, width))), wanted = min_of(features, inside * width);
   memset(static_cast<void*>(strips.strip(inside)), 0, size_t(strips.bytes(count - inside)));
@@ -57,6 +65,53 @@ void pack_strips(const Rows<S>& source, const Strips<P>& strips, int64_t count, 
       bias_sum[f] += sum_lanes(sum);
     }
   }
+}
+
+// acc0 [W][W] += g^T x0 over `rows` packed rows; strips of one vector take two x at a time: acc1 += g^T x1.
+template <class P, int W>
+void sum_strips(const typename P::Packed* g, const typename P::Packed* x0, const typename P::Packed* x1, int64_t rows,
+                FetchQueue& fetch, typename P::Accumulator* acc0, typename P::Accumulator* acc1) {
+  constexpr int lanes = kLanes<typename P::Packed>, outputs = kRegisters == 32 ? 8 : 4;
+  constexpr int64_t chunk = kChunkBytes / (W * int64_t(sizeof(*x0)));
+  static_assert(W % outputs == 0 && W % lanes == 0, "a strip is whole groups of outputs and whole vectors");
+  for (int64_t m = 0; m < rows; m += chunk) {
+    const int64_t count = min_of(chunk, rows - m);
+    for (int output = 0; output < W; output += outputs) {
+      const auto* w = g + m * W + output;
+      if constexpr (W == lanes) {
+        outer_products<P, outputs>(w, {W, 1}, x0 + m * W, x1 + m * W, W, count, fetch, acc0 + output * W,
+                                   acc1 + output * W, W);
+      } else {
+        for (int k = 0; k < W; k += 2 * lanes)
+          outer_products<P, outputs>(w, {W, 1}, x0 + m * W + k, x0 + m * W + k + lanes, W, count, fetch,
+                                     acc0 + output * W + k, acc0 + output * W + k + lanes, W);
+      }
+    }
+  }
+}
+
+// acc [B][B] += the same for strips that lie feature by feature, `stride` apart.
+template <typename T, int B> void sum_features(const T* g, const T* x, int64_t stride, int64_t rows, T* acc) {
+  constexpr int side = B < 4 ? B : 4;
+  for (int i = 0; i < B; i += side)
+    for (int j = 0; j < B; j += side)
+      dot_products<T, side>(g + i * stride, x + j * stride, stride, rows, acc + i * B + j, B);
+}
+
+template <class P>
+using SumStrips = void (*)(const typename P::Packed*, const typename P::Packed*, const typename P::Packed*, int64_t,
+                           FetchQueue&, typename P::Accumulator*, typename P::Accumulator*);
+
+template <class P> SumStrips<P> sum_strips_of(int64_t width) {
+  constexpr int lanes = kLanes<typename P::Packed>;
+  return with_block_size<max_of(lanes, 4), kStripWidth>(width,
+                                                        []<int W>() -> SumStrips<P> { return sum_strips<P, W>; });
+}
+
+template <typename T> using SumFeatures = void (*)(const T*, const T*, int64_t, int64_t, T*);
+
+template <typename T> SumFeatures<T> sum_features_of(int64_t block) {
+  return with_block_size<1, kLanes<T> / 2>(block, []<int B>() -> SumFeatures<T> { return sum_features<T, B>; });
 }
 
 } // namespace

@@ -10,16 +10,11 @@
 //   dot_products      the same sums for narrower blocks, as dot products along the rows of feature-packed operands.
 #pragma once
 
+#include "fetch.h"
 #include "pack.h"
 
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
 
 // Tile constants for blocks of B x B. Accumulators, x vectors and one broadcast weight must fit in the registers.
 template <int B> struct TileConfig {
@@ -28,70 +23,6 @@ template <int B> struct TileConfig {
   static constexpr int kRunBlocks = B <= kOutputs ? 1 << 30 : (128 / B > 1 ? 128 / B : 1); // x of a run stays in L1
   static_assert(B == 1 || kOutputs * kMaxVectors + kMaxVectors + 1 <= kRegisters, "the tile must fit in registers");
   static_assert(B % kOutputs == 0, "a block is a whole number of output groups");
-};
-
-// `count` lines of memory, `stride` bytes apart.
-struct Lines {
-  const char* at;
-  int64_t stride, count;
-};
-
-// A matrix's lines in order, to be fetched a few at a time.
-struct LinesAhead {
-  const char* row = nullptr;
-  int64_t stride = 0, rows = 0, row_bytes = 0, at = 0;
-
-  template <typename T>
-  static LinesAhead of(const T* data, int64_t stride, int64_t rows, int64_t cols) {
-    const int64_t element = int64_t(sizeof(T));
-    return {reinterpret_cast<const char*>(data), stride * element, cols > 0 ? max_of(rows, 0) : 0, cols * element, 0};
-  }
-  int64_t count() const { return rows * ceil_div(row_bytes, 64); }
-  Lines next(int64_t most) { // no further than to the end of the row
-    if (rows == 0) return {nullptr, 0, 0};
-    const Lines lines = {row + at, 64, min_of(most, ceil_div(row_bytes - at, 64))};
-    at += 64 * lines.count;
-    if (at >= row_bytes) {
-      row += stride;
-      at = 0;
-      --rows;
-    }
-    return lines;
-  }
-};
-
-// Lines that will soon be read or written. The kernels fetch one every few steps, so that lines arrive while they
-// compute and never all at once: a core has a dozen or so misses in flight, and its own loads need them too. Lines that
-// another task writes must not be among them: taking those away from its core costs more than it brings.
-class FetchQueue {
-public:
-  void push(const Lines& lines) { push(lines.at, lines.stride, lines.count); }
-  void push(const void* at, int64_t stride, int64_t count) {
-    if (count <= 0 || size_ == kCapacity) return;
-    queue_[size_++] = {static_cast<const char*>(at), stride, count};
-  }
-  void clear() { size_ = 0; }
-  Lines to_l2 = {nullptr, 0, 0}; // beside those: more than L1 holds, wanted a little later
-
-  // A kernel works on a copy of what comes first, in registers, and hands it back.
-  SPARSENET_INLINE Lines take() const { return size_ > 0 ? queue_[0] : Lines{nullptr, 0, 0}; }
-  SPARSENET_INLINE void give_back(const Lines& rest) {
-    if (size_ == 0) return;
-    queue_[0] = rest;
-    if (rest.count > 0) return;
-    for (int i = 1; i < size_; ++i) queue_[i - 1] = queue_[i];
-    --size_;
-  }
-  template <int kLocality = 3> SPARSENET_INLINE static void fetch_one(Lines& lines) {
-    __builtin_prefetch(lines.at, 0, kLocality);
-    lines.at += lines.count > 1 ? lines.stride : 0;
-    --lines.count;
-  }
-
-private:
-  static constexpr int kCapacity = 8;
-  Lines queue_[kCapacity];
-  int size_ = 0;
 };
 
 // Which blocks one run multiplies: entry i reads x block features[i] and weight block blocks[i] (or first + i).

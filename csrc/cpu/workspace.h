@@ -39,16 +39,6 @@ private:
   int64_t bytes_[kWorkspaceDepth] = {};
 };
 
-// Sizes the pieces first, then hands them out: piece(n) returns an offset into the buffer.
-struct WorkspacePlan {
-  int64_t bytes = 0;
-  int64_t piece(int64_t size) {
-    const int64_t at = bytes;
-    bytes += (size + 63) / 64 * 64;
-    return at;
-  }
-};
-
 // Asks for huge pages under `bytes` of memory about to be written. For results so large that the allocator maps them
 // anew for every call: faulting in 4 KiB pages then takes as long as a sparse product.
 void use_huge_pages(void* data, int64_t bytes);

@@ -1,13 +1,18 @@
-// The kernels of small_batch.h, which explains them: some blocks of values times a chunk of rows.
+// The inner loops of block_sparse_linear_small_batch.h, which explains them: some blocks of values times a chunk of
+// rows. The names say how vectors of values lie in a block:
+//
+//   across_run      forward      a vector holds one input of `lanes` outputs: down the rows of a block
+//   broadcast_run   forward      a value is broadcast to a vector of rows of x
+//   along_blocks    grad_input   a vector holds `lanes` inputs of one output: along a row of a block
+//   outer_block     grad_weight  the same, written instead of read
 #pragma once
 
-#include "pack.h"
+#include "dispatch.h"
 
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
 constexpr int64_t kFetchBytes = int64_t(1) << 13;
-constexpr int kFetchLine = 64;
 
 template <typename S, int64_t B> constexpr int64_t kBlockBytes = B * B * int64_t(sizeof(S));
 
@@ -44,7 +49,7 @@ SPARSENET_INLINE void load_across(const S* w, Vec<typename P::Packed>* square) {
         square[r] = (Vec<uint32_t>)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)(w + r * B)));
       }
     }
-    transpose(reinterpret_cast<Vec<float>*>(square));
+    transpose(square);
 #endif
   }
 }
@@ -65,7 +70,7 @@ void across_run(const SmallRun& run, const S* values, const typename P::Packed* 
       const char* next = reinterpret_cast<const char*>(w) + kFetchBytes;
       for (int k = 0; k < depth; k += square_depth) {
 #pragma GCC unroll 16
-        for (int64_t at = 0; at < square_bytes; at += kFetchLine) __builtin_prefetch(next + at, 0, 2);
+        for (int64_t at = 0; at < square_bytes; at += kLineBytes) __builtin_prefetch(next + at, 0, 2);
         next += square_bytes;
         Vec<typename P::Packed> wv[lanes];
         load_across<P, B>(w + k * P::kDepth, wv);
@@ -98,9 +103,9 @@ void broadcast_run(const SmallRun& run, const S* values, const typename P::Packe
       const char* next = reinterpret_cast<const char*>(w) + kFetchBytes;
 #pragma GCC unroll 4
       for (int k = 0; k < depth; ++k) {
-        if (k % (kFetchLine / rows / int(sizeof(T))) == 0) {
+        if (k % (kLineBytes / rows / int(sizeof(T))) == 0) {
           __builtin_prefetch(next, 0, 2);
-          next += kFetchLine;
+          next += kLineBytes;
         }
         const Vec<T> xv = load(xb + k * M);
 #pragma GCC unroll 16
@@ -153,7 +158,7 @@ void along_blocks(const SmallBlocks& blocks, const S* values, const typename P::
 #pragma GCC unroll 2
         for (int row = 0; row < P::kDepth; ++row)
 #pragma GCC unroll 8
-          for (int64_t at = 0; at < width; at += kFetchLine / int64_t(sizeof(S)))
+          for (int64_t at = 0; at < width; at += kLineBytes / int64_t(sizeof(S)))
             __builtin_prefetch(next + (n * P::kDepth + row) * B + at, 0, 2);
         if (n < M * vectors) __builtin_prefetch(next_tile + n / vectors * B + k + n % vectors * lanes, 0, 3);
         Vec<typename P::Packed> wv[vectors];
@@ -204,21 +209,11 @@ template <class P, typename S, int B, int M> constexpr BlocksKernel<P, S> blocks
   }
 }
 
-// find.operator()<B, M>() for a block size and a width known now.
-template <int B, class Find> auto with_width(int64_t width, const Find& find) {
-  return width == 1   ? find.template operator()<B, 1>()
-         : width == 2 ? find.template operator()<B, 2>()
-         : width == 4 ? find.template operator()<B, 4>()
-         : width == 8 ? find.template operator()<B, 8>()
-                      : find.template operator()<B, 16>();
-}
+// find<B, M>() for a block size and a width known now.
 template <class Find> auto with_block_and_width(int64_t b, int64_t width, const Find& find) {
-  return b == 16   ? with_width<16>(width, find)
-         : b == 32 ? with_width<32>(width, find)
-         : b == 64 ? with_width<64>(width, find)
-                   : with_width<128>(width, find);
+  return with_block_size<16, 128>(
+      b, [&]<int B>() { return with_chunk_width(width, [&]<int M>() { return find.template operator()<B, M>(); }); });
 }
-
 template <class P, typename S> RunKernel<P, S> run_kernel_for(int64_t b, int64_t width) {
   return with_block_and_width(b, width, []<int B, int M>() { return run_kernel<P, S, B, M>(); });
 }
@@ -259,10 +254,7 @@ template <typename S, int B> void outer_block(const float* z, const float* x, in
 template <typename S> using OuterKernel = void (*)(const float* z, const float* x, int64_t batch, S* out);
 
 template <typename S> OuterKernel<S> outer_kernel_for(int64_t b) {
-  return b == 16   ? outer_block<S, 16>
-         : b == 32 ? outer_block<S, 32>
-         : b == 64 ? outer_block<S, 64>
-                   : outer_block<S, 128>;
+  return with_block_size<16, 128>(b, []<int B>() -> OuterKernel<S> { return outer_block<S, B>; });
 }
 
 } // namespace

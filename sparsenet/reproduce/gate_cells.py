@@ -20,7 +20,7 @@ from sparsenet.architecture.gates import close_gates_
 from sparsenet.architecture.search.run import load_dataset
 from sparsenet.compaction.compacting import compact
 from sparsenet.reproduce import density as reproduce_density
-from sparsenet.reproduce.gate_training import Images, TrainingRun, TrainingSettings, evaluate, prepare, train
+from sparsenet.reproduce.gate_training import TrainingRun, TrainingSettings, on_test_set, prepare, train
 from sparsenet.reproduce.gated_networks import Learn, keep_variance_, lenet, truncated_svd, widths_of
 
 __all__ = ["Reproduction", "baseline", "direct", "finish", "learn"]
@@ -45,16 +45,16 @@ class Reproduction(reproduce_density.Reproduction):
         return datasets.load(folder) if name == "mnist" else load_dataset(name, None, fallback=False)
 
     @cached_property
-    def fashion_images(self) -> Images:
+    def fashion_images(self) -> datasets.Dataset:
         """Fashion-MNIST, normalised; few to test on where ``scale`` is small."""
         return self._prepared(self.fashion)
 
     @cached_property
-    def mnist_images(self) -> Images:
+    def mnist_images(self) -> datasets.Dataset:
         """MNIST, in the same way."""
         return self._prepared(self.mnist)
 
-    def _prepared(self, data: datasets.Dataset) -> Images:
+    def _prepared(self, data: datasets.Dataset) -> datasets.Dataset:
         images, tested = prepare(data), max(1000, round(len(data.test_y) * self.scale))
         return replace(images, test_x=images.test_x[:tested], test_y=images.test_y[:tested])
 
@@ -133,7 +133,7 @@ def figures(run: TrainingRun) -> dict:
 
 
 def learn(
-    images: Images,
+    images: datasets.Dataset,
     settings: TrainingSettings,
     learn: Sequence[Learn],
     seed: int,
@@ -157,13 +157,13 @@ def learn(
     run = train(model, images, settings, seed)
     cut = _cut(model, images, settings, seed) if options.get("gates") == "slimming" else {}
     numbers = {**figures(run), "seed": seed, **cut, **finish(model, images.test_x[:1000])}
-    accuracy, loss = evaluate(model, images)
+    accuracy, loss = on_test_set(model, images)
     intervals = [[i.begin, i.end, list(i.units.values()), i.bytes, i.seconds_per_step] for i in run.intervals]
     shape = {"widths": widths_of(model)[:-1], "parameters": weights_and_biases(model)}
     return {**numbers, **shape, "accuracy": accuracy, "test_loss": loss, "intervals": intervals}
 
 
-def _cut(model: nn.Module, images: Images, settings: TrainingSettings, seed: int) -> dict:
+def _cut(model: nn.Module, images: datasets.Dataset, settings: TrainingSettings, seed: int) -> dict:
     """Slimming: its factors get small, not zero. The small ones are closed, and an epoch makes up for it."""
     close_gates_(model, below=0.05)
     compact(model)
@@ -173,7 +173,7 @@ def _cut(model: nn.Module, images: Images, settings: TrainingSettings, seed: int
     return {"tuning_seconds": tuned.cpu_seconds}
 
 
-def direct(images: Images, settings: TrainingSettings, widths: Sequence[int], seed: int, **options) -> dict:
+def direct(images: datasets.Dataset, settings: TrainingSettings, widths: Sequence[int], seed: int, **options) -> dict:
     """Trains the network of these widths from the start, without gates."""
     torch.manual_seed(seed)
     model = lenet(widths, ((False, False),) * len(widths), images.num_classes, **options)
@@ -181,7 +181,7 @@ def direct(images: Images, settings: TrainingSettings, widths: Sequence[int], se
     return {**figures(run), "seed": seed, "widths": list(widths), "parameters": weights_and_biases(model)}
 
 
-def baseline(images: Images, settings: TrainingSettings, seed: int, ranks: Sequence[int], keep: Path) -> dict:
+def baseline(images: datasets.Dataset, settings: TrainingSettings, seed: int, ranks: Sequence[int], keep: Path) -> dict:
     """The full network; its 800 x 500 layer replaced by truncated SVDs, as they are and tuned for an epoch more.
 
     The weights go to ``keep``: a pre-trained start.
@@ -198,7 +198,7 @@ def baseline(images: Images, settings: TrainingSettings, seed: int, ranks: Seque
     for rank in ranks:
         small = copy.deepcopy(model)
         small[7] = truncated_svd(small[7], rank)
-        cut, _ = evaluate(small, images)
+        cut, _ = on_test_set(small, images)
         tuned = train(small, images, TrainingSettings(images=settings.images, epochs=1, lr=0.01), seed).accuracy
         svd.append({"rank": rank, "parameters": weights_and_biases(small), "accuracy": cut, "tuned": tuned})
     return {**figures(run), "seed": seed, "parameters": weights_and_biases(model), "svd": svd}

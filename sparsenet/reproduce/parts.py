@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from sparsenet.files import replace_text
 from sparsenet.functional.build import build_info
+from sparsenet.functional.threads import torch_threads
 
 __all__ = [
     "Part",
@@ -65,12 +65,8 @@ def reproduce(
         if numbers.get("scale", args.scale) != args.scale:
             got = f"{part} of scale {numbers['scale']}"
             raise ValueError(f"reproduce {name}: out must be a folder of parts of scale {args.scale}, got {got}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    try:
+    with torch_threads(1):  # small matrices: a second thread costs more than it gives
         run_parts(chosen, parts, task, out, args.scale)
-    finally:
-        torch.set_num_threads(threads)
     numbers = read_parts(out, parts)
     text = tables(numbers)
     print(text)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ from sparsenet.compaction.compacting import compact
 from sparsenet.reproduce import density as reproduce_density
 from sparsenet.reproduce.gate_training import TrainingRun, TrainingSettings, on_test_set, prepare, train
 from sparsenet.reproduce.gated_networks import Learn, keep_variance_, lenet, truncated_svd, widths_of
+from sparsenet.reproduce.rows import kept_row
 
 __all__ = ["Reproduction", "baseline", "direct", "finish", "learn"]
 
@@ -69,30 +68,16 @@ class Reproduction(reproduce_density.Reproduction):
 
         They are taken from ``<out>/cells/<part>.jsonl`` if they are there, else computed and added.
         """
-        numbers = self._kept_or_computed(part, key, compute)
-        return numbers if curves else {name: n for name, n in numbers.items() if name not in CURVES}
 
-    def _kept_or_computed(self, part: str, key: str, compute: Callable[[], dict]) -> dict:
-        file = self.out / "cells" / f"{part}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = file.read_text() if file.exists() else ""
-        whole, _, torn = text.rpartition("\n")
-        if torn:  # killed while writing
-            file.write_text(whole + "\n" if whole else "")
-        for line in whole.splitlines():
-            known = json.loads(line)
-            if (known["key"], known["scale"]) == (key, self.scale):
-                return known
-        began, cpu = time.perf_counter(), time.process_time()
-        numbers = {"key": key, "scale": self.scale, **compute()}
-        numbers |= {"cell_wall_seconds": time.perf_counter() - began, "cell_cpu_seconds": time.process_time() - cpu}
-        numbers = json.loads(json.dumps(numbers))  # as they will be read again
-        with file.open("a") as out:
-            out.write(json.dumps(numbers) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        print(f"[{time.strftime('%H:%M:%S')}]   {part}: {key}, {numbers['cell_wall_seconds']:.0f} s", flush=True)
-        return numbers
+        def timed() -> dict:
+            began, cpu = time.perf_counter(), time.process_time()
+            numbers = compute()
+            wall = time.perf_counter() - began
+            print(f"[{time.strftime('%H:%M:%S')}]   {part}: {key}, {wall:.0f} s", flush=True)
+            return {**numbers, "cell_wall_seconds": wall, "cell_cpu_seconds": time.process_time() - cpu}
+
+        numbers = kept_row(self.out / "cells" / f"{part}.jsonl", {"key": key, "scale": self.scale}, timed)
+        return numbers if curves else {name: n for name, n in numbers.items() if name not in CURVES}
 
 
 # --- one training ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ was; the numbers of all parts together, with machine and versions, make the tabl
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -23,7 +22,6 @@ from sparsenet.functional.threads import torch_threads
 __all__ = [
     "Part",
     "add_arguments",
-    "kept_row",
     "markdown",
     "read_results",
     "reproduce",
@@ -97,22 +95,6 @@ def run_parts(names: list[str], parts: dict[str, Part], task: object, out: Path,
             json.dumps({**numbers, "scale": scale, "wall_seconds": wall, "cpu_seconds": cpu_seconds() - cpu}),
         )
         print(f"[{time.strftime('%H:%M:%S')}] {name}: {wall:.0f} s", flush=True)
-
-
-def kept_row(file: Path, key: dict, compute: Callable[[], dict]) -> dict:
-    """``{**key, **compute()}``, or the row of ``key`` that a run that was killed left in ``file`` (JSON lines).
-
-    A line that a kill cut short is passed over. The part removes the file at its end; its seconds are the last run's.
-    """
-    for line in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if key.items() <= row.items():
-                return row
-    row = {**key, **compute()}
-    with file.open("a") as rows:
-        rows.write(f"\n{json.dumps(row)}")
-    return row
 
 
 def cpu_seconds() -> float:

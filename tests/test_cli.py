@@ -207,7 +207,7 @@ def test_help_lists_every_command(capsys):
     modules = {path.stem for path in Path(cli.__file__).with_name("commands").glob("*.py")}
     assert set(cli.COMMANDS) == modules - {"__init__", "parser", "config_flags", "embedding"}
     for name, text in cli.COMMANDS.items():
-        assert re.search(rf"{name} +{text[:20]}", out)
+        assert re.search(rf"{name}\s+{text[:20]}", out)
 
 
 def test_importing_sparsenet_loads_no_more_than_it_needs(run_child):

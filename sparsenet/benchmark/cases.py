@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsenet import data
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import BlockPattern
-from sparsenet.policies.policy import RigL
+from sparsenet.policies.rewiring import RigL
 from sparsenet.sparsifier import Sparsifier
 
 __all__ = ["DTYPES", "PATTERNS", "Case", "make_pattern"]

@@ -19,7 +19,7 @@ from sparsenet.benchmark import machine
 from sparsenet.benchmark.networks import NETWORKS, OPTIMIZERS, training_step
 from sparsenet.benchmark.trial import OURS, Row, Unavailable
 from sparsenet.memory.budget import measure_peak, release_freed_memory
-from sparsenet.policies.policy import RigL
+from sparsenet.policies.rewiring import RigL
 from sparsenet.sparsifier import Sparsifier
 
 __all__ = ["norms_memory_row", "peak_bytes", "training_memory_row"]

@@ -17,7 +17,8 @@ from sparsenet.benchmark.rivals import set_sparselab_threads
 from sparsenet.benchmark.timing import Contender, Quartiles, Timings
 from sparsenet.benchmark.trial import OURS, Trial, Unavailable
 from sparsenet.layers import SparseLinear
-from sparsenet.policies.policy import SET, LayerView, RigL
+from sparsenet.policies.policy import LayerView
+from sparsenet.policies.rewiring import SET, RigL
 from sparsenet.sparsifier import Sparsifier
 
 __all__ = [

@@ -25,6 +25,7 @@ from sparsenet.architecture.embedding.autoencoder import (
 from sparsenet.architecture.embedding.codec import ACTIVATIONS, MIXED, NetworkSpace
 from sparsenet.architecture.embedding.network_file import load_network, save_network
 from sparsenet.architecture.embedding.search import EmbeddingSearchConfig, RegressionData, search_embedding
+from sparsenet.functional.threads import torch_threads
 
 __all__ = ["add_arguments", "load_network", "read_table", "run", "save_network"]
 
@@ -97,15 +98,11 @@ def run(args: argparse.Namespace) -> int:
     """Searches, prints the Pareto front, saves the chosen network (``network.safetensors``) and ``front.json``."""
     x, y = read_table(args.data)
     data = RegressionData.from_arrays(x, y, seed=args.seed, centre=args.biases, scale_inputs=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with torch_threads(args.threads):
         model = autoencoder_for(args, x.shape[1])
         started = time.perf_counter()
         print(f"searching with {model.space.max_depth} decoders, {args.restarts} restarts each: about a minute")
         outcome = search_embedding(model, data, EmbeddingSearchConfig(restarts=args.restarts, seed=args.seed))
-    finally:
-        torch.set_num_threads(threads)
     front, best = outcome.front(), outcome.best()
     print(f"searched in {time.perf_counter() - started:.0f} s; Pareto front by validation error:")
     print("  weights  depth      FVU   median |error| / |y|   (test)")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from sparsenet.architecture.search.pruners import PRUNERS
 from sparsenet.architecture.search.report import SearchReport
-from sparsenet.architecture.search.run import load_dataset, retrain, save_network, search, torch_threads, write_report
+from sparsenet.architecture.search.run import load_dataset, retrain, save_network, search, write_report
 from sparsenet.architecture.search.samplers import SAMPLERS
 from sparsenet.architecture.search.space import ACTIVATIONS, DensityMLP, SearchSpace
 from sparsenet.architecture.search.trials import TrialConfig, TrialData, TrialResult
 from sparsenet.architecture.search.workers import SearchConfig
 from sparsenet.commands import embedding
+from sparsenet.functional.threads import torch_threads
 
 __all__ = ["add_arguments", "print_summary", "run"]
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from sparsenet import functional
 from sparsenet.models import SparseMLP
-from sparsenet.policies.policy import RigL
+from sparsenet.policies.rewiring import RigL
 from sparsenet.sparsifier import Sparsifier
 
 __all__ = ["MemoryBudget", "PeakMemory", "available_bytes", "format_bytes", "measure_peak", "release_freed_memory"]

@@ -2,7 +2,7 @@
 
 A training step is played through on paper: forward, backward layer by layer (gradients appear while activations go),
 the optimizer's step, a rewire (new values beside old ones), an evaluation. Each moment is a sum of items; the moment
-with the largest sum is the peak. tests/test_memory.py compares it with measurements.
+with the largest sum is the peak. tests/memory compares it with measurements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsenet import functional
 from sparsenet.densities import block_places, distribute
 from sparsenet.memory.budget import MemoryBudget, format_bytes
 from sparsenet.models import SparseMLP
-from sparsenet.policies.policy import POLICIES, Policy
+from sparsenet.policies import POLICIES
 from sparsenet.sparsifier import PLACES_AT_ONCE
 
 __all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
@@ -31,7 +31,6 @@ _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # block row, float32 score and their selection. Other: Python objects, small tensors, the heap's rounding.
 _INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 31, 27, 31
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
-_PRUNED_AT_ONCE = 0.05  # gradual pruning: the largest share of the blocks that leaves at one of 30 rewires
 
 
 class BudgetError(ValueError):
@@ -265,7 +264,7 @@ def plan(
         block_size, distribution, activation: as for SparseMLP.
         density: take this one instead of the largest; it must fit a budget that is given.
         momentum: of SGD; 0 saves its state.
-        policy: ``rigl``, ``set``, ``gmp`` or ``static``; ``drop_fraction``: the largest share of blocks it exchanges.
+        policy: a name in ``sparsenet.policies.POLICIES``; ``drop_fraction``: the largest share of blocks it exchanges.
         threads: that the kernels use; default torch's.
         input_bytes: per stored feature of an example: 1 for images, 4 for float32.
 
@@ -288,8 +287,8 @@ def plan(
         dtype=dtype,
         states=OPTIMIZER_STATES[optimizer] if optimizer != "sgd" or momentum else 0,
         grows_by_gradient=POLICIES[policy].needs_gradient,
-        grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].grow_scores is not Policy.grow_scores,
-        drop_fraction={"static": 0.0, "gmp": _PRUNED_AT_ONCE}.get(policy, drop_fraction),
+        grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].grows(),
+        drop_fraction=POLICIES[policy].largest_share(drop_fraction),
         threads=threads or torch.get_num_threads(),
         input_bytes=input_bytes,
     )

@@ -1,5 +1,9 @@
-"""Which blocks go and which come: one short file per family of policies."""
+"""Which blocks go and which come: one short file per family of policies, and the table of their names."""
 
-from sparsenet.policies.policy import GMP, POLICIES, SET, LayerView, Policy, RigL, Static, block_squared_norms
+from sparsenet.policies.gradual import GMP
+from sparsenet.policies.policy import LayerView, Policy, block_squared_norms
+from sparsenet.policies.rewiring import SET, RigL, Static
 
 __all__ = ["GMP", "POLICIES", "SET", "LayerView", "Policy", "RigL", "Static", "block_squared_norms"]
+
+POLICIES: dict[str, type[Policy]] = {"static": Static, "set": SET, "rigl": RigL, "gmp": GMP}

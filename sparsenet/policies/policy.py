@@ -4,7 +4,8 @@ A policy is two scores: ``drop_scores``, one per active block (the lowest leave)
 place (the highest enter). How many of each is the Sparsifier's business: ``drop_fraction`` of the blocks is exchanged
 at every rewire, and a density schedule adds or removes the rest.
 
-Adding one: a frozen dataclass with the two methods, a line in ``POLICIES``, a test with numbers worked by hand.
+Adding one: a frozen dataclass with the two methods, a line in ``POLICIES`` (of ``sparsenet.policies``), a test with
+numbers worked by hand. What the trainer and the planner of memory need to know about it are class attributes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from sparsenet.pattern import BlockPattern
 from sparsenet.schedules import as_schedule
 
-__all__ = ["GMP", "POLICIES", "SET", "LayerView", "Policy", "RigL", "Static"]
+__all__ = ["LayerView", "Policy", "Schedule", "block_squared_norms"]
 
 Schedule = Callable[[int], float]
 
@@ -45,10 +46,14 @@ class Policy:
     Attributes:
         drop_fraction: share of the active blocks exchanged at a rewire, in [0, 1]; a number or a schedule.
         needs_gradient: whether ``grow_scores`` reads ``layer.gradient_squared_norms``; it then runs in backward.
+        exchanges: whether blocks are exchanged at rewires, by ``drop_fraction``.
+        follows_density: whether the Sparsifier must have a density schedule for the policy to do anything.
     """
 
     drop_fraction: float | Schedule = 0.3
     needs_gradient = False
+    exchanges = True
+    follows_density = False
 
     def __post_init__(self):
         schedule = as_schedule(self.drop_fraction)
@@ -62,6 +67,16 @@ class Policy:
             raise ValueError(f"{type(self).__name__}: drop_fraction must lie in [0, 1], got {fraction} at step {step}")
         return fraction
 
+    @classmethod
+    def grows(cls) -> bool:
+        """Whether places are scored for growth at a rewire."""
+        return cls.grow_scores is not Policy.grow_scores
+
+    @classmethod
+    def largest_share(cls, drop_fraction: float) -> float:
+        """The largest share of the blocks that leaves at one rewire, where training starts with ``drop_fraction``."""
+        return drop_fraction if cls.exchanges else 0.0
+
     def drop_scores(self, layer: LayerView) -> Tensor:
         """float32 [num_blocks]; the lowest leave. Here: the blocks' squared norms (magnitude)."""
         return block_squared_norms(layer.values)
@@ -71,46 +86,6 @@ class Policy:
         raise ValueError(
             f"{type(self).__name__}: density must not increase: this policy grows nothing (layer {layer.name})"
         )
-
-
-@dataclass(frozen=True)
-class Static(Policy):
-    """The pattern never changes."""
-
-    drop_fraction: float | Schedule = 0.0
-
-
-@dataclass(frozen=True)
-class SET(Policy):
-    """Drops the smallest, grows at random. Sparse Evolutionary Training (Mocanu et al., 2018)."""
-
-    def grow_scores(self, layer: LayerView, places: Tensor) -> Tensor:
-        """Random numbers."""
-        return layer.random(places)
-
-
-@dataclass(frozen=True)
-class RigL(Policy):
-    """Drops the smallest, grows where the dense gradient is largest. RigL (Evci et al., 2020), by blocks.
-
-    The dense gradient is never stored: only the norms of its blocks, made in the layer's own backward.
-    """
-
-    needs_gradient = True
-
-    def grow_scores(self, layer: LayerView, places: Tensor) -> Tensor:
-        """Squared norms of the gradient's blocks."""
-        return layer.gradient_squared_norms(places)
-
-
-@dataclass(frozen=True)
-class GMP(Policy):
-    """Gradual magnitude pruning (Zhu & Gupta, 2017): drops the smallest as the Sparsifier's density schedule falls."""
-
-    drop_fraction: float | Schedule = 0.0
-
-
-POLICIES: dict[str, type[Policy]] = {"static": Static, "set": SET, "rigl": RigL, "gmp": GMP}
 
 
 def block_squared_norms(values: Tensor) -> Tensor:

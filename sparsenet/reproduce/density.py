@@ -29,7 +29,7 @@ from sparsenet.architecture.search.trials import (
 from sparsenet.architecture.search.workers import SearchConfig, open_study
 from sparsenet.reproduce import density_tables
 from sparsenet.reproduce import parts as reproduce_parts
-from sparsenet.reproduce.parts import kept_row
+from sparsenet.reproduce.rows import kept_row
 
 __all__ = ["PARTS", "add_arguments", "run"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +18,9 @@ from sparsenet.architecture.gates import close_gates_
 from sparsenet.architecture.search.run import load_dataset
 from sparsenet.compaction.compacting import compact
 from sparsenet.reproduce import density as reproduce_density
-from sparsenet.reproduce.gate_training import Images, TrainingRun, TrainingSettings, evaluate, prepare, train
+from sparsenet.reproduce.gate_training import TrainingRun, TrainingSettings, on_test_set, prepare, train
 from sparsenet.reproduce.gated_networks import Learn, keep_variance_, lenet, truncated_svd, widths_of
+from sparsenet.reproduce.rows import kept_row
 
 __all__ = ["Reproduction", "baseline", "direct", "finish", "learn"]
 
@@ -45,16 +44,16 @@ class Reproduction(reproduce_density.Reproduction):
         return datasets.load(folder) if name == "mnist" else load_dataset(name, None, fallback=False)
 
     @cached_property
-    def fashion_images(self) -> Images:
+    def fashion_images(self) -> datasets.Dataset:
         """Fashion-MNIST, normalised; few to test on where ``scale`` is small."""
         return self._prepared(self.fashion)
 
     @cached_property
-    def mnist_images(self) -> Images:
+    def mnist_images(self) -> datasets.Dataset:
         """MNIST, in the same way."""
         return self._prepared(self.mnist)
 
-    def _prepared(self, data: datasets.Dataset) -> Images:
+    def _prepared(self, data: datasets.Dataset) -> datasets.Dataset:
         images, tested = prepare(data), max(1000, round(len(data.test_y) * self.scale))
         return replace(images, test_x=images.test_x[:tested], test_y=images.test_y[:tested])
 
@@ -69,30 +68,16 @@ class Reproduction(reproduce_density.Reproduction):
 
         They are taken from ``<out>/cells/<part>.jsonl`` if they are there, else computed and added.
         """
-        numbers = self._kept_or_computed(part, key, compute)
-        return numbers if curves else {name: n for name, n in numbers.items() if name not in CURVES}
 
-    def _kept_or_computed(self, part: str, key: str, compute: Callable[[], dict]) -> dict:
-        file = self.out / "cells" / f"{part}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = file.read_text() if file.exists() else ""
-        whole, _, torn = text.rpartition("\n")
-        if torn:  # killed while writing
-            file.write_text(whole + "\n" if whole else "")
-        for line in whole.splitlines():
-            known = json.loads(line)
-            if (known["key"], known["scale"]) == (key, self.scale):
-                return known
-        began, cpu = time.perf_counter(), time.process_time()
-        numbers = {"key": key, "scale": self.scale, **compute()}
-        numbers |= {"cell_wall_seconds": time.perf_counter() - began, "cell_cpu_seconds": time.process_time() - cpu}
-        numbers = json.loads(json.dumps(numbers))  # as they will be read again
-        with file.open("a") as out:
-            out.write(json.dumps(numbers) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        print(f"[{time.strftime('%H:%M:%S')}]   {part}: {key}, {numbers['cell_wall_seconds']:.0f} s", flush=True)
-        return numbers
+        def timed() -> dict:
+            began, cpu = time.perf_counter(), time.process_time()
+            numbers = compute()
+            wall = time.perf_counter() - began
+            print(f"[{time.strftime('%H:%M:%S')}]   {part}: {key}, {wall:.0f} s", flush=True)
+            return {**numbers, "cell_wall_seconds": wall, "cell_cpu_seconds": time.process_time() - cpu}
+
+        numbers = kept_row(self.out / "cells" / f"{part}.jsonl", {"key": key, "scale": self.scale}, timed)
+        return numbers if curves else {name: n for name, n in numbers.items() if name not in CURVES}
 
 
 # --- one training ---------------------------------------------------------------------------------------------------
@@ -133,7 +118,7 @@ def figures(run: TrainingRun) -> dict:
 
 
 def learn(
-    images: Images,
+    images: datasets.Dataset,
     settings: TrainingSettings,
     learn: Sequence[Learn],
     seed: int,
@@ -157,13 +142,13 @@ def learn(
     run = train(model, images, settings, seed)
     cut = _cut(model, images, settings, seed) if options.get("gates") == "slimming" else {}
     numbers = {**figures(run), "seed": seed, **cut, **finish(model, images.test_x[:1000])}
-    accuracy, loss = evaluate(model, images)
+    accuracy, loss = on_test_set(model, images)
     intervals = [[i.begin, i.end, list(i.units.values()), i.bytes, i.seconds_per_step] for i in run.intervals]
     shape = {"widths": widths_of(model)[:-1], "parameters": weights_and_biases(model)}
     return {**numbers, **shape, "accuracy": accuracy, "test_loss": loss, "intervals": intervals}
 
 
-def _cut(model: nn.Module, images: Images, settings: TrainingSettings, seed: int) -> dict:
+def _cut(model: nn.Module, images: datasets.Dataset, settings: TrainingSettings, seed: int) -> dict:
     """Slimming: its factors get small, not zero. The small ones are closed, and an epoch makes up for it."""
     close_gates_(model, below=0.05)
     compact(model)
@@ -173,7 +158,7 @@ def _cut(model: nn.Module, images: Images, settings: TrainingSettings, seed: int
     return {"tuning_seconds": tuned.cpu_seconds}
 
 
-def direct(images: Images, settings: TrainingSettings, widths: Sequence[int], seed: int, **options) -> dict:
+def direct(images: datasets.Dataset, settings: TrainingSettings, widths: Sequence[int], seed: int, **options) -> dict:
     """Trains the network of these widths from the start, without gates."""
     torch.manual_seed(seed)
     model = lenet(widths, ((False, False),) * len(widths), images.num_classes, **options)
@@ -181,7 +166,7 @@ def direct(images: Images, settings: TrainingSettings, widths: Sequence[int], se
     return {**figures(run), "seed": seed, "widths": list(widths), "parameters": weights_and_biases(model)}
 
 
-def baseline(images: Images, settings: TrainingSettings, seed: int, ranks: Sequence[int], keep: Path) -> dict:
+def baseline(images: datasets.Dataset, settings: TrainingSettings, seed: int, ranks: Sequence[int], keep: Path) -> dict:
     """The full network; its 800 x 500 layer replaced by truncated SVDs, as they are and tuned for an epoch more.
 
     The weights go to ``keep``: a pre-trained start.
@@ -198,7 +183,7 @@ def baseline(images: Images, settings: TrainingSettings, seed: int, ranks: Seque
     for rank in ranks:
         small = copy.deepcopy(model)
         small[7] = truncated_svd(small[7], rank)
-        cut, _ = evaluate(small, images)
+        cut, _ = on_test_set(small, images)
         tuned = train(small, images, TrainingSettings(images=settings.images, epochs=1, lr=0.01), seed).accuracy
         svd.append({"rank": rank, "parameters": weights_and_biases(small), "accuracy": cut, "tuned": tuned})
     return {**figures(run), "seed": seed, "parameters": weights_and_biases(model), "svd": svd}

@@ -17,10 +17,11 @@ from sparsenet.architecture.compactor import Compactor
 from sparsenet.architecture.gates import TriStateReLU, architecture_penalty, gated_layers, parameter_groups
 from sparsenet.compaction.compacting import compact
 from sparsenet.compaction.moves import model_bytes
+from sparsenet.data.datasets import Dataset
 from sparsenet.layers import SparseLinear
-from sparsenet.policies.policy import RigL
+from sparsenet.policies.rewiring import RigL
 from sparsenet.reproduce.gate_cells import ALL, Reproduction, weights_and_biases
-from sparsenet.reproduce.gate_training import Images, evaluate
+from sparsenet.reproduce.gate_training import on_test_set
 from sparsenet.reproduce.gated_networks import caffenet, lenet
 from sparsenet.sparsifier import Sparsifier
 
@@ -70,7 +71,7 @@ def _sparse_runner() -> _Runner:
     return _Runner(model, gate_lr=0.3, lambda_3=1e-3, rewire_every=20)
 
 
-def _race(make: Callable[[], _Runner], images: Images, steps: int, every: int) -> dict:
+def _race(make: Callable[[], _Runner], images: Dataset, steps: int, every: int) -> dict:
     """Trains two equal networks in turns, one of them with a Compactor; medians of the time per step, and bytes."""
     small, whole = make(), make()
     compactor = Compactor(small.model, small.optimizer, every, patience=2, sparsifier=small.sparsifier)
@@ -94,7 +95,7 @@ def _race(make: Callable[[], _Runner], images: Images, steps: int, every: int) -
         row |= {key: asdict(interval)[key] for key in ("units", "bytes", "removed", "check_seconds")}
     return {
         "rows": rows,
-        "accuracy": {name: evaluate(runner.model, images)[0] for name, runner in turns},
+        "accuracy": {name: on_test_set(runner.model, images)[0] for name, runner in turns},
         "open_whole": [gate.num_open() for gate in gated_layers(whole.model).values()],
         "units": [gate.num_features for gate in gated_layers(small.model).values()],
     }

@@ -15,9 +15,10 @@ from sparsenet.architecture.compactor import Compactor
 from sparsenet.architecture.gates import architecture_penalty, gate_parameters, gated_layers, parameter_groups
 from sparsenet.compaction.history import Interval
 from sparsenet.data.datasets import Dataset, Normalization
+from sparsenet.data.examples import evaluate
 from sparsenet.schedules import Linear
 
-__all__ = ["Images", "TrainingRun", "TrainingSettings", "evaluate", "prepare", "train"]
+__all__ = ["TrainingRun", "TrainingSettings", "held_out", "of_classes", "on_test_set", "prepare", "train"]
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,31 @@ class TrainingSettings:
         return replace(self, **changes)
 
 
-@dataclass(frozen=True)
-class Images:
-    """A data set ready to train on: float32 [n, 1, h, w], normalised by the training set's mean and deviation."""
-
-    name: str
-    train_x: Tensor = field(repr=False)
-    train_y: Tensor = field(repr=False)
-    test_x: Tensor = field(repr=False)
-    test_y: Tensor = field(repr=False)
-    num_classes: int = 10
-
-    def of_classes(self, count: int) -> Images:
-        """Only the first ``count`` classes."""
-        train, test = self.train_y < count, self.test_y < count
-        return Images(self.name, self.train_x[train], self.train_y[train], self.test_x[test], self.test_y[test], count)
-
-    def held_out(self, train: int, test: int) -> Images:
-        """The first ``train`` training images to train on and the next ``test`` of them to judge by."""
-        end = train + test
-        x, y = self.train_x, self.train_y
-        return Images(self.name, x[:train], y[:train], x[train:end], y[train:end], self.num_classes)
+def of_classes(images: Dataset, count: int) -> Dataset:
+    """Only the first ``count`` classes."""
+    train, test = images.train_y < count, images.test_y < count
+    return replace(
+        images,
+        train_x=images.train_x[train],
+        train_y=images.train_y[train],
+        test_x=images.test_x[test],
+        test_y=images.test_y[test],
+        num_classes=count,
+    )
 
 
-def prepare(data: Dataset, limit: int | None = None) -> Images:
-    """``data`` as :class:`Images`, at most ``limit`` training images: the first of a fixed shuffle."""
+def held_out(images: Dataset, train: int, test: int) -> Dataset:
+    """The first ``train`` training images to train on and the next ``test`` of them to judge by."""
+    end = train + test
+    x, y = images.train_x, images.train_y
+    return replace(images, train_x=x[:train], train_y=y[:train], test_x=x[train:end], test_y=y[train:end])
+
+
+def prepare(data: Dataset, limit: int | None = None) -> Dataset:
+    """``data`` ready to train on, at most ``limit`` training images: the first of a fixed shuffle.
+
+    Images are float32 [n, 1, h, w], normalised by the training set's mean and deviation.
+    """
     order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(0))[:limit]
     norm = Normalization.from_data(data.train_x, per="dataset")
 
@@ -89,9 +90,7 @@ def prepare(data: Dataset, limit: int | None = None) -> Images:
         x = x if x.dim() == 4 else x.unsqueeze(1)
         return ((x.float() - norm.mean) / norm.std).contiguous(memory_format=torch.channels_last)
 
-    return Images(
-        data.name, ready(data.train_x[order]), data.train_y[order], ready(data.test_x), data.test_y, data.num_classes
-    )
+    return replace(data, train_x=ready(data.train_x[order]), train_y=data.train_y[order], test_x=ready(data.test_x))
 
 
 @dataclass
@@ -117,7 +116,7 @@ class TrainingRun:
     cpu_seconds: float = 0.0
 
 
-def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: int) -> TrainingRun:
+def train(model: nn.Module, images: Dataset, settings: TrainingSettings, seed: int) -> TrainingRun:
     """Trains ``model`` (in place) by SGD with momentum; gates, where there are any, with their penalty.
 
     Args:
@@ -158,7 +157,7 @@ def train(model: nn.Module, images: Images, settings: TrainingSettings, seed: in
     run.seconds, run.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     run.intervals = compactor.intervals if compactor is not None else []
     run.loss = torch.stack(losses).mean().item()
-    run.accuracy, run.test_loss = evaluate(model, images)
+    run.accuracy, run.test_loss = on_test_set(model, images)
     return run
 
 
@@ -207,15 +206,7 @@ def _note(run: TrainingRun, model: nn.Module, step: int) -> None:
     run.linear.append(sum(layer.is_identity() for layer in layers))
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
+def on_test_set(model: nn.Module, images: Dataset) -> tuple[float, float]:
     """Share of test images that the model names right, in percent, and the mean cross-entropy; in eval mode."""
-    training = model.training
-    model.eval()
-    right, loss = 0, 0.0
-    for x, y in zip(images.test_x.split(1000), images.test_y.split(1000), strict=True):
-        logits = model(x)
-        right += int((logits.argmax(1) == y).sum())
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
-    model.train(training)
-    return 100.0 * right / len(images.test_y), loss / len(images.test_y)
+    found = evaluate(model, zip(images.test_x.split(1000), images.test_y.split(1000), strict=True))
+    return found.percent, found.loss

@@ -16,6 +16,7 @@ import torch
 
 from sparsenet.architecture.gates import TriStateReLU, architecture_penalty
 from sparsenet.architecture.search.samplers import require_optuna
+from sparsenet.data.datasets import Dataset
 from sparsenet.reproduce import gate_tables
 from sparsenet.reproduce import parts as reproduce_parts
 from sparsenet.reproduce.gate_cells import (
@@ -29,7 +30,7 @@ from sparsenet.reproduce.gate_cells import (
     weights_and_biases,
 )
 from sparsenet.reproduce.gate_mechanics import caffenet_mechanics, running_process
-from sparsenet.reproduce.gate_training import Images
+from sparsenet.reproduce.gate_training import held_out, of_classes
 from sparsenet.reproduce.gated_networks import CAFFENET, caffenet_parameters, lenet, lenet_parameters
 
 __all__ = ["PARTS", "add_arguments", "run"]
@@ -137,12 +138,12 @@ def strengths(task: Reproduction) -> dict:
     return {"rows": rows}
 
 
-def classes(task: Reproduction, images: Images, part: str, count_images: int) -> dict:
+def classes(task: Reproduction, images: Dataset, part: str, count_images: int) -> dict:
     """B4: neurons that the hidden layer learns for the first 2 to 10 classes; 5 epochs."""
     gated, rows = task.settings(count_images, task.count(5), **SHORT), []
     for count in range(2, 11):
         for seed in task.seeds:
-            compute = partial(learn, images.of_classes(count), gated, FC, seed)
+            compute = partial(learn, of_classes(images, count), gated, FC, seed)
             rows.append({**task.cell(part, f"{count} classes {seed}", compute), "classes": count})
     return {"rows": rows}
 
@@ -216,7 +217,7 @@ def bayesian(task: Reproduction) -> dict:
     The cost is that of the paper, loss + 1e-5 * units, the loss on 5,000 training images that are held out.
     """
     full = task.mnist_images
-    images = full.held_out(min(4_000, len(full.train_x) * 5 // 6), min(5_000, len(full.train_x) // 6))
+    images = held_out(full, min(4_000, len(full.train_x) * 5 // 6), min(5_000, len(full.train_x) // 6))
     plain = task.settings(4_000, task.count(4), compact_every=0)
     gated = task.settings(4_000, plain.epochs, **SHORT)
     runs: list[dict] = []
@@ -234,7 +235,7 @@ def _cost(cell: dict) -> dict:
     return {**shown, "cost": cell["test_loss"] + PRICE * sum(cell["widths"])}
 
 
-def _optimise(task: Reproduction, images: Images, settings, name: str, seed: int) -> list[dict]:
+def _optimise(task: Reproduction, images: Dataset, settings, name: str, seed: int) -> list[dict]:
     """The costs that a Gaussian process's proposals reach, in order."""
     optuna = require_optuna()
     study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=5))

@@ -5,7 +5,6 @@ was; the numbers of all parts together, with machine and versions, make the tabl
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -14,16 +13,15 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from sparsenet.files import replace_text
 from sparsenet.functional.build import build_info
+from sparsenet.functional.threads import torch_threads
 
 __all__ = [
     "Part",
     "add_arguments",
-    "kept_row",
     "markdown",
     "read_results",
     "reproduce",
@@ -65,12 +63,8 @@ def reproduce(
         if numbers.get("scale", args.scale) != args.scale:
             got = f"{part} of scale {numbers['scale']}"
             raise ValueError(f"reproduce {name}: out must be a folder of parts of scale {args.scale}, got {got}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    try:
+    with torch_threads(1):  # small matrices: a second thread costs more than it gives
         run_parts(chosen, parts, task, out, args.scale)
-    finally:
-        torch.set_num_threads(threads)
     numbers = read_parts(out, parts)
     text = tables(numbers)
     print(text)
@@ -101,22 +95,6 @@ def run_parts(names: list[str], parts: dict[str, Part], task: object, out: Path,
             json.dumps({**numbers, "scale": scale, "wall_seconds": wall, "cpu_seconds": cpu_seconds() - cpu}),
         )
         print(f"[{time.strftime('%H:%M:%S')}] {name}: {wall:.0f} s", flush=True)
-
-
-def kept_row(file: Path, key: dict, compute: Callable[[], dict]) -> dict:
-    """``{**key, **compute()}``, or the row of ``key`` that a run that was killed left in ``file`` (JSON lines).
-
-    A line that a kill cut short is passed over. The part removes the file at its end; its seconds are the last run's.
-    """
-    for line in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if key.items() <= row.items():
-                return row
-    row = {**key, **compute()}
-    with file.open("a") as rows:
-        rows.write(f"\n{json.dumps(row)}")
-    return row
 
 
 def cpu_seconds() -> float:

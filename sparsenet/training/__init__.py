@@ -1,6 +1,7 @@
 """The trainer, its configuration, and the main job: one training run from data to report."""
 
+from sparsenet.data.examples import Evaluation, Examples
 from sparsenet.training.config import TrainConfig
-from sparsenet.training.trainer import Evaluation, Examples, FitResult, Trainer
+from sparsenet.training.trainer import FitResult, Trainer
 
 __all__ = ["Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer"]

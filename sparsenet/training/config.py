@@ -15,7 +15,7 @@ from sparsenet.densities import DISTRIBUTIONS
 from sparsenet.memory.budget import MemoryBudget
 from sparsenet.memory.planning import OPTIMIZER_STATES, MemoryPlan, plan
 from sparsenet.pattern import BLOCK_SIZES
-from sparsenet.policies.policy import POLICIES
+from sparsenet.policies import POLICIES
 
 __all__ = ["TrainConfig"]
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from sparsenet import checkpoint, data, functional
+from sparsenet.data.examples import Evaluation, Examples
 from sparsenet.files import replace_text
 from sparsenet.functional.build import build_info
 from sparsenet.layers import sparse_layers
-from sparsenet.memory.budget import format_bytes
+from sparsenet.memory.budget import format_bytes, release_freed_memory
 from sparsenet.memory.planning import MemoryPlan
 from sparsenet.training.comparison import Comparison, compare_in_child
 from sparsenet.training.config import TrainConfig
-from sparsenet.training.trainer import CHECKPOINT, Evaluation, Examples, FitResult, Trainer
+from sparsenet.training.trainer import CHECKPOINT, FitResult, Trainer
 
 __all__ = ["Interrupted", "report", "run"]
 
@@ -48,6 +49,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if not resumes:
         replace_text(folder / "config.json", config.to_json())
     train, validation = _split(dataset, config)
+    _prepare_process(config)
     trainer = Trainer(plan, config, folder)
     result = trainer.fit(train, validation, resume=resumes)
     if result.interrupted:
@@ -67,6 +69,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
     summary["plots"] = _draw(folder) if config.plots else []
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return summary
+
+
+def _prepare_process(config: TrainConfig) -> None:
+    """What a job sets for the whole process: the allocator, the number of threads, torch's random numbers."""
+    release_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
 
 
 def _open_folder(config: TrainConfig) -> tuple[Path, TrainConfig, bool]:

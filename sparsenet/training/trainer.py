@@ -15,40 +15,21 @@ from torch import Tensor, nn
 
 from sparsenet import checkpoint, data
 from sparsenet.data.augmentation import augment
+from sparsenet.data.examples import Evaluation, Examples
+from sparsenet.functional.threads import torch_threads
 from sparsenet.layers import sparse_layers
-from sparsenet.memory.budget import format_bytes, measure_peak, release_freed_memory
+from sparsenet.memory.budget import format_bytes, measure_peak
 from sparsenet.memory.planning import MemoryPlan
-from sparsenet.policies.policy import POLICIES
+from sparsenet.policies import POLICIES
 from sparsenet.schedules import Cosine, Cubic
 from sparsenet.sparsifier import Sparsifier, Update
 from sparsenet.training.config import TrainConfig
 from sparsenet.training.progress import MetricsFile, ProgressBar, StopSignal
 
-__all__ = ["CHECKPOINT", "Evaluation", "Examples", "FitResult", "Trainer"]
+__all__ = ["CHECKPOINT", "FitResult", "Trainer"]
 
 CHECKPOINT = "checkpoint.safetensors"
 _BEST = "best.safetensors"
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """Examples in memory: ``x`` uint8 or float32 [n, features...], ``y`` int64 [n]; ``indices`` [m] picks rows."""
-
-    x: Tensor
-    y: Tensor
-    indices: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.x) if self.indices is None else len(self.indices)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean cross-entropy in nats, share of right answers, and over how many examples."""
-
-    loss: float
-    accuracy: float
-    examples: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +92,11 @@ class Trainer:
 
     The memory that training needs is measured (``peak``) from the construction of the Trainer on.
 
+    A Trainer sets nothing for the whole process. ``config.threads`` holds within :meth:`fit` and :meth:`evaluate`, and
+    ``config.seed`` draws a planned network, the order of the examples and growth. Random numbers inside a model, as for
+    dropout, are torch's: call ``torch.manual_seed`` yourself. To need no more memory than a plan predicts, call
+    :func:`sparsenet.memory.release_freed_memory` at the start of the process, as ``sparsenet train`` does.
+
     Example:
         >>> import torch, sparsenet as sn
         >>> x, y = torch.rand(512, 64), torch.arange(512) % 2
@@ -131,13 +117,12 @@ class Trainer:
         self.config = config = config or TrainConfig()
         self.folder = None if folder is None else Path(folder)
         self.device = torch.device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        release_freed_memory()
-        torch.manual_seed(config.seed)
         self.peak = measure_peak(self.device).start()
         self.plan = model_or_plan if isinstance(model_or_plan, MemoryPlan) else None
-        self.model = self.plan.build(self.device) if self.plan else model_or_plan.to(self.device)
+        if self.plan is None:
+            self.model = model_or_plan.to(self.device)
+        else:
+            self.model = self.plan.build(self.device, torch.Generator().manual_seed(config.seed))
         self.optimizer = _make_optimizer(self.model, config)
         self.scheduler: Any = None
         self.sparsifier: Sparsifier | None = None
@@ -147,24 +132,13 @@ class Trainer:
 
     # --- evaluating ---
 
-    @torch.no_grad()
     def evaluate(self, examples: Any) -> Evaluation:
         """Loss and accuracy over ``(x, y)``, :class:`Examples` or an iterable of batches; a batch at a time.
 
         Raises ValueError when there is no example.
         """
-        training = self.model.training
-        self.model.eval()
-        loss, right, count = 0.0, 0, 0
-        for x, y in self._batches(_as_source(examples)):
-            logits = self.model(x).float()
-            loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
-            right += int((logits.argmax(1) == y).sum())
-            count += len(y)
-        self.model.train(training)
-        if not count:
-            raise ValueError("Trainer: evaluate needs at least one example, got none")
-        return Evaluation(loss / count, right / count, count)
+        with torch_threads(self.config.threads):
+            return data.evaluate(self.model, self._batches(_as_source(examples)))
 
     def _batches(
         self, source: Examples | Iterable, epoch: int | None = None, skip: int = 0
@@ -175,7 +149,7 @@ class Trainer:
         """
         config, dtype, shape = self.config, next(self.model.parameters()).dtype, None
         if isinstance(source, Examples):
-            rows = torch.arange(len(source.x)) if source.indices is None else source.indices
+            rows = source.rows
             if epoch is not None:
                 rows = rows[torch.randperm(len(rows), generator=_generator(config.seed, epoch))]
             rows, shape = rows[skip * config.batch_size :], source.x.shape[1:]
@@ -216,6 +190,7 @@ class Trainer:
             self._load()
         before, total = self.step, per_epoch * config.epochs
         with (
+            torch_threads(config.threads),
             StopSignal() as stop,
             ProgressBar(total, before, config.progress) as bar,
             MetricsFile(self.folder, before) as metrics,
@@ -254,13 +229,11 @@ class Trainer:
         if not layers:
             return
         density, policy = None, POLICIES[config.policy]
-        if config.policy == "gmp":
+        if policy.follows_density:
             places = sum(layer.pattern.block_rows * layer.pattern.block_cols for layer in layers)
             first = sum(layer.pattern.num_blocks for layer in layers) / max(places, 1)
             density = Cubic(first, config.final_density or first / 2, steps=rewiring)
-        exchanging = (
-            {} if config.policy in ("gmp", "static") else {"drop_fraction": Cosine(config.drop_fraction, 0.0, rewiring)}
-        )
+        exchanging = {"drop_fraction": Cosine(config.drop_fraction, 0.0, rewiring)} if policy.exchanges else {}
         self.sparsifier = Sparsifier(
             self.model,
             self.optimizer,
@@ -268,7 +241,7 @@ class Trainer:
             density,
             config.distribution,
             config.rewire_every,
-            end=0 if config.policy == "static" else rewiring,
+            end=rewiring if policy.exchanges or policy.follows_density else 0,
             seed=config.seed,
         )
 

@@ -16,7 +16,7 @@ import torch
 import sparsenet as sn
 from sparsenet import functional, testing
 from sparsenet.functional.cuda import CudaKernels
-from sparsenet.policies.policy import POLICIES
+from sparsenet.policies import POLICIES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("SPARSENET_TEST_DEVICE") == "cuda-emulated", reason="compares the CPU with the emulated device"

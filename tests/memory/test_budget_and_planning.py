@@ -15,6 +15,7 @@ MIB = 1 << 20
 TRAIN = """
     import json, sys, torch
     import sparsenet as sn
+    sn.memory.release_freed_memory()  # as sparsenet train does
     how = json.loads(sys.argv[1])
     sizes, steps = how.pop("sizes"), how.pop("steps", 7)
     config = sn.TrainConfig(hidden=tuple(sizes[1:-1]), epochs=1, rewire_every=3, rewire_until=1.0, log_every=1,

@@ -1,10 +1,12 @@
 """Policies, with numbers worked by hand."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import sparsenet as sn
-from sparsenet.policies.policy import POLICIES, block_squared_norms
+from sparsenet.policies import POLICIES, Policy, block_squared_norms
 
 
 class View:
@@ -72,3 +74,58 @@ def test_policies_are_found_by_name():
         "rigl": "RigL",
         "gmp": "GMP",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "exchanges", "follows_density", "grows", "largest_share"),
+    [
+        ("static", False, False, False, 0.0),
+        ("set", True, False, True, 0.3),
+        ("rigl", True, False, True, 0.3),
+        ("gmp", False, True, False, 0.05),
+    ],
+)
+def test_what_trainer_and_planner_ask(name, exchanges, follows_density, grows, largest_share):
+    policy = POLICIES[name]
+    assert (policy.exchanges, policy.follows_density, policy.grows()) == (exchanges, follows_density, grows)
+    assert policy.largest_share(0.3) == largest_share
+
+
+def test_a_policy_is_a_class_and_a_line(monkeypatch):
+    """Trainer and planner take a policy that they have never heard of by its attributes."""
+
+    class Largest(Policy):
+        """Drops the largest blocks, grows the first places."""
+
+        def drop_scores(self, layer):
+            return -block_squared_norms(layer.values)
+
+        def grow_scores(self, layer, places):
+            return -places.float()
+
+    @dataclass(frozen=True)
+    class Shrinking(Policy):
+        """Only the density schedule moves it."""
+
+        drop_fraction: float = 0.0
+        exchanges, follows_density = False, True
+
+        @classmethod
+        def largest_share(cls, drop_fraction):
+            return 0.5
+
+    monkeypatch.setitem(POLICIES, "largest", Largest)
+    monkeypatch.setitem(POLICIES, "shrinking", Shrinking)
+    sizes, options = [64, 256, 10], {"density": 0.3, "block_size": 16, "batch_size": 32, "threads": 1}
+    plans = {name: sn.plan(sizes, None, policy=name, **options) for name in POLICIES}
+    assert plans["largest"].moments == plans["set"].moments
+    assert plans["static"].moments["optimizer step"] == plans["shrinking"].moments["optimizer step"]
+    assert "rewire of layer 0" in plans["shrinking"].moments and "rewire of layer 0" not in plans["static"].moments
+    config = sn.TrainConfig(epochs=2, batch_size=32, rewire_every=2, progress=False, threads=1)
+    x, y = torch.rand(128, 64), torch.arange(128) % 10
+    for name, rewired, kept in (("largest", True, True), ("shrinking", True, False), ("static", False, True)):
+        object.__setattr__(config, "policy", name)  # its choices are those of when the module was loaded
+        trainer = sn.Trainer(plans["set"], config)
+        blocks = sum(layer.pattern.num_blocks for layer in trainer.model)
+        assert (trainer.fit((x, y)).rewires > 0) == rewired
+        assert (sum(layer.pattern.num_blocks for layer in trainer.model) == blocks) == kept

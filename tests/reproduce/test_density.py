@@ -70,20 +70,6 @@ def test_every_part(tmp_path, capsys, small_images):
     assert {p.stem for p in tmp_path.glob("*.json")} == {*reproduce_density.PARTS, "results"}
 
 
-def test_a_killed_part_keeps_its_rows(tmp_path):
-    file, calls = tmp_path / "rows.jsonl", []
-
-    def compute():
-        calls.append(1)
-        return {"accuracy": len(calls)}
-
-    assert reproduce_parts.kept_row(file, {"depth": 1}, compute) == {"depth": 1, "accuracy": 1}
-    assert reproduce_parts.kept_row(file, {"depth": 2}, compute)["accuracy"] == 2
-    file.write_text(file.read_text() + '\n{"depth": 3, "acc')  # killed while it wrote
-    assert reproduce_parts.kept_row(file, {"depth": 3}, compute)["accuracy"] == 3
-    assert [reproduce_parts.kept_row(file, {"depth": d}, compute)["accuracy"] for d in (1, 2, 3)] == [1, 2, 3]
-
-
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"parts must be some of a1_counts, .* got a9"):
         reproduce_density.run(arguments(tmp_path, "--parts", "a9"))

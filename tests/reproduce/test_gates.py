@@ -13,7 +13,7 @@ from sparsenet import data as datasets
 from sparsenet.reproduce import gate_cells, gate_mechanics, gate_tables, gate_training
 from sparsenet.reproduce import gates as reproduce_gates
 from sparsenet.reproduce import parts as reproduce_parts
-from sparsenet.reproduce.gate_training import TrainingSettings, prepare, train
+from sparsenet.reproduce.gate_training import TrainingSettings, held_out, of_classes, prepare, train
 from sparsenet.reproduce.gated_networks import caffenet_parameters, lenet, lenet_parameters, truncated_svd
 
 WITHOUT_PICTURE = {"b1_gates_alone", "b9_parameters", "b2_fashion", "al_mnist", "pretrained", "caffenet"}
@@ -133,9 +133,9 @@ def test_rates_of_gates_rise_and_may_settle():
 
 def test_images_of_some_classes_and_held_out(small_images):
     images = prepare(gate_cells.Reproduction(None).load("mnist"))
-    few = images.of_classes(3)
+    few = of_classes(images, 3)
     assert few.num_classes == 3 and int(few.train_y.max()) == 2 and len(few.train_x) == 210
-    held = images.held_out(500, 100)
+    held = held_out(images, 500, 100)
     assert torch.equal(held.test_x, images.train_x[500:600]) and len(held.train_y) == 500
 
 

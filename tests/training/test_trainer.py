@@ -137,6 +137,62 @@ def test_early_stopping_keeps_the_best(tmp_path):
     assert learner.evaluate(VALIDATION).loss == pytest.approx(min(losses), rel=1e-5)
 
 
+# --- the process is left as it was ---
+
+
+def test_a_trainer_sets_nothing_for_the_process(run_child):
+    """Neither the allocator, nor random numbers, nor the number of threads; the job of the command line does."""
+    run_child("""
+        import os, torch, sparsenet as sn
+        from sparsenet.memory import budget
+        from sparsenet.training import job
+
+        def refuse():
+            called.append("release_freed_memory")
+
+        called, before = [], (torch.get_num_threads(), torch.get_rng_state())
+        budget.release_freed_memory = job.release_freed_memory = refuse
+        config = sn.TrainConfig(epochs=1, batch_size=32, threads=before[0] + 1, seed=5, progress=False)
+        plan = sn.plan([64, 96, 10], None, density=0.3, block_size=16, batch_size=32)
+        x, y = torch.arange(64 * 64).reshape(64, 64).float(), torch.arange(64) % 10
+        trainer = sn.Trainer(plan, config)
+        trainer.fit((x, y), (x, y))
+        trainer.evaluate((x, y))
+        assert torch.get_num_threads() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+        assert not called and "THP_MEM_ALLOC_ENABLE" not in os.environ
+        job._prepare_process(config)
+        assert torch.get_num_threads() == before[0] + 1 and called
+        assert torch.initial_seed() == 5
+    """)
+
+
+def test_threads_hold_while_fitting(one_thread):
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.seen = nn.Linear(64, 10), set()
+
+        def forward(self, x):
+            self.seen.add(torch.get_num_threads())
+            return self.linear(x)
+
+    model = Watched()
+    learner = sn.Trainer(model, with_config(epochs=1, threads=2))
+    learner.fit(TRAIN, VALIDATION)
+    learner.evaluate(VALIDATION)
+    assert model.seen == {2} and torch.get_num_threads() == 1
+
+
+def test_the_seed_draws_a_planned_network():
+    plan = sn.plan([64, 96, 10], None, density=0.3, block_size=16)
+    one, two, other = (sn.Trainer(plan, with_config(seed=seed)).model for seed in (3, 3, 4))
+    torch.manual_seed(3)
+    drawn = plan.build()
+    for a, b, c, d in zip(*(m.parameters() for m in (one, two, drawn, other)), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c), "as torch's own generator of that seed draws it"
+        assert a.shape != d.shape or not torch.equal(a, d)
+
+
 # --- interrupted and resumed ---
 
 
@@ -240,7 +296,7 @@ def test_training_without_examples():
     learner = sn.Trainer(small_model(), SMALL)
     with pytest.raises(ValueError, match="Trainer: fit needs at least one example, got none"):
         learner.fit([])
-    with pytest.raises(ValueError, match="Trainer: evaluate needs at least one example, got none"):
+    with pytest.raises(ValueError, match="evaluate: stream must have at least one example, got none"):
         learner.evaluate([])
     with pytest.raises(
         TypeError, match=r"Trainer: examples must be .x, y., Examples or an iterable of batches, got int"

@@ -244,8 +244,8 @@ def _zero_cost(architecture: Architecture, data: TrialData, config: TrialConfig,
     )
     x, y = next(
         datasets.batches(
-            data.train_x,
-            data.train_y,
+            data.train.x,
+            data.train.y,
             128,
             normalization=data.normalization,
             shuffle=True,

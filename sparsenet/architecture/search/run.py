@@ -10,13 +10,10 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -35,6 +32,7 @@ from sparsenet.architecture.search.workers import (
     work,
 )
 from sparsenet.files import replace_file, replace_text
+from sparsenet.functional.threads import torch_threads
 
 if TYPE_CHECKING:
     import optuna
@@ -48,7 +46,6 @@ __all__ = [
     "retrain",
     "save_network",
     "search",
-    "torch_threads",
     "write_report",
 ]
 
@@ -113,17 +110,6 @@ def search(
         records = [record_of(space, t) for t in study.get_trials(deepcopy=False)]
     seconds = time.perf_counter() - started
     return SearchReport(space, [r for r in records if r], seconds, requeued, None if folder is None else Path(folder))
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Torch's number of threads within the ``with`` block; afterwards it is what it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Progress:

@@ -17,10 +17,11 @@ from torch.optim.swa_utils import update_bn
 
 from sparsenet import data as datasets
 from sparsenet.architecture.search.space import Architecture, DensityMLP, linear_of, weights_of
+from sparsenet.data.examples import Examples
 from sparsenet.layers import SparseLinear, dense_blocks
 from sparsenet.pattern import carried_from
 
-__all__ = ["TrialConfig", "TrialData", "TrialResult", "effective_gradient_flow", "evaluate", "inherit_", "train_trial"]
+__all__ = ["TrialConfig", "TrialData", "TrialResult", "effective_gradient_flow", "inherit_", "train_trial"]
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,14 @@ class TrialConfig:
 
 @dataclass(frozen=True, eq=False)
 class TrialData:
-    """Examples to train on and to judge by: uint8 or float32 [n, features...], int64 [n]; checked labels.
+    """Examples to train on and ``held_out`` ones to judge by; labels are checked.
 
     ``validation`` of :meth:`from_dataset` holds out a stratified share of the training set; without it (0) the test set
     is what networks are judged by, which is right for final numbers and wrong for a search.
     """
 
-    train_x: Tensor
-    train_y: Tensor
-    eval_x: Tensor
-    eval_y: Tensor
+    train: Examples
+    held_out: Examples
     num_classes: int
     normalization: datasets.Normalization = field(repr=False)
 
@@ -87,9 +86,10 @@ class TrialData:
         normalization = datasets.Normalization.from_data(dataset.train_x)
         x, y = dataset.train_x, dataset.train_y
         if not validation:
-            return cls(x, y, dataset.test_x, dataset.test_y, dataset.num_classes, normalization)
+            test = Examples(dataset.test_x, dataset.test_y)
+            return cls(Examples(x, y), test, dataset.num_classes, normalization)
         kept, held = datasets.split(y, validation)
-        return cls(x[kept], y[kept], x[held], y[held], dataset.num_classes, normalization)
+        return cls(Examples(x[kept], y[kept]), Examples(x[held], y[held]), dataset.num_classes, normalization)
 
     @classmethod
     def from_arrays(cls, x: Tensor, y: Tensor, validation: float = 0.2) -> TrialData:
@@ -97,12 +97,16 @@ class TrialData:
         datasets.validate_labels(y, name="labels")
         kept, held = datasets.split(y, validation)
         normalization = datasets.Normalization.from_data(x)
-        return cls(x[kept], y[kept], x[held], y[held], int(y.max()) + 1, normalization)
+        return cls(Examples(x[kept], y[kept]), Examples(x[held], y[held]), int(y.max()) + 1, normalization)
 
     @property
     def features(self) -> int:
         """Length of one flattened example."""
-        return self.train_x[0].numel()
+        return self.train.x[0].numel()
+
+    def judge(self, model: nn.Module, batch_size: int = 2000) -> datasets.Evaluation:
+        """How well ``model`` does on the examples held out."""
+        return datasets.evaluate(model, self.held_out.batches(batch_size, self.normalization))
 
 
 @dataclass(frozen=True)
@@ -149,20 +153,6 @@ def effective_gradient_flow(model: nn.Module, p: float = 2.0, normalise: str | N
     return sum(norms) / len(norms)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: TrialData, batch_size: int = 2000) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy) on the evaluation examples, in eval mode."""
-    training = model.training
-    model.eval()
-    loss = correct = 0.0
-    for x, y in datasets.batches(data.eval_x, data.eval_y, batch_size, normalization=data.normalization):
-        logits = model(x)
-        loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
-        correct += float((logits.argmax(1) == y).sum())
-    model.train(training)
-    return loss / len(data.eval_y), correct / len(data.eval_y)
-
-
 def calibrate_(model: nn.Module, data: TrialData, rows: Tensor, most: int = 10000, batch_size: int = 1000) -> None:
     """Sets BatchNorm's means and variances to those over ``most`` training examples, drawn from ``rows`` (int64 [n]).
 
@@ -171,7 +161,7 @@ def calibrate_(model: nn.Module, data: TrialData, rows: Tensor, most: int = 1000
     act on that. Precise statistics mend it (Wu and Johnson 2021). Training itself does not read them.
     """
     chosen = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]
-    x, y, size, normalization = data.train_x, data.train_y, min(batch_size, len(chosen)), data.normalization
+    x, y, size, normalization = data.train.x, data.train.y, min(batch_size, len(chosen)), data.normalization
     update_bn(datasets.batches(x, y, size, indices=chosen, normalization=normalization, drop_last=True), model)
 
 
@@ -215,9 +205,9 @@ def train_trial(
     if donor is not None:
         inherit_(model, donor)
     shuffle = torch.Generator().manual_seed(config.seed * 31 + architecture.pattern_seed)
-    kept = torch.arange(len(data.train_y))
+    kept = torch.arange(len(data.train.y))
     if config.train_fraction < 1:
-        kept, _ = datasets.split(data.train_y, 1 - config.train_fraction, seed=config.seed)
+        kept, _ = datasets.split(data.train.y, 1 - config.train_fraction, seed=config.seed)
     steps = -(-len(kept) // config.batch_size) * config.epochs
     optimizer = _optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(config, step, steps))
@@ -227,10 +217,10 @@ def train_trial(
     for epoch in range(config.epochs):
         train_loss = _epoch(model, data, config, optimizer, schedule, shuffle, kept, log_every, flows)
         calibrate_(model, data, kept)
-        loss, accuracy = evaluate(model, data)
-        curve.append((train_loss, loss, accuracy))
+        found = data.judge(model)
+        curve.append((train_loss, found.loss, found.accuracy))
         if report is not None:
-            report(epoch + 1, loss, accuracy)
+            report(epoch + 1, found.loss, found.accuracy)
     if model_out is not None:
         model_out.append(model)
     flow = sum(flows) / len(flows) if flows else float("nan")
@@ -261,8 +251,8 @@ def _epoch(
     """One pass over the rows ``kept``; appends to ``flows``; returns the mean training loss."""
     total, count = 0.0, 0
     for x, y in datasets.batches(
-        data.train_x,
-        data.train_y,
+        data.train.x,
+        data.train.y,
         config.batch_size,
         shuffle=True,
         generator=shuffle,

@@ -15,7 +15,7 @@ import torch
 from small_search import QUICK, SMALL, toy_data
 
 from sparsenet.architecture.search.space import Architecture, SearchSpace
-from sparsenet.architecture.search.trials import TrialConfig, TrialData, evaluate
+from sparsenet.architecture.search.trials import TrialConfig, TrialData
 
 optuna = pytest.importorskip("optuna")
 
@@ -306,7 +306,8 @@ def group_is_alive(group):
 @pytest.mark.slow
 def test_a_failing_worker_is_named(tmp_path):
     data = toy_data()
-    wrong = replace(data, eval_x=data.eval_x[:, :5])  # nothing checks it before a worker evaluates
+    narrow = replace(data.held_out, x=data.held_out.x[:, :5])
+    wrong = replace(data, held_out=narrow)  # nothing checks it before a worker evaluates
     with pytest.raises(RuntimeError, match="a worker failed; run again to resume(.|\n)*Traceback"):
         search(SMALL, wrong, SearchConfig(trials=2, sampler="random", workers=2, trial=QUICK), folder=tmp_path)
 
@@ -324,7 +325,7 @@ def test_retrain_uses_every_example_and_another_pattern_per_seed():
     from sparsenet.data.datasets import Dataset
 
     data = toy_data()
-    dataset = Dataset("toy", data.train_x, data.train_y, data.eval_x, data.eval_y, 2, "here")
+    dataset = Dataset("toy", data.train.x, data.train.y, data.held_out.x, data.held_out.y, 2, "here")
     results = retrain(Architecture(8, 2, 16, (0.5, 0.5)), dataset, replace(QUICK, train_fraction=0.1), (0, 1))
     assert [r.active_weights for r in results] == [80, 80]
     assert results[0].curve != results[1].curve
@@ -352,7 +353,7 @@ def test_command_line(tmp_path, capsys):
     network = load_network(tmp_path / "network.safetensors")
     assert network.active_weights() == report["best"]["active_weights"] <= 1500
     dataset = load_dataset("digits", None)
-    _, accuracy = evaluate(network, TrialData.from_dataset(dataset, validation=0))
+    accuracy = TrialData.from_dataset(dataset, validation=0).judge(network).accuracy
     assert accuracy == report["final"][0]["accuracy"]
     with pytest.raises(ValueError, match="must be a network of sparsenet search"):
         load_network(tmp_path / "report.json")

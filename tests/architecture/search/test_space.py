@@ -12,7 +12,6 @@ from sparsenet.architecture.search.trials import (
     TrialConfig,
     calibrate_,
     effective_gradient_flow,
-    evaluate,
     inherit_,
     learning_rate_at,
     train_trial,
@@ -188,12 +187,12 @@ def test_networks_are_judged_with_the_statistics_of_the_training_set():
     train_trial(Architecture(8, 2, 24, (0.6, 0.6)), data, replace(QUICK, norm="batch"), model_out=models)
     (model,) = models
     with torch.no_grad():
-        x = (data.train_x - data.normalization.mean) / data.normalization.std
+        x = (data.train.x - data.normalization.mean) / data.normalization.std
         seen = model.linears[0](x)
     torch.testing.assert_close(model.after[0][0].running_mean, seen.mean(0))
     torch.testing.assert_close(model.after[0][0].running_var, seen.var(0))
-    constant = replace(data, train_x=torch.zeros_like(data.train_x))
-    calibrate_(model, constant, torch.arange(len(data.train_y)))  # what never varied is amplified 32 times at most
+    constant = replace(data, train=replace(data.train, x=torch.zeros_like(data.train.x)))
+    calibrate_(model, constant, torch.arange(len(data.train.y)))  # what never varied is amplified 32 times at most
     with torch.no_grad():
         rare = model.eval().after[0][0](seen) - model.after[0][0].bias
         gain = (rare / (model.after[0][0].weight * (seen - model.after[0][0].running_mean))).nanmedian()
@@ -232,8 +231,8 @@ def test_inheriting_between_dense_and_sparse_and_other_shapes():
 
 def test_evaluate_leaves_the_mode():
     model = Architecture(8, 2, 8, (0.5, 0.5)).build(norm="batch").train()
-    loss, accuracy = evaluate(model, toy_data())
-    assert model.training and loss > 0 and 0 <= accuracy <= 1
+    found = toy_data().judge(model)
+    assert model.training and found.loss > 0 and 0 <= found.accuracy <= 1
 
 
 def test_whole_blocks_leave_no_row_or_column_of_blocks_empty():

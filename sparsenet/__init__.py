@@ -26,7 +26,14 @@ __version__ = functional.native_build_info()["version"]
 
 
 def build_info() -> dict:
-    """Version, instruction set in use and available, CUDA architectures built, torch and CUDA seen, threads."""
+    """Version, instruction set in use and available, CUDA architectures built, torch and CUDA seen, threads.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> info = sn.build_info()
+        >>> info["version"] == sn.__version__, info["threads"] >= 1
+        (True, True)
+    """
     return {
         **functional.native_build_info(),
         "torch": torch.__version__,

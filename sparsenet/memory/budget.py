@@ -98,6 +98,11 @@ def release_freed_memory() -> bool:
 
     Returns:
         Whether the C library has such a setting (glibc does, musl and macOS do not).
+
+    Example:
+        >>> from sparsenet.memory import release_freed_memory
+        >>> release_freed_memory() in (True, False)
+        True
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
@@ -107,7 +112,13 @@ def release_freed_memory() -> bool:
 
 
 def available_bytes() -> int:
-    """Memory that can still be used without swapping, in bytes."""
+    """Memory that can still be used without swapping, in bytes.
+
+    Example:
+        >>> from sparsenet.memory import available_bytes
+        >>> available_bytes() > 0
+        True
+    """
     try:
         return int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):

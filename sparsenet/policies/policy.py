@@ -45,6 +45,18 @@ class Policy:
     Attributes:
         drop_fraction: share of the active blocks exchanged at a rewire, in [0, 1]; a number or a schedule.
         needs_gradient: whether ``grow_scores`` reads ``layer.gradient_squared_norms``; it then runs in backward.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> class LargestWeight(sn.Policy):
+        ...     def drop_scores(self, layer):
+        ...         return layer.values.detach().abs().flatten(1).amax(1).float()
+        ...
+        ...     def grow_scores(self, layer, places):
+        ...         return layer.random(places)
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> sn.Sparsifier(model, None, LargestWeight(drop_fraction=0.25), every=1).step().grown > 0
+        True
     """
 
     drop_fraction: float | Schedule = 0.3
@@ -75,14 +87,30 @@ class Policy:
 
 @dataclass(frozen=True)
 class Static(Policy):
-    """The pattern never changes."""
+    """The pattern never changes.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> update = sn.Sparsifier(model, None, sn.Static(), every=1).step()
+        >>> update is None or (update.dropped, update.grown) == (0, 0)
+        True
+    """
 
     drop_fraction: float | Schedule = 0.0
 
 
 @dataclass(frozen=True)
 class SET(Policy):
-    """Drops the smallest, grows at random. Sparse Evolutionary Training (Mocanu et al., 2018)."""
+    """Drops the smallest, grows at random. Sparse Evolutionary Training (Mocanu et al., 2018).
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> update = sn.Sparsifier(model, None, sn.SET(drop_fraction=0.25), every=1).step()
+        >>> update.dropped == update.grown > 0
+        True
+    """
 
     def grow_scores(self, layer: LayerView, places: Tensor) -> Tensor:
         """Random numbers."""
@@ -94,6 +122,15 @@ class RigL(Policy):
     """Drops the smallest, grows where the dense gradient is largest. RigL (Evci et al., 2020), by blocks.
 
     The dense gradient is never stored: only the norms of its blocks, made in the layer's own backward.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> sparsifier = sn.Sparsifier(model, None, sn.RigL(drop_fraction=0.25), every=1)
+        >>> model(torch.randn(16, 64)).square().sum().backward()   # the growth scores come from this backward
+        >>> update = sparsifier.step()
+        >>> update.dropped == update.grown > 0
+        True
     """
 
     needs_gradient = True
@@ -105,7 +142,18 @@ class RigL(Policy):
 
 @dataclass(frozen=True)
 class GMP(Policy):
-    """Gradual magnitude pruning (Zhu & Gupta, 2017): drops the smallest as the Sparsifier's density schedule falls."""
+    """Gradual magnitude pruning (Zhu & Gupta, 2017): drops the smallest as the Sparsifier's density schedule falls.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 64], density=1.0, block_size=8)
+        >>> schedule = sn.Cubic(1.0, 0.25, steps=4)
+        >>> sparsifier = sn.Sparsifier(model, None, sn.GMP(), density=schedule, every=1)
+        >>> for _ in range(4):
+        ...     update = sparsifier.step()
+        >>> model[0].density, model[1].density
+        (0.25, 0.25)
+    """
 
     drop_fraction: float | Schedule = 0.0
 
@@ -114,7 +162,14 @@ POLICIES: dict[str, type[Policy]] = {"static": Static, "set": SET, "rigl": RigL,
 
 
 def block_squared_norms(values: Tensor) -> Tensor:
-    """float32 [num_blocks]: squared Frobenius norms of ``values`` [num_blocks, b, b]."""
+    """float32 [num_blocks]: squared Frobenius norms of ``values`` [num_blocks, b, b].
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.policies import block_squared_norms
+        >>> block_squared_norms(torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]))
+        tensor([25.,  4.])
+    """
     flat = values.detach().flatten(1)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()

@@ -1,4 +1,3 @@
-import doctest
 import json
 from itertools import pairwise
 
@@ -98,11 +97,6 @@ def test_budget_is_a_value():
 
 def test_available_memory_is_plausible():
     assert 16 * MIB < memory.available_bytes() < 1 << 50
-
-
-@pytest.mark.parametrize("module", [budget, planning])
-def test_examples_in_docstrings(module):
-    assert doctest.testmod(module).failed == 0
 
 
 # --- measuring ---

@@ -32,7 +32,7 @@ class DataParallel(nn.Module):
         kwargs: for DistributedDataParallel.
 
     Example:
-        >>> import os, torch, torch.distributed as dist, sparsenet as sn
+        >>> import torch, torch.distributed as dist, sparsenet as sn
         >>> store = dist.HashStore()   # a script started by torchrun calls init_process_group() alone
         >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         >>> model = sn.distributed.DataParallel(sn.SparseMLP([64, 64, 10], density=0.5, block_size=8))

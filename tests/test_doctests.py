@@ -20,7 +20,7 @@ import torch
 
 import sparsenet as sn
 
-# Public names whose docstrings need no example: what a call returns (the call has the example), and a protocol.
+# Public names whose docstrings need no example, and why: mostly what a call returns (the call has the example).
 # Exceptions are left out by their type: an example of one is an example of a mistake.
 WITHOUT_EXAMPLE = {
     "Checkpoint": "returned by load",
@@ -39,6 +39,7 @@ WITHOUT_EXAMPLE = {
     "TrialRecord": "part of a SearchReport",
     "TrialResult": "returned by retrain",
     "Update": "returned by Sparsifier.step",
+    "release_freed_memory": "changes how the whole process allocates",
 }
 MODULES = sorted(
     {"sparsenet"}

@@ -98,11 +98,6 @@ def release_freed_memory() -> bool:
 
     Returns:
         Whether the C library has such a setting (glibc does, musl and macOS do not).
-
-    Example:
-        >>> from sparsenet.memory import release_freed_memory
-        >>> release_freed_memory() in (True, False)
-        True
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:

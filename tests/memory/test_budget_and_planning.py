@@ -161,9 +161,23 @@ def test_warm_up_leaves_random_numbers_alone():
         assert torch.equal(torch.rand(3), expected)
 
 
+def test_releasing_freed_memory_says_whether_the_c_library_can(monkeypatch):
+    class Library:
+        """A C library whose mallopt answers ``answer``, or that has none."""
+
+        def __init__(self, answer):
+            if answer is not None:
+                self.mallopt = lambda parameter, value: answer
+
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # which the call would set for the whole process
+    for answer, expected in ((1, True), (0, False), (None, False)):
+        monkeypatch.setattr("ctypes.CDLL", lambda name, answer=answer: Library(answer))
+        assert memory.release_freed_memory() is expected
+
+
 def test_freed_memory_goes_back_at_once(run_child):
     code = """
-        import torch, sparsenet as sn
+        import torch
         from sparsenet import memory
         assert memory.release_freed_memory()
         before = memory.budget._resident_bytes()

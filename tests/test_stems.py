@@ -1,4 +1,4 @@
-"""Every operation has one name, its stem, everywhere: in Python, the reference, both kernels, tests, benches and docs."""
+"""Every operation has one name, its stem, in Python, the reference, both kernels, tests, benches and docs."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: another shape or block size.
 
-        Graphs recorded before keep the old tensors, and their backward raises :class:`StaleTopologyError`. Another
+        Graphs recorded before keep the old tensors, and their backward raises ``StaleTopologyError``. Another
         thread may run forward, or backward by ``torch.autograd.grad``; one that adds to ``.grad`` has to wait, as torch
         itself does not guard that.
         """

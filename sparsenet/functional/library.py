@@ -1,7 +1,7 @@
 """The operations registered with ``torch.library``: torch.compile, torch.export, fake tensors and functorch see these.
 
-The kernels are those of :mod:`sparsenet.functional`. Index tensors that no :class:`PatternIndex` owns (an exported
-program's constants, a direct caller's) are validated at every call.
+The kernels are those of :mod:`sparsenet.functional`. Index tensors that no :class:`~sparsenet.BlockPattern` owns (an
+exported program's constants, a direct caller's) are validated at every call.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def linear_workspace(
 def norms_workspace(
     dtype: torch.dtype, shape: tuple[int, int], block_size: int, batch: int, block_rows: int, threads: int
 ) -> list[int]:
-    """The same of :func:`block_gradient_squared_norms` for ``block_rows`` block rows of a layer [out, in].
+    """The same of ``block_gradient_squared_norms`` for ``block_rows`` block rows of a layer [out, in].
 
     Example:
         >>> import torch

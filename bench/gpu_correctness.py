@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gpu_ops import ACTIVATIONS, DEVICE, DTYPES, TF32, VARIANTS, Layer, address, make_pattern, scratch, stream
+from gpu_ops import ACTIVATIONS, DEVICE, DTYPES, TF32, VARIANTS, Layer, address, indices, make_pattern, matrix, run
 
 UNIT = {0: 2.0**-24, 1: 2.0**-8, 2: 2.0**-11, 3: 2.0**-53, TF32: 2.0**-11}  # by dtype code
 
@@ -32,14 +32,14 @@ def check_layer(layer: Layer) -> dict:
     p, dtype, code = layer.pattern, layer.dtype, layer.code
     outputs = (layer.y, layer.pre, layer.grad_x, layer.grad_values, layer.grad_bias)
 
-    def run():
+    def once():
         for tensor in outputs:
             tensor.fill_(float("nan"))
         layer.forward(pre=True)
         layer.backward()
         return [tensor.clone() for tensor in outputs]
 
-    first, second = run(), run()
+    first, second = once(), once()
     x, weight = layer.x.double(), p.dense(layer.values)
     shift = layer.bias.double() if layer.bias is not None else torch.zeros(p.rows, dtype=torch.float64, device=DEVICE)
     z, size = x @ weight.T + shift, x.abs() @ weight.abs().T + shift.abs()
@@ -70,19 +70,8 @@ def check_norms(ops, layer: Layer) -> dict:
     """Squared norms of the dense gradient's blocks, and candidate gradients at the pattern's own places."""
     p, code = layer.pattern, layer.code
     norms = torch.full(p.shape, float("nan"), device=DEVICE)
-    call = (
-        code,
-        p.block,
-        layer.batch,
-        address(layer.x),
-        p.cols,
-        layer.x.stride(0),
-        address(layer.grad_y),
-        p.rows,
-        layer.grad_y.stride(0),
-    )
-    space = scratch(ops.gradient_norms_workspace_bytes(*call))
-    ops.gradient_norms(*call, 0, p.shape[0], address(norms), address(space), space.numel(), stream())
+    call, operands = (code, p.block, 1), (matrix(layer.x), matrix(layer.grad_y))
+    ops.gradient_norms(call, *operands, (0, p.shape[0]), address(norms), run())
     gradient = layer.grad_y.double().T @ layer.x.double()
     b = p.block
     full = torch.zeros(p.shape[0] * b, p.shape[1] * b, dtype=torch.float64, device=DEVICE)
@@ -92,40 +81,25 @@ def check_norms(ops, layer: Layer) -> dict:
     errors = {"norms": relative / (1e-2 if code == TF32 else 1e-4) if relative == relative else float("inf")}
     if p.num_blocks:
         grads = torch.full((p.num_blocks, b, b), float("nan"), dtype=layer.dtype, device=DEVICE)
-        space = scratch(ops.candidate_gradients_workspace_bytes(*call, p.num_blocks))
-        ops.candidate_gradients(
-            *call,
-            address(p.arrays[2]),
-            address(p.arrays[1]),
-            p.num_blocks,
-            address(grads),
-            address(space),
-            space.numel(),
-            stream(),
-        )
+        places = indices(p.arrays[2], p.num_blocks), indices(p.arrays[1], p.num_blocks)
+        ops.candidate_gradients(call, *operands, places, address(grads), run())
         size = p.blocks_of(layer.grad_y.double().abs().T @ layer.x.double().abs())
         errors["candidates"] = excess(grads, p.blocks_of(gradient), size, code, layer.batch)
     return {"errors": errors, "repeats": True}
 
 
 def check_pattern(ops, shape: tuple, density: float) -> dict:
-    """Canonical indices, the transpose and ranking against torch."""
+    """Canonical indices and the transpose against torch."""
     p = make_pattern(ops, "random", *shape, 1, density, DTYPES[torch.float32], 1)
     crow, col, row, _, t_row, t_block = p.arrays
     n, key = p.num_blocks, row.long() * shape[1] + col.long()
     transposed = torch.argsort(col[:n].long() * shape[0] + row[:n].long())
-    scores = torch.randint(-50, 50, (max(n, 1),), device=DEVICE).float()
-    selected, k = torch.empty(max(n // 3, 1), dtype=torch.int32, device=DEVICE), n // 3
-    ops.select_scores(
-        address(scores), n, k, True, address(selected), address(p.workspace), p.workspace.numel(), stream()
-    )
     wrong = {
         "sorted": not bool((key[: n - 1] < key[1:n]).all()),
         "pointers": not torch.equal(
             crow.long(), torch.searchsorted(row[:n].long(), torch.arange(shape[0] + 1, device=DEVICE))
         ),
         "transpose": not (torch.equal(t_block[:n].long(), transposed) and torch.equal(t_row[:n], row[:n][transposed])),
-        "ranking": not torch.equal(selected[:k].long(), torch.argsort(-scores[:n], stable=True)[:k]),
     }
     return {"errors": {name: float("inf") if bad else 0.0 for name, bad in wrong.items()}, "repeats": True}
 

@@ -67,9 +67,25 @@ def stream() -> int:
     return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
 
 
-def scratch(nbytes: int) -> torch.Tensor:
-    """A workspace from torch's caching allocator."""
-    return torch.empty(max(nbytes, 1), dtype=torch.uint8, device=DEVICE)
+def matrix(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """A matrix as the native ops take it: address, rows, columns, stride."""
+    return tensor.data_ptr(), *tensor.shape, tensor.stride(0)
+
+
+def indices(tensor: torch.Tensor, count: int | None = None) -> tuple[int, int]:
+    """An index array as the native ops take it: address and length."""
+    return tensor.data_ptr(), tensor.numel() if count is None else count
+
+
+def run():
+    """``(stream, allocate)``, the last argument of every op; scratch memory is torch's, kept until the call is over."""
+    kept = []
+
+    def allocate(nbytes: int) -> int:
+        kept.append(torch.empty(nbytes, dtype=torch.uint8, device=DEVICE))
+        return kept[-1].data_ptr()
+
+    return stream(), allocate
 
 
 class Pattern:
@@ -82,20 +98,13 @@ class Pattern:
         self.shape, self.num_blocks = shape, count
         sizes = (shape[0] + 1, count, count, shape[1] + 1, count, count)
         self.arrays = [torch.full((max(n, 1),), -1, dtype=torch.int32, device=DEVICE) for n in sizes]
-        self.order = torch.empty(max(count, 1), dtype=torch.int32, device=DEVICE)
-        self.workspace = scratch(ops.pattern_workspace_bytes(count, *shape))
-        ops.pattern_from_places(
-            address(place_rows),
-            address(place_cols),
-            *map(address, self.arrays),
-            *shape,
-            count,
-            address(self.order),
-            address(self.workspace),
-            self.workspace.numel(),
-            stream(),
-        )
-        self.handle = ops.Pattern(*map(address, self.arrays), rows, cols, count, block)
+        self.order = torch.argsort(place_rows.long() * shape[1] + place_cols.long())  # of the places, by block number
+        row, col = place_rows[self.order], place_cols[self.order]
+        starts = torch.arange(shape[0] + 1, dtype=torch.int32, device=DEVICE)
+        crow, by_column = torch.searchsorted(row, starts, out_int32=True), col.sort(stable=True).indices
+        addresses = tuple(map(address, self.arrays))
+        ops.pattern_from_csr(indices(crow), indices(col), address(by_column), (rows, cols, block), addresses, run())
+        self.handle = ops.Pattern(addresses, rows, cols, count, block)
         self.items = [
             self.work(False, code, batch, self.handle.set_forward_work),
             self.work(True, code, batch, self.handle.set_transposed_work),
@@ -103,22 +112,12 @@ class Pattern:
 
     def work(self, transposed: bool, code: int, batch: int, install) -> torch.Tensor:
         """One direction's work list, as the product builds it; `split` overrides where long groups are cut."""
-        pointers, lines = self.arrays[3 if transposed else 0], self.shape[transposed]
+        pointers, num_lines = self.arrays[3 if transposed else 0], self.shape[transposed]
         group, split = self.ops.preferred_work(self.handle, code, batch, transposed)
-        split = self.split or max(split, 1)
-        capacity = self.ops.work_list_capacity(lines, self.num_blocks, group, split)
+        lines, shape = (address(pointers), num_lines, self.num_blocks), (group, self.split or max(split, 1))
+        capacity = self.ops.work_list_capacity(lines, shape)
         items = torch.empty(max(capacity, 1) * self.ops.work_item_bytes, dtype=torch.uint8, device=DEVICE)
-        counts = self.ops.build_work_list(
-            address(pointers),
-            lines,
-            self.num_blocks,
-            group,
-            split,
-            address(items),
-            address(self.workspace),
-            self.workspace.numel(),
-            stream(),
-        )
+        counts = self.ops.build_work_list(lines, shape, address(items), run())
         install(address(items), *counts, group)
         return items
 
@@ -178,7 +177,7 @@ class Layer:
         self.pattern, self.batch, self.dtype, self.activation = pattern, batch, dtype, activation
         b = pattern.block
         self.x, self.grad_y = draw(batch, pattern.cols, pad=pads[0]), draw(batch, pattern.rows, pad=pads[1])
-        self.saved = draw(batch, pattern.rows, pad=pads[1])
+        self.saved = draw(batch, pattern.rows)
         self.bias = draw(pattern.rows) if bias else None
         inside = pattern.blocks_of(torch.ones(pattern.rows, pattern.cols, device=DEVICE))
         self.values = (draw(max(pattern.num_blocks, 1), b, b)[: pattern.num_blocks] * inside).to(dtype)
@@ -186,57 +185,28 @@ class Layer:
         self.grad_x, self.grad_bias = self.blank(batch, pattern.cols), self.blank(pattern.rows)
         self.grad_values = self.blank(max(pattern.num_blocks, 1), b, b)
         self.code = TF32 if tf32 else DTYPES[dtype]
-        self.operands = (address(self.x), self.x.stride(0), address(self.values))
-        ops = pattern.ops
-        self.forward_space = scratch(
-            ops.linear_forward_workspace_bytes(pattern.handle, self.code, batch, *self.operands)
-        )
-        self.backward_space = scratch(ops.linear_backward_workspace_bytes(*self.backward_call("xwb")))
+        self.call = (self.code, ACTIVATIONS[activation], 1)
 
     def blank(self, *shape) -> torch.Tensor:
         """An output that nobody wrote."""
         return torch.full(shape, float("nan"), dtype=self.dtype, device=DEVICE)
 
+    def forward_call(self) -> tuple:
+        """Arguments shared by the op and its choice."""
+        return self.pattern.handle, self.call, matrix(self.x), (address(self.values), address(self.bias))
+
     def forward(self, pre: bool = False) -> None:
         """Y, and the pre-activation on request."""
-        p = self.pattern
-        p.ops.linear_forward(
-            p.handle,
-            self.code,
-            ACTIVATIONS[self.activation],
-            self.batch,
-            *self.operands,
-            address(self.bias),
-            address(self.y),
-            self.y.stride(0),
-            address(self.pre if pre else None),
-            self.pre.stride(0),
-            address(self.forward_space),
-            self.forward_space.numel(),
-            stream(),
-        )
+        outputs = address(self.y), address(self.pre if pre else None)
+        self.pattern.ops.linear_forward(*self.forward_call(), outputs, run())
 
     def backward_call(self, wanted: str) -> tuple:
-        """Arguments shared by the op, its workspace query and its choice."""
-        return (
-            self.pattern.handle,
-            self.code,
-            ACTIVATIONS[self.activation],
-            self.batch,
-            address(self.grad_y),
-            self.grad_y.stride(0),
-            address(self.saved),
-            self.saved.stride(0),
-            *self.operands[:2],
-            self.operands[2],
-            address(self.grad_x) if "x" in wanted else 0,
-            self.grad_x.stride(0),
-            address(self.grad_values) if "w" in wanted else 0,
-            address(self.grad_bias) if "b" in wanted else 0,
-        )
+        """Arguments shared by the op and its choice."""
+        tensors = {"x": self.grad_x, "w": self.grad_values, "b": self.grad_bias}
+        grads = tuple(address(tensor if name in wanted else None) for name, tensor in tensors.items())
+        upstream = matrix(self.grad_y), address(self.saved)
+        return self.pattern.handle, self.call, matrix(self.x), address(self.values), upstream, grads
 
     def backward(self, wanted: str = "xwb") -> None:
         """The wanted gradients."""
-        self.pattern.ops.linear_backward(
-            *self.backward_call(wanted), address(self.backward_space), self.backward_space.numel(), stream()
-        )
+        self.pattern.ops.linear_backward(*self.backward_call(wanted), run())

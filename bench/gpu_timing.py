@@ -6,7 +6,7 @@ import contextlib
 import statistics
 
 import torch
-from gpu_ops import DEVICE, DTYPES, TF32, Layer, Pattern, address, make_pattern, scratch, stream
+from gpu_ops import DEVICE, DTYPES, TF32, Layer, Pattern, address, make_pattern, matrix, run, stream
 
 TYPES = {  # name: element type, dtype code
     "bfloat16": (torch.bfloat16, DTYPES[torch.bfloat16]),
@@ -144,10 +144,8 @@ def bench_case(ops, case: tuple, ceiling: dict, dense: dict) -> dict:
     norms = torch.empty(pattern.shape, device=DEVICE)
 
     def growth(layer):
-        x, g = layer.x, layer.grad_y
-        call = (code, block, batch, address(x), cols, x.stride(0), address(g), rows, g.stride(0))
-        space = scratch(ops.gradient_norms_workspace_bytes(*call))
-        ops.gradient_norms(*call, 0, pattern.shape[0], address(norms), address(space), space.numel(), stream())
+        block_rows = (0, pattern.shape[0])
+        ops.gradient_norms((code, block, 1), matrix(layer.x), matrix(layer.grad_y), block_rows, address(norms), run())
 
     passes = {
         "forward": cycle(Layer.forward),
@@ -157,7 +155,7 @@ def bench_case(ops, case: tuple, ceiling: dict, dense: dict) -> dict:
     }
     times = {key: time_us(run) for key, run in passes.items()}
     kernels = [
-        ops.choose_linear_forward(pattern.handle, code, batch, *layers[0].operands),
+        ops.choose_linear_forward(*layers[0].forward_call()),
         *ops.choose_linear_backward(*layers[0].backward_call("xw")),
     ]
     key = (rows, cols, batch, name)
@@ -188,39 +186,25 @@ def bench_case(ops, case: tuple, ceiling: dict, dense: dict) -> dict:
 
 
 def bench_rewire(ops, side: int = 16384, batch: int = 2048) -> dict:
-    """A rewire of a 16,384^2 layer at 5 %, scores given: rank, update, gather values, new work lists. And a step."""
+    """A rewire of a 16,384^2 layer at 5 %, scores given: rank, new pattern and lists, gather values. And a step."""
     block, dtype = 32, torch.bfloat16
     p = make_pattern(ops, "random", side, side, block, 0.05, DTYPES[dtype], batch, seed=3)
     layer = Layer(p, batch, dtype, bias=False)
-    k, free = p.num_blocks // 10, p.shape[0] * p.shape[1] - p.num_blocks
-    drop_scores, grow_scores = torch.rand(p.num_blocks, device=DEVICE), torch.rand(free, device=DEVICE)
-    places = [torch.empty(free, dtype=torch.int32, device=DEVICE) for _ in range(2)]
-    dropped, grown = (torch.empty(k, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    arrays = [torch.empty_like(a) for a in p.arrays]
-    source, out = torch.empty(p.num_blocks, dtype=torch.int32, device=DEVICE), torch.empty_like(layer.values)
-    space = scratch(ops.pattern_workspace_bytes(max(free, p.num_blocks + k), *p.shape))
-    tail = (address(space), space.numel(), stream())
+    k, total = p.num_blocks // 10, p.shape[0] * p.shape[1]
+    drop_scores, grow_scores = (torch.rand(n, device=DEVICE) for n in (p.num_blocks, total - p.num_blocks))
 
     def rewire(_):
-        ops.select_scores(address(drop_scores), p.num_blocks, k, False, address(dropped), *tail)
-        ops.inactive_places(p.handle, *map(address, places), stream())
-        ops.select_scores(address(grow_scores), free, k, True, address(grown), *tail)
-        chosen = [place[grown.long()] for place in places]
-        ops.update_pattern(
-            p.handle,
-            address(dropped),
-            k,
-            *map(address, chosen),
-            k,
-            *map(address, arrays),
-            p.num_blocks,
-            address(source),
-            *tail,
-        )
-        nbytes = block * block * layer.values.itemsize
-        ops.gather_blocks(address(layer.values), address(source), address(out), p.num_blocks, nbytes, stream())
-        p.work(False, DTYPES[dtype], batch, lambda *a: None)
-        p.work(True, DTYPES[dtype], batch, lambda *a: None)
+        at = p.arrays[2].long() * p.shape[1] + p.arrays[1]
+        kept = drop_scores.sort(stable=True).indices[k:]
+        active = torch.zeros(total, dtype=torch.bool, device=DEVICE)
+        active[at] = True
+        free = (~active).nonzero().flatten()
+        grown = free[grow_scores.sort(descending=True, stable=True).indices[:k]]
+        places = torch.cat([at[kept], grown])
+        rows, cols = (places // p.shape[1]).int(), (places % p.shape[1]).int()
+        new = Pattern(ops, rows, cols, side, side, block, DTYPES[dtype], batch)
+        values = torch.cat([layer.values[kept], layer.values.new_zeros(k, block, block)])[new.order]
+        assert len(values) == new.num_blocks
 
     def step(_):
         layer.forward()

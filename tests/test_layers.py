@@ -19,7 +19,8 @@ from torch import nn
 import sparsenet as sn
 from sparsenet import BlockPattern, SparseLinear, densify_, sparsify_
 from sparsenet.functional import StaleTopologyError
-from sparsenet.layers import dense_blocks, replace_data, take_blocks
+from sparsenet.layers import dense_blocks, take_blocks
+from sparsenet.topology import replace_data
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
@@ -64,6 +65,14 @@ def by_hand(layer):
     for row, col, block in zip(row_of, layer.pattern.col_indices.tolist(), layer.values.detach(), strict=True):
         whole[row * b : (row + 1) * b, col * b : (col + 1) * b] = block
     return whole[:out, :inputs]
+
+
+def by_hand_masked(layer, mask):
+    """The same, elements where ``mask`` [num_blocks, b, b] is False being zero."""
+    twin = SparseLinear(layer.in_features, layer.out_features, pattern=layer.pattern)
+    with torch.no_grad():
+        twin.values.copy_(torch.where(mask, layer.values, torch.zeros(())))
+    return by_hand(twin)
 
 
 def train(layer, optimizer, steps=3):
@@ -208,6 +217,21 @@ def test_blocks_by_hand():
     layer.set_pattern(pattern, values=blocks)
     assert torch.equal(by_hand(layer), weight) and torch.equal(layer.weight_dense(), weight)
     assert torch.equal(layer.to_linear().weight, weight) and layer.num_active == 15
+
+
+def test_a_layers_call_takes_the_pattern_and_the_mask_of_its_topology():
+    layer = SparseLinear(33, 47, density=0.5, block_size=16)
+    x = torch.randn(5, 33)
+    for mask in (None, torch.rand(layer.values.shape) < 0.5):
+        if mask is not None:
+            layer.set_pattern(layer.pattern, values=layer.values.detach(), element_mask=mask)
+            with torch.no_grad():
+                layer.values.add_(1.0)  # the mask holds between steps, too
+        weight = by_hand(layer) if mask is None else by_hand_masked(layer, mask)
+        y = sn.functional.layer_linear(x, layer.values, layer.topology, layer.bias, "relu")
+        torch.testing.assert_close(y, (x @ weight.T + layer.bias).relu())
+        grad = torch.autograd.grad(y.sum(), layer.bias)[0]
+        assert grad.tolist() == (y > 0).sum(0).tolist()
 
 
 def test_weight_dense_is_differentiable():
@@ -418,6 +442,8 @@ def test_masked_layers_leave_nothing_behind():
     """Neither layers nor optimizer hooks pile up."""
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
+    from sparsenet.after_step import _mends
+
     mask = torch.ones(2, 32, 32, dtype=torch.bool)
     SparseLinear(64, 64, density=0.5, element_mask=mask)
     before = len(hooks)
@@ -425,7 +451,7 @@ def test_masked_layers_leave_nothing_behind():
         SparseLinear(64, 64, density=0.5, element_mask=mask)
     gc.collect()
     assert len(hooks) == before
-    assert len(sn.layers._masked_layers) == 0
+    assert not [module for module in _mends if isinstance(module, SparseLinear)]
 
 
 # --- state_dict -----------------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # stem -> the public functions that belong to it. A function of sparsenet.functional that belongs to none is refused.
 OPERATIONS = {
-    "block_sparse_linear": ("block_sparse_linear",),
+    "block_sparse_linear": ("block_sparse_linear", "layer_linear"),
     "block_gradient_squared_norms": ("block_gradient_squared_norms", "candidate_gradients"),
     "block_pattern": ("row_order", "select_extreme"),  # and the class BlockPattern
     "compact_blocks": ("compact_blocks",),
 }
 # What block_pattern does is sorting and checking: its tests expect torch's own sort, so there is no second version.
-WITHOUT_REFERENCE = {"row_order", "select_extreme"}
+# layer_linear is block_sparse_linear with what a layer's topology holds at the moment.
+WITHOUT_REFERENCE = {"layer_linear", "row_order", "select_extreme"}
 NOT_OPERATIONS = {"linear_workspace", "native_build_info", "norms_workspace", "trim_workspace", "workspace_bytes"}
 
 FILES = [

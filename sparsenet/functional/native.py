@@ -74,25 +74,16 @@ def rows_of(t: Tensor, columns: int) -> Tensor:
     return t if t.stride(1) == 1 or columns == 1 else t.contiguous()
 
 
-# Torch reads a tensor's storage without the GIL: another thread may not swap it (see layers.replace_data) meanwhile.
+# Torch reads a tensor's storage without the GIL: another thread may not swap it (see sparsenet.topology) meanwhile.
 storage_lock = threading.Lock()
 os.register_at_fork(
     before=storage_lock.acquire, after_in_parent=storage_lock.release, after_in_child=storage_lock.release
 )
 
 
-def snapshot(values: Tensor) -> Tensor:
-    """A differentiable alias of ``values``: it keeps the memory that ``values`` has now, whatever other threads do."""
-    if torch.compiler.is_compiling():
-        return values
-    with storage_lock:
-        return values.view_as(values)
-
-
-def held(values: Tensor) -> Tensor:
-    """The same, detached. Take it before looking whether the pattern was retired, then both belong together."""
-    with storage_lock:
-        return values.detach()
+def matrix(t: Tensor) -> tuple[int, int, int, int]:
+    """A 2-D tensor with contiguous columns as the native calls take it: address, rows, columns, stride."""
+    return t.data_ptr(), *t.shape, t.stride(0)
 
 
 def packed(t: Tensor) -> Tensor:
@@ -131,7 +122,9 @@ def linear_workspace(
         >>> 0 < small <= large
         True
     """
-    return _C.linear_workspace(DTYPES[dtype], *shape, block_size, num_blocks, batch, threads)
+    out_features, in_features = shape
+    x = (0, batch, in_features, in_features)
+    return _C.linear_workspace((DTYPES[dtype], 0, threads), x, out_features, num_blocks, block_size)
 
 
 def norms_workspace(
@@ -146,7 +139,8 @@ def norms_workspace(
         True
     """
     out_features, in_features = shape
-    return _C.norms_workspace(DTYPES[dtype], block_size, in_features, out_features, batch, block_rows, threads)
+    operands = ((0, batch, features, features) for features in (in_features, out_features))
+    return _C.norms_workspace((DTYPES[dtype], block_size, threads), *operands, (0, block_rows))
 
 
 def workspace_bytes() -> int:

@@ -252,7 +252,7 @@ def test_gradients_nobody_wants_are_not_computed(wanted, monkeypatch):
             return getattr(functional.native._C, name)
 
         def linear_backward(self, *arguments):
-            calls.append([address != 0 for address in arguments[-4:-1]])
+            calls.append([address != 0 for address in arguments[-1]])
             functional.native._C.linear_backward(*arguments)
 
     monkeypatch.setattr(functional.native, "kernels_of", lambda device: Spy())
@@ -307,7 +307,7 @@ def test_reference_is_differentiable_twice():
 def test_opcheck(activation, index):
     x, values, pattern, bias, grad_y = operands()
     crow, col = (
-        (pattern.index.crow, pattern.index.col)
+        (pattern.crow, pattern.col)
         if index == "owned"
         else (
             pattern.crow_indices,
@@ -327,8 +327,7 @@ def test_opcheck(activation, index):
 
 
 def through_library(x, values, pattern, bias, activation="none"):
-    index = pattern.index
-    constants = (index.crow, index.col, *index.shape, index.block_size, activation)
+    constants = (pattern.crow, pattern.col, *pattern.shape, pattern.block_size, activation)
     return getattr(torch.ops.sparsenet, OP)(x, values, bias, *constants)[0]
 
 
@@ -694,8 +693,8 @@ def test_library_backward_refuses_what_does_not_fit():
     """torch.ops is public: no shape may reach a kernel unchecked."""
     x, values, pattern, _, grad_y = operands()
     x, values = x.detach(), values.detach()
-    op, index = getattr(torch.ops.sparsenet, BACKWARD_OP), pattern.index
-    constants = (index.crow, index.col, 33, 70, 16, "relu", True, True, True)
+    op = getattr(torch.ops.sparsenet, BACKWARD_OP)
+    constants = (pattern.crow, pattern.col, 33, 70, 16, "relu", True, True, True)
     good = {"grad_y": grad_y, "saved": grad_y, "x": x, "values": values}
     op(*good.values(), *constants)
     for change in (
@@ -713,3 +712,20 @@ def test_library_backward_refuses_what_does_not_fit():
     ):
         with pytest.raises((ValueError, TypeError), match="block_sparse_linear"):
             op(*{**good, **change}.values(), *constants)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ((0, 0), (0, 3, 16, 16), (0, 0), (0, 0)),  # two numbers where three are due
+        ((0, 0, 1), (0, 3, 16), (0, 0), (0, 0)),
+        ((0, 0, 1), [0, 3, 16, 16], (0, 0), (0, 0)),  # a list
+        ((0, 0, 1.0), (0, 3, 16, 16), (0, 0), (0, 0)),
+        ((0, 0, 1), (1 << 64, 3, 16, 16), (0, 0), (0, 0)),
+    ],
+)
+def test_the_native_call_takes_whole_tuples_of_integers_only(call):
+    """What crosses into the native module is read strictly: nothing is guessed from a tuple that does not fit."""
+    pattern = sn.BlockPattern.random((8, 16), 1.0, 8)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        functional.native._C.linear_forward(pattern.native, *call)

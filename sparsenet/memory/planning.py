@@ -2,7 +2,7 @@
 
 A training step is played through on paper: forward, backward layer by layer (gradients appear while activations go),
 the optimizer's step, a rewire (new values beside old ones), an evaluation. Each moment is a sum of items; the moment
-with the largest sum is the peak. tests/memory/test_budget_and_planning.py compares it with measurements.
+with the largest sum is the peak. tests/memory compares it with measurements.
 """
 
 from __future__ import annotations

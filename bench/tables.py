@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md from bench/results/*.json, between their markers.
+"""Writes the tables of README.md and docs/results/benchmarks.md from bench/results/*.json, between their markers.
 
     python bench/tables.py            # writes them
     python bench/tables.py --check    # exit status 1 if they are not what the results say
@@ -132,7 +132,7 @@ def rivals_table(results: dict[str, Results], phase: str) -> str:
     return grid(("density", *(f"{row.case['density']:.0%}" for row in rows)), lines)
 
 
-# --- docs/benchmarks.md ---------------------------------------------------------------------------------------------
+# --- docs/results/benchmarks.md -------------------------------------------------------------------------------------
 
 
 def eff_table(rows: Sequence[Row], sideways: str) -> str:
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, avx2 = load(), load("_avx2")
     pages = {
         ROOT / "README.md": {"demo": main_job(), "performance": readme(results)},
-        ROOT / "docs" / "benchmarks.md": {"performance": benchmarks(results, avx2)},
+        ROOT / "docs" / "results" / "benchmarks.md": {"performance": benchmarks(results, avx2)},
     }
     stale = []
     for page, sections in pages.items():

@@ -30,6 +30,15 @@ class DataParallel(nn.Module):
     Args:
         module: on this rank's device; topology and parameters are taken from rank 0 first.
         kwargs: for DistributedDataParallel.
+
+    Example:
+        >>> import torch, torch.distributed as dist, sparsenet as sn
+        >>> store = dist.HashStore()   # a script started by torchrun calls init_process_group() alone
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> model = sn.distributed.DataParallel(sn.SparseMLP([64, 64, 10], density=0.5, block_size=8))
+        >>> model(torch.randn(3, 64)).shape
+        torch.Size([3, 10])
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, module: nn.Module, **kwargs):
@@ -70,7 +79,13 @@ def rebuild(model: nn.Module) -> None:
 
 
 def synchronize(model: nn.Module) -> None:
-    """Gives every rank the topology and parameters of rank 0. A no-op with a single rank."""
+    """Gives every rank the topology and parameters of rank 0. A no-op with a single rank.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> sn.distributed.synchronize(model)   # with one rank there is nothing to do
+    """
     if not is_active():
         return
     for layer in sparse_layers(model).values():
@@ -88,7 +103,13 @@ def synchronize(model: nn.Module) -> None:
 
 
 def assert_same_topology(model: nn.Module) -> None:
-    """Stops every rank, with the layer's name, when patterns differ between ranks."""
+    """Stops every rank, with the layer's name, when patterns differ between ranks.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> sn.distributed.assert_same_topology(model)   # a single rank always agrees with itself
+    """
     for name, layer in sparse_layers(unwrap(model)).items():
         assert_same(f"the topology of layer {name}", int(layer.pattern.fingerprint[:15], 16))
 

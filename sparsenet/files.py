@@ -22,6 +22,15 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
 
     Raises:
         OSError: the file cannot be written; what was there before is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparsenet.files import replace_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_file(f"{folder}/numbers.bin", lambda part: part.write_bytes(b'123'))
+        ...     [file.name for file in Path(folder).iterdir()], Path(folder, "numbers.bin").read_bytes()
+        (['numbers.bin'], b'123')
     """
     path = Path(path).expanduser().resolve()
     folder = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.part"
@@ -44,7 +53,17 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Writes a text file whole or not at all; see :func:`replace_file`."""
+    """Writes a text file whole or not at all; see :func:`replace_file`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparsenet.files import replace_text
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_text(f"{folder}/note.txt", "new")
+        ...     Path(folder, "note.txt").read_text()
+        'new'
+    """
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 

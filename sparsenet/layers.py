@@ -180,7 +180,7 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: another shape or block size.
 
-        Graphs recorded before keep the old tensors, and their backward raises :class:`StaleTopologyError`. Another
+        Graphs recorded before keep the old tensors, and their backward raises ``StaleTopologyError``. Another
         thread may run forward, or backward by ``torch.autograd.grad``; one that adds to ``.grad`` has to wait, as torch
         itself does not guard that.
         """
@@ -465,6 +465,13 @@ def sparsify_(
 
     Raises:
         ValueError: a weight is shared between different modules, which one pattern cannot serve.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+        >>> model = sn.sparsify_(model, density=0.25, block_size=16)
+        >>> [layer.density for layer in model if isinstance(layer, sn.SparseLinear)]
+        [0.25, 0.25]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify_: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -490,7 +497,18 @@ def sparsify_(
 
 
 def densify_(model: nn.Module) -> nn.Module:
-    """Swaps every SparseLinear of ``model`` in place for an ``nn.Linear`` (and its fused activation's module)."""
+    """Swaps every SparseLinear of ``model`` in place for an ``nn.Linear`` (and its fused activation's module).
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> model = sn.SparseMLP([64, 128, 10], density=0.5, block_size=16)
+        >>> x = torch.randn(3, 64)
+        >>> before = model(x)
+        >>> torch.allclose(sn.densify_(model)(x), before, atol=1e-5)
+        True
+        >>> any(isinstance(layer, sn.SparseLinear) for layer in model.modules())
+        False
+    """
     modules = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
     swapped: dict[nn.Module, nn.Module] = {}
     for layer in sparse_layers(model).values():

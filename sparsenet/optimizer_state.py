@@ -19,6 +19,16 @@ def state_by_block(optimizer: torch.optim.Optimizer | None, parameter: nn.Parame
 
     Scalars such as ``step`` are not among them. With a single block a one-dimensional tensor could be either; it is
     taken for a scalar.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import state_by_block
+        >>> values = torch.nn.Parameter(torch.randn(3, 4, 4))
+        >>> optimizer = torch.optim.AdamW([values])
+        >>> values.sum().backward()
+        >>> optimizer.step()
+        >>> sorted(state_by_block(optimizer, values))   # its ``step`` is a scalar
+        ['exp_avg', 'exp_avg_sq']
     """
     if optimizer is None or parameter not in optimizer.state:
         return {}
@@ -43,6 +53,15 @@ def carry_state(blocks: Tensor, carried: Tensor, grown: str = "zero") -> Tensor:
 
     Returns:
         [new blocks, ...]; blocks that stayed are bit for bit what they were.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import carry_state
+        >>> moments = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> carry_state(moments, torch.tensor([2, -1, 0])).flatten()
+        tensor([3., 0., 1.])
+        >>> carry_state(moments, torch.tensor([2, -1, 0]), grown="mean").flatten()
+        tensor([3., 2., 1.])
     """
     moved = take_blocks(blocks, carried, 0)
     if grown == "mean":

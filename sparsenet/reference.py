@@ -26,7 +26,16 @@ def _blocked(x: Tensor, block_size: int) -> Tensor:
 def block_sparse_linear(
     x: Tensor, values: Tensor, pattern, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
-    """``activation(x @ W.T + bias)`` with W given by its active blocks. x [..., in] -> [..., out]."""
+    """``activation(x @ W.T + bias)`` with W given by its active blocks. x [..., in] -> [..., out].
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> pattern = sn.BlockPattern.random((48, 64), 0.5, block_size=16)
+        >>> x, values = torch.randn(3, 64), torch.randn(pattern.num_blocks, 16, 16)
+        >>> y = sn.reference.block_sparse_linear(x, values, pattern, activation="relu")
+        >>> torch.allclose(y, sn.functional.block_sparse_linear(x, values, pattern, activation="relu"), atol=1e-4)
+        True
+    """
     out_features, in_features = pattern.shape
     b = pattern.block_size
     flat = x.reshape(x.shape[:-1].numel(), in_features)
@@ -45,7 +54,14 @@ def block_sparse_linear(
 def block_gradient_squared_norms(
     x: Tensor, grad_output: Tensor, block_size: int, block_rows: tuple[int, int] | None = None
 ) -> Tensor:
-    """Squared Frobenius norm of every block of ``grad_output.T @ x``: [ceil(out / b), ceil(in / b)], float32."""
+    """Squared Frobenius norm of every block of ``grad_output.T @ x``: [ceil(out / b), ceil(in / b)], float32.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> x, grad_output = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0, 3.0]])
+        >>> sn.reference.block_gradient_squared_norms(x, grad_output, block_size=4)   # (1 + 9) (1 + 4)
+        tensor([[50.]])
+    """
     gradient = torch.einsum(
         "mrn,msk->rsnk",
         _blocked(grad_output.reshape(-1, grad_output.shape[-1]), block_size),
@@ -55,13 +71,29 @@ def block_gradient_squared_norms(
 
 
 def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tensor, block_size: int) -> Tensor:
-    """Blocks (rows[i], cols[i]) of ``grad_output.T @ x``: [len(rows), b, b]."""
+    """Blocks (rows[i], cols[i]) of ``grad_output.T @ x``: [len(rows), b, b].
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> x, grad_output = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+        >>> sn.reference.candidate_gradients(x, grad_output, torch.tensor([1]), torch.tensor([0]), block_size=1)
+        tensor([[[4.]]])
+    """
     g = _blocked(grad_output.reshape(-1, grad_output.shape[-1]), block_size)[:, rows.long()]
     return torch.einsum("min,mik->ink", g, _blocked(x.reshape(-1, x.shape[-1]), block_size)[:, cols.long()])
 
 
 def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tensor, new_pattern) -> list[Tensor]:
-    """Element (i, j) of each new matrix is element (rows[i], cols[j]) of the old: [new num_blocks, b, b] each."""
+    """Element (i, j) of each new matrix is element (rows[i], cols[j]) of the old: [new num_blocks, b, b] each.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> old = sn.BlockPattern([0, 1, 2], [1, 0], shape=(8, 8), block_size=4)
+        >>> new = sn.BlockPattern([0, 1], [0], shape=(4, 4), block_size=4)
+        >>> values = torch.arange(32.0).reshape(2, 4, 4)
+        >>> sn.reference.compact_blocks([values], old, torch.arange(4), torch.arange(4, 8), new)[0].equal(values[:1])
+        True
+    """
     b = pattern.block_size
     inside = torch.arange(b)
     i = new_pattern.row_indices.long()[:, None, None] * b + inside[:, None]  # [new num_blocks, b, 1]

@@ -45,6 +45,14 @@ def tolerance(dtype: torch.dtype, terms: int, magnitude: Tensor, expected: Tenso
 
     The error of the sum is at most ``terms`` roundings of its magnitude, and with overwhelming probability at most
     ``6 sqrt(terms)`` of them (Higham and Mary, 2019); the result is rounded once more, to ``dtype``.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.testing import tolerance
+        >>> exact, magnitude = torch.tensor([1.0], dtype=torch.float64), torch.tensor([10.0], dtype=torch.float64)
+        >>> float32, bfloat16 = (tolerance(t, 100, magnitude, exact).item() for t in (torch.float32, torch.bfloat16))
+        >>> 0 < float32 < 1e-4 < bfloat16 < 1e-2
+        True
     """
     accumulate = unit_roundoff(torch.float32)
     if dtype == torch.float64:
@@ -90,7 +98,16 @@ def pattern_of_kind(kind: str, shape: tuple[int, int], block_size: int, generato
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One call of block_sparse_linear, forward and backward."""
+    """One call of block_sparse_linear, forward and backward.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.testing import LinearCase
+        >>> case = LinearCase((48, 64), 16, torch.float32, batch=3, kind="half", activation="relu", bias=True)
+        >>> x, values, pattern, bias, grad_y = case.operands()
+        >>> x.shape, grad_y.shape, pattern.shape
+        (torch.Size([3, 64]), torch.Size([3, 48]), (48, 64))
+    """
 
     shape: tuple[int, int]
     block_size: int
@@ -117,7 +134,14 @@ class LinearCase:
 
 
 def linear_cases(block_sizes=BLOCK_SIZES, dtypes=DTYPES, shapes=SHAPES) -> Iterator[LinearCase]:
-    """Every block size with every dtype and shape; batch, pattern and activation cycle past them."""
+    """Every block size with every dtype and shape; batch, pattern and activation cycle past them.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.testing import linear_cases
+        >>> len(list(linear_cases([16, 32], [torch.float32], [(48, 64), (5, 70)])))
+        4
+    """
     activations = tuple(functional.ACTIVATIONS)
     turn = count()
     for block_size in block_sizes:
@@ -172,6 +196,11 @@ def check_linear(case: LinearCase) -> None:
 
     Raises:
         AssertionError: a result is further off than its dtype and the length of its reduction allow.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.testing import LinearCase, check_linear
+        >>> check_linear(LinearCase((48, 64), 16, torch.float32, batch=3, kind="half", activation="gelu", bias=True))
     """
     dtype, activation = case.dtype, case.activation
     x, values, pattern, bias, grad_y = case.operands()
@@ -218,7 +247,13 @@ def _gradient_operands(case: LinearCase) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def check_norms(case: LinearCase) -> None:
-    """block_gradient_squared_norms, whole and by slices of block rows, against float64. Raises AssertionError."""
+    """block_gradient_squared_norms, whole and by slices of block rows, against float64. Raises AssertionError.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.testing import LinearCase, check_norms
+        >>> check_norms(LinearCase((48, 64), 16, torch.float32, batch=3, kind="none", activation="none", bias=False))
+    """
     b, u = case.block_size, unit_roundoff(torch.float32)
     x, grad_y, gradient, size = _gradient_operands(case)
     norms = functional.block_gradient_squared_norms(x, grad_y, b)
@@ -236,7 +271,14 @@ def check_norms(case: LinearCase) -> None:
 
 
 def check_candidates(case: LinearCase) -> None:
-    """candidate_gradients at unordered, repeated places against float64. Raises AssertionError."""
+    """candidate_gradients at unordered, repeated places against float64. Raises AssertionError.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.testing import LinearCase, check_candidates
+        >>> case = LinearCase((48, 64), 16, torch.float32, batch=3, kind="none", activation="none", bias=False)
+        >>> check_candidates(case)
+    """
     x, grad_y, gradient, size = _gradient_operands(case)
     generator = torch.Generator().manual_seed(case.seed)
     rows, cols = (torch.randint(n, (7,), generator=generator) for n in gradient.shape[:2])
@@ -246,10 +288,16 @@ def check_candidates(case: LinearCase) -> None:
 
 
 def self_test(block_sizes=BLOCK_SIZES, dtypes=DTYPES, shapes=SHAPES) -> int:
-    """Checks every operation on every case, with one thread and with two; returns how many cases ran.
+    """Checks every operation on every case, with one thread and with two in turns; returns how many cases ran.
 
     Raises:
         AssertionError: naming the case and the worst element.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.testing import self_test
+        >>> self_test([16], [torch.float32], [(48, 64)]) > 0   # whether this machine computes correctly
+        True
     """
     checked = 0
     threads = torch.get_num_threads()

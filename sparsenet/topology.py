@@ -50,7 +50,7 @@ class Topology:
     ) -> None:
         """Exchanges pattern, mask and the parameter's memory together: a forward pass sees all of them old or all new.
 
-        Graphs recorded before keep the old tensors, and their backward raises :class:`StaleTopologyError`.
+        Graphs recorded before keep the old tensors, and their backward raises ``StaleTopologyError``.
         """
         with native.storage_lock:
             registry.retire(self.pattern, self.label)
@@ -79,6 +79,16 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Gives a Parameter new memory, perhaps of another size.
 
     The optimizer, hooks and everybody else keep the same object.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.topology import replace_data
+        >>> parameter = torch.nn.Parameter(torch.ones(2, 3))
+        >>> loss = parameter.sum()   # a graph that still knows the old size
+        >>> replace_data(parameter, torch.ones(5, 3))
+        >>> parameter.sum().backward()
+        >>> parameter.grad.shape
+        torch.Size([5, 3])
     """
     with native.storage_lock:
         _exchange(parameter, data)

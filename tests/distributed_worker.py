@@ -73,6 +73,10 @@ def run(case, rank, world, checkpoint):
             model[1].set_pattern(sn.BlockPattern.random((64, 64), 0.4, 8))
         sn.distributed.assert_same_topology(model)
         return model
+    if kind == "alike":
+        model = make(seed=rank)
+        sn.distributed.synchronize(model)
+        return model
     if kind == "decision":
         model = make()
         sparsifier = sn.Sparsifier(model, None, sn.SET(0.3), every=2 + rank)

@@ -1,6 +1,5 @@
 """Distributions of a density over layers: hand-worked cases, properties, and every message."""
 
-import doctest
 import math
 import re
 
@@ -9,14 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsenet import densities
 from sparsenet.densities import DISTRIBUTIONS, block_places, distribute
 
 MLP = [(4096, 784), (4096, 4096), (10, 4096)]
-
-
-def test_docstring_examples_run():
-    assert doctest.testmod(densities).failed == 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_worker import make
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -40,6 +41,15 @@ def test_two_processes_train_as_one(case, tmp_path):
             assert torch.equal(two[0][key], one[key]), key
         else:
             torch.testing.assert_close(two[0][key], one[key], atol=2e-4, rtol=2e-3)
+
+
+def test_synchronize_gives_every_rank_the_network_of_rank_0(tmp_path):
+    codes, errors, (first, second) = launch("alike-x", 2, tmp_path)
+    assert codes == [0, 0], errors
+    expected = make(seed=0).state_dict()
+    assert not torch.equal(expected["1.bias"], make(seed=1).state_dict()["1.bias"]), "rank 1 began with another network"
+    for key in expected:
+        assert torch.equal(first[key], expected[key]) and torch.equal(second[key], expected[key]), key
 
 
 def test_a_diverged_topology_is_stopped_by_layer_name(tmp_path):

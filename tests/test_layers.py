@@ -57,6 +57,24 @@ def outside(layer):
     return dense_blocks(torch.ones(layer.pattern.shape), layer.pattern) == 0
 
 
+def by_hand(layer):
+    """The weight [out, in] put together block by block, with a loop and nothing of the library."""
+    (out, inputs), b = layer.pattern.shape, layer.block_size
+    whole = torch.zeros(out + b, inputs + b, dtype=layer.values.dtype)
+    row_of = [row for row, n in enumerate(layer.pattern.crow_indices.diff().tolist()) for _ in range(n)]
+    for row, col, block in zip(row_of, layer.pattern.col_indices.tolist(), layer.values.detach(), strict=True):
+        whole[row * b : (row + 1) * b, col * b : (col + 1) * b] = block
+    return whole[:out, :inputs]
+
+
+def by_hand_masked(layer, mask):
+    """The same, elements where ``mask`` [num_blocks, b, b] is False being zero."""
+    twin = SparseLinear(layer.in_features, layer.out_features, pattern=layer.pattern)
+    with torch.no_grad():
+        twin.values.copy_(torch.where(mask, layer.values, torch.zeros(())))
+    return by_hand(twin)
+
+
 def train(layer, optimizer, steps=3):
     for _ in range(steps):
         optimizer.zero_grad()
@@ -105,12 +123,15 @@ def test_pattern_wins_and_contradictions_raise():
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0), (1, 1), (784, 10), (33, 70)])
 def test_sizes_and_densities_at_the_edge(sizes, density):
     layer = SparseLinear(*sizes, density=density)
-    y = layer(torch.randn(4, sizes[0]))
+    x = torch.randn(4, sizes[0], requires_grad=True)
+    y = layer(x)
     y.sum().backward()
-    assert y.shape == (4, sizes[1]) and y.isfinite().all() and layer.values.grad.shape == layer.values.shape
-    torch.testing.assert_close(
-        y, nn.functional.linear(torch.randn(4, sizes[0]) * 0, layer.weight_dense(), layer.bias) if density == 0 else y
-    )
+    assert y.shape == (4, sizes[1]) and layer.values.grad.shape == layer.values.shape
+    weight = by_hand(layer)
+    assert weight.count_nonzero() == density * sizes[0] * sizes[1]
+    torch.testing.assert_close(y.detach(), x.detach() @ weight.T + layer.bias.detach())
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(4, -1))
+    torch.testing.assert_close(layer.bias.grad, torch.full((sizes[1],), 4.0))
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
@@ -133,8 +154,11 @@ def test_initial_variance_follows_the_active_fan_in(activation):
         inside = mine[~outside(layer)[layer.pattern.row_indices == row]]
         assert inside.var().item() == pytest.approx(expected, rel=0.1)
         assert inside.abs().max() <= (3 * expected) ** 0.5 * 1.0001
-    torch.testing.assert_close(layer.reset_parameters(), None)
-    assert layer.values[0].std() > 0
+    before = layer.values.detach().clone()
+    layer.reset_parameters()  # draws anew, by the same rule
+    assert not torch.equal(layer.values, before) and not layer.values[outside(layer)].any()
+    first = layer.values[layer.pattern.row_indices == 0][~outside(layer)[layer.pattern.row_indices == 0]]
+    assert first.var().item() == pytest.approx((2 if activation == "relu" else 1 / 3) / inputs[0], rel=0.1)
 
 
 def test_initial_variance_counts_masked_elements_out():
@@ -174,8 +198,40 @@ def test_same_as_dense():
     for activation, function in (("none", lambda z: z), ("gelu", nn.functional.gelu), ("silu", nn.functional.silu)):
         layer = SparseLinear(33, 47, density=0.5, block_size=16, activation=activation)
         x = torch.randn(5, 33)
-        torch.testing.assert_close(layer(x), function(nn.functional.linear(x, layer.weight_dense(), layer.bias)))
+        torch.testing.assert_close(layer(x), function(nn.functional.linear(x, by_hand(layer), layer.bias)))
+        torch.testing.assert_close(layer.weight_dense(), by_hand(layer))
         torch.testing.assert_close(layer(x), function(layer.to_linear()(x)))
+
+
+def test_blocks_by_hand():
+    """The helpers that other tests expect results with: a 3 x 5 matrix in blocks of 4 at places (0, 0) and (0, 1)."""
+    pattern = BlockPattern([0, 2], [0, 1], shape=(3, 5), block_size=4)
+    weight = torch.arange(1.0, 16.0).reshape(3, 5)
+    first = [[1, 2, 3, 4], [6, 7, 8, 9], [11, 12, 13, 14], [0, 0, 0, 0]]
+    second = [[5, 0, 0, 0], [10, 0, 0, 0], [15, 0, 0, 0], [0, 0, 0, 0]]
+    blocks = torch.tensor([first, second], dtype=torch.float32)
+    assert torch.equal(dense_blocks(weight, pattern), blocks)
+    assert torch.equal(take_blocks(blocks, torch.tensor([1, -1, 0]), 7.0)[[0, 2]], blocks[[1, 0]])
+    assert take_blocks(blocks, torch.tensor([1, -1, 0]), 7.0)[1].eq(7).all()
+    layer = SparseLinear(5, 3, pattern=pattern)
+    layer.set_pattern(pattern, values=blocks)
+    assert torch.equal(by_hand(layer), weight) and torch.equal(layer.weight_dense(), weight)
+    assert torch.equal(layer.to_linear().weight, weight) and layer.num_active == 15
+
+
+def test_a_layers_call_takes_the_pattern_and_the_mask_of_its_topology():
+    layer = SparseLinear(33, 47, density=0.5, block_size=16)
+    x = torch.randn(5, 33)
+    for mask in (None, torch.rand(layer.values.shape) < 0.5):
+        if mask is not None:
+            layer.set_pattern(layer.pattern, values=layer.values.detach(), element_mask=mask)
+            with torch.no_grad():
+                layer.values.add_(1.0)  # the mask holds between steps, too
+        weight = by_hand(layer) if mask is None else by_hand_masked(layer, mask)
+        y = sn.functional.layer_linear(x, layer.values, layer.topology, layer.bias, "relu")
+        torch.testing.assert_close(y, (x @ weight.T + layer.bias).relu())
+        grad = torch.autograd.grad(y.sum(), layer.bias)[0]
+        assert grad.tolist() == (y > 0).sum(0).tolist()
 
 
 def test_weight_dense_is_differentiable():
@@ -567,7 +623,7 @@ def test_autocast():
         assert y.dtype == dense.dtype == torch.bfloat16
         assert layer.double()(x.double()).dtype == torch.float64
     layer.float()
-    torch.testing.assert_close(y.float(), layer(x), rtol=0.02, atol=0.03)
+    torch.testing.assert_close(y.float(), nn.functional.linear(x, by_hand(layer), layer.bias), rtol=0.02, atol=0.03)
     y.float().sum().backward()
     assert layer.values.grad.dtype == x.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
@@ -641,8 +697,13 @@ def test_sparsify_keeps_the_largest_blocks(distribution):
     blocks = sum(m.pattern.num_blocks for m in (model[0], model[2]))
     assert blocks == round(0.25 * (16 * 32 + 32 * 4))
     for layer, weight in zip((model[0], model[2]), weights, strict=True):
-        assert layer.pattern == BlockPattern.from_dense(weight, layer.density, 16)
-        assert torch.equal(layer.values.detach(), dense_blocks(weight, layer.pattern))
+        out, inputs = weight.shape
+        norms = weight.reshape(out // 16, 16, inputs // 16, 16).square().sum((1, 3)).flatten()
+        largest = norms.topk(layer.pattern.num_blocks).indices.sort().values
+        assert torch.equal(layer.pattern.linear_places().long(), largest)
+        active = torch.zeros_like(norms).index_fill_(0, largest, 1.0).reshape(out // 16, inputs // 16)
+        kept = weight * active.repeat_interleave(16, 0).repeat_interleave(16, 1)
+        assert torch.equal(by_hand(layer), kept)
 
 
 def test_sparsify_a_single_linear_and_a_filter():
@@ -781,6 +842,10 @@ def test_two_threads_on_one_layer():
     layer = SparseLinear(200, 150, density=0.3, block_size=16, activation="gelu")
     inputs = [torch.randn(40, 200, requires_grad=True) for _ in range(2)]
     expected = [(layer(x).detach(), torch.autograd.grad(layer(x).sum(), x)[0]) for x in inputs]
+    for x, (y, grad) in zip(inputs, expected, strict=True):  # one thread computes what a dense layer does
+        dense = nn.functional.gelu(nn.functional.linear(x, by_hand(layer), layer.bias))
+        torch.testing.assert_close(y, dense.detach())
+        torch.testing.assert_close(grad, torch.autograd.grad(dense.sum(), x)[0])
 
     def work(i):
         for _ in range(150):
@@ -809,6 +874,7 @@ def test_forward_while_another_thread_rewires(grad, masked, same_number):
     for s in states:
         layer.set_pattern(*s)
         results.append(layer(x).detach())
+        torch.testing.assert_close(results[-1], x @ by_hand(layer).T)
     done, seen = threading.Event(), [0, 0]
 
     def rewire():

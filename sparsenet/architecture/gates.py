@@ -350,12 +350,25 @@ def _clip(layer: TriStateReLU) -> None:
 
 
 def gated_layers(model: nn.Module) -> dict[str, TriStateReLU]:
-    """The TriStateReLU layers of ``model`` by name, each once, in module order."""
+    """The TriStateReLU layers of ``model`` by name, each once, in module order.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), sn.TriStateReLU(16), torch.nn.Linear(16, 2))
+        >>> list(sn.architecture.gates.gated_layers(model))
+        ['1']
+    """
     return {name: m for name, m in model.named_modules() if isinstance(m, TriStateReLU)}
 
 
 def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """All learnable gates of ``model``."""
+    """All learnable gates of ``model``.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> [tuple(gate.shape) for gate in sn.architecture.gates.gate_parameters(sn.TriStateReLU(16))]
+        [(16,), ()]
+    """
     for layer in gated_layers(model).values():
         yield from (p for p in (layer.width_gate, layer.depth_gate) if p.requires_grad)
 
@@ -378,7 +391,17 @@ def parameter_groups(model: nn.Module, gate_lr: float, **gate_options) -> list[d
 
 
 def clip_gates_(model: nn.Module) -> None:
-    """Brings the gates of ``model`` back into their range; done already after every ``torch.optim`` step."""
+    """Brings the gates of ``model`` back into their range; done already after every ``torch.optim`` step.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> act = sn.TriStateReLU(3, width_start=torch.tensor([0.2, 0.6, 1.0]))
+        >>> with torch.no_grad():
+        ...     _ = act.width_gate.add_(0.3)
+        >>> sn.architecture.gates.clip_gates_(act)
+        >>> [round(gate, 3) for gate in act.width_gate.tolist()]
+        [0.5, 0.9, 1.0]
+    """
     for layer in gated_layers(model).values():
         _clip(layer)
 
@@ -397,6 +420,14 @@ def close_gates_(model: nn.Module, *, share: float | None = None, below: float |
 
     Raises:
         ValueError: neither or both given, or out of range; no gate learns.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> act = sn.TriStateReLU(4, gates="slimming", width_start=torch.tensor([0.1, 0.9, 0.2, 0.8]))
+        >>> sn.architecture.gates.close_gates_(act, share=0.5)
+        2
+        >>> act(torch.ones(1, 4)).detach()
+        tensor([[0.0000, 0.9000, 0.0000, 0.8000]])
     """
     if (share is None) == (below is None):
         raise ValueError(f"close_gates_: give share or below, one of the two, got share={share!r}, below={below!r}")
@@ -445,6 +476,12 @@ def penalty_strengths(
 
     Raises:
         ValueError: a strength is negative or not finite at ``step``.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> strengths = sn.architecture.gates.penalty_strengths(sn.TriStateReLU(570), lambda_3=4e-5)
+        >>> [float(f"{strength:.3g}") for strength in strengths]
+        [0.0001, 1e-05, 4e-05, 4e-06]
     """
     if lambda_3 is None:
         units = sum(layer.num_features for layer in gated_layers(model).values())
@@ -483,6 +520,12 @@ def architecture_penalty(
         ValueError: the model has no TriStateReLU, or a strength is negative or not finite.
 
     Source: Srinivas & Babu (BMVC 2016), equations 3.4 and 3.5.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> act = sn.TriStateReLU(4, depth=False, width_start=torch.tensor([0.0, 0.5, 1.0, 1.0]))
+        >>> round(sn.architecture_penalty(act, lambda_3=0.1, lambda_1=1.0).item(), 4)   # 1.0 * 0.25 + 0.1 * 2.5
+        0.5
     """
     layers = gated_layers(model)
     if not layers:

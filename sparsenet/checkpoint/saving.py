@@ -198,6 +198,15 @@ def load(
     Raises:
         FileNotFoundError: no such file. ValueError: a file that is damaged, no safetensors file (a pickle is never
         read), of a newer format, with indices out of range, or that does not fit; nothing has been changed then.
+
+    Example:
+        >>> import tempfile, torch, sparsenet as sn
+        >>> saved, fresh = (sn.SparseMLP([64, 128, 10], density=d, block_size=16) for d in (0.5, 0.1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sn.save(f"{folder}/a.safetensors", saved, extra={"note": "ours"})
+        ...     checkpoint = sn.load(f"{folder}/a.safetensors", fresh)
+        >>> checkpoint.extra, fresh[0].pattern == saved[0].pattern, torch.equal(fresh[0].values, saved[0].values)
+        ({'note': 'ours'}, True, True)
     """
     model = unwrap(model)
     with CheckpointFile(path) as file:
@@ -221,7 +230,16 @@ def load(
 
 
 def describe(path: str | Path) -> FileContents:
-    """What a checkpoint holds, read from its header; raises as :func:`load`."""
+    """What a checkpoint holds, read from its header; raises as :func:`load`.
+
+    Example:
+        >>> import tempfile, sparsenet as sn
+        >>> from sparsenet.checkpoint import describe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sn.save(f"{folder}/a.safetensors", sn.SparseMLP([64, 128, 10], density=0.5), step=7)
+        ...     describe(f"{folder}/a.safetensors").step
+        7
+    """
     with CheckpointFile(path) as file:
         header = file.header
         return FileContents(

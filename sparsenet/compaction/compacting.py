@@ -3,10 +3,11 @@
 A unit is dead when nothing reads it (all outgoing weights are zero or inactive, or only dead units read it), when it is
 constant (its gate is closed, or all it reads is zero or constant) and whoever reads it can take the constant into a
 bias, or when a criterion says so. What is left computes the same function, with the same Parameter objects and the
-same optimizer, and training goes on as that of the whole network with those units frozen dead would.
+same optimizer. Training continues as if the removed units were still present but frozen at zero.
 
-Three steps, and nothing changes before the last: :class:`~sparsenet.dependency_graph.UnitGraph` names the units,
-:func:`plan` decides who stays and in which order, and prepares every new tensor, and then all are put in place.
+:func:`compact` takes four steps, and nothing changes before the last: a
+:class:`~sparsenet.compaction.graph.UnitGraph` finds the units, the dead ones are chosen, ``prepare_stage`` (moves.py)
+makes every new tensor, and then all new tensors are put in place.
 """
 
 from __future__ import annotations
@@ -119,10 +120,10 @@ def compact(
         model: any module whose forward ``torch.fx`` can trace. Parameters stay the same objects.
         optimizer: whose state goes along (one or several).
         criterion: more units to remove: called with a :class:`UnitView` of each layer, says which (bool [units]). See
-            :mod:`sparsenet.unit_criteria`. ``remove``: layer name -> units.
+            :mod:`sparsenet.compaction.criteria`. ``remove``: layer name -> units.
         spare: gate name -> units whose closed gate does not count: they may open again.
         copies: models of the same structure (an EMA, a best-so-far) that lose the same units.
-        sparsifier: the :class:`Sparsifier` of this model, to learn of the new patterns.
+        sparsifier: the :class:`~sparsenet.Sparsifier` of this model, to learn of the new patterns.
         opaque: names of modules to leave whole; the units they read stay.
         zeros: whether weights that are exactly zero count as absent. Off, a unit is dead only by its gate, by inactive
             blocks or by a criterion: layers that start at zero and blocks just grown are then safe.

@@ -87,7 +87,16 @@ class UnitView:
 
 
 def unit_views(graph: UnitGraph) -> dict[str, UnitView]:
-    """A view of each layer that makes units, by name."""
+    """A view of each layer that makes units, by name.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.compaction.criteria import unit_views
+        >>> from sparsenet.compaction.graph import UnitGraph
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> {name: view.num_units for name, view in unit_views(UnitGraph(model)).items()}
+        {'0': 32, '2': 2}
+    """
     pinned = torch.zeros(len(graph.classes), dtype=torch.bool)
     if graph.pins:
         pinned[torch.tensor(list(graph.pins))] = True
@@ -131,6 +140,14 @@ class Magnitude:
     """Removes the ``share`` of each layer's units with the smallest norm of incoming times outgoing weights.
 
     ``group``: so many neighbours go together; the block size, where block-sparse layers shall lose whole blocks.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.compaction.criteria import Magnitude
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> _ = sn.compact(model, criterion=Magnitude(0.25))
+        >>> model[0].out_features
+        24
     """
 
     share: float
@@ -148,6 +165,16 @@ class RarelyActive:
     Attributes:
         batches: a list of inputs, or of (input, target).
         above: units zero in more than this share of cases; None: more than the layer's mean plus one deviation.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.compaction.criteria import RarelyActive
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> with torch.no_grad():
+        ...     _ = model[0].bias[:4].fill_(-100.0)   # these units are zero for all inputs here
+        >>> _ = sn.compact(model, criterion=RarelyActive([torch.randn(64, 8)], above=0.99))
+        >>> model[0].out_features
+        28
     """
 
     batches: Batches
@@ -169,6 +196,15 @@ class Taylor:
     Attributes:
         batches: a list of (input, target). loss: ``loss(output, target)``. share: of each layer's units.
         group: so many neighbours go together, as for :class:`Magnitude`.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.compaction.criteria import Taylor
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> batches = [(torch.randn(64, 8), torch.randint(2, (64,)))]
+        >>> _ = sn.compact(model, criterion=Taylor(batches, torch.nn.functional.cross_entropy, share=0.5))
+        >>> model[0].out_features
+        16
     """
 
     batches: Batches

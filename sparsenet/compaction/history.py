@@ -14,7 +14,7 @@ class Interval:
     Attributes:
         begin, end: steps; begin < step <= end.
         units: outputs of every layer with weights, by its name.
-        parameters, bytes: of the model and its optimizer as in :class:`CompactionReport`, before anything left.
+        parameters, bytes: of the model and its optimizer as in a ``CompactionReport``, before anything left.
         seconds_per_step: the median, from one call of ``step`` to the next.
         removed: units that left at the end. folded: layers that merged there.
         check_seconds: what the check took, removing included.

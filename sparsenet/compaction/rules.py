@@ -58,7 +58,7 @@ class Shape:
 
 
 class Graph(Protocol):
-    """What rules do to the graph they are walked by; see :class:`sparsenet.dependency_graph.UnitGraph`."""
+    """What rules do to the graph they are walked by; see :class:`sparsenet.compaction.graph.UnitGraph`."""
 
     model: nn.Module
     inference: bool

@@ -26,6 +26,13 @@ def augment(x: Tensor, shape: Sequence[int], flip: bool, shift: int, generator: 
 
     Raises:
         ValueError: ``shape`` has no height and width.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.data import augment
+        >>> x = torch.rand(32, 784)
+        >>> augment(x, (28, 28), flip=True, shift=2, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([32, 784])
     """
     if len(shape) < 2:
         raise ValueError(f"augment: shape must be of images (..., height, width), got {tuple(shape)}")

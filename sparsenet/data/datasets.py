@@ -66,6 +66,13 @@ class Dataset:
 
     ``train_x``, ``test_x``: uint8 or float32 [n, features...]; ``train_y``, ``test_y``: int64 [n], in [0, num_classes).
     ``source`` says where it came from. Raises ValueError or TypeError when that is not so.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.data import Dataset
+        >>> x, y = torch.randn(10, 4), torch.arange(10) % 2
+        >>> Dataset("ours", x[:8], y[:8], x[8:], y[8:], num_classes=2, source="drawn at random").train_x.shape
+        torch.Size([8, 4])
     """
 
     name: str
@@ -97,6 +104,14 @@ def validate_labels(y: Tensor, num_classes: int | None = None, *, name: str = "l
     """Refuse labels that nothing can be learned from: int64 [n], in [0, num_classes), ``min_classes`` different ones.
 
     Raises TypeError for another dtype or shape; ValueError for NaN, a label out of range, or too few classes.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.data import validate_labels
+        >>> validate_labels(torch.tensor([0, 1, 2, 1]), num_classes=3)
+        >>> validate_labels(torch.tensor([0, 1, 3]), num_classes=3)
+        Traceback (most recent call last):
+        ValueError: validate_labels: labels must be in [0, 3), got 3
     """
     if y.is_floating_point() and bool(y.isnan().any()):
         raise ValueError(f"validate_labels: {name} must be class indices, got nan at {int(y.isnan().nonzero()[0, 0])}")
@@ -246,6 +261,16 @@ def load(name_or_path: str | Path = "fashion-mnist", *, download: bool = True, f
     with one warning that says why. A path is a ``.npz`` or ``.csv`` file, or a folder of IDX files, CIFAR binary files,
     ``train.csv`` and ``test.csv``, or one ``.npz``. Without a test set, always the same stratified fifth becomes one.
     Raises FileNotFoundError when nothing is found; ValueError or TypeError, naming the file, for bad data.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from sparsenet.data import load
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/ours.npz", x=np.random.rand(20, 4), y=np.arange(20) % 2)
+        ...     data = load(f"{folder}/ours.npz")
+        >>> data.num_classes, len(data.train_y), len(data.test_y)
+        (2, 16, 4)
     """
     name = str(name_or_path).lower().replace("_", "-")
     if name == "digits":
@@ -357,7 +382,16 @@ def _digits() -> Dataset:
 
 @dataclass(frozen=True, eq=False)
 class Normalization:
-    """Maps x to (x - mean) / std; both are float32 [1] or [features of a flattened example], of a training set."""
+    """Maps x to (x - mean) / std; both are float32 [1] or [features of a flattened example], of a training set.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.data import Normalization, batches
+        >>> normalization = Normalization(mean=torch.tensor([2.0]), std=torch.tensor([4.0]))
+        >>> x, _ = next(batches(torch.tensor([[2.0], [6.0]]), torch.tensor([0, 1]), 2, normalization=normalization))
+        >>> x.flatten()
+        tensor([0., 1.])
+    """
 
     mean: Tensor
     std: Tensor
@@ -406,6 +440,13 @@ def batches(
     smaller, or left out with ``drop_last``. ``shuffle`` draws the order from ``generator`` (None: torch's own) at the
     call. ``indices``: int64 rows to use instead of all, as ``split`` returns them. To resume inside an epoch, set the
     generator as it was at its start and skip by ``itertools.islice``. Raises TypeError or ValueError at the call.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.data import batches
+        >>> x, y = torch.arange(10, dtype=torch.uint8).reshape(5, 2), torch.arange(5)
+        >>> [(tuple(a.shape), a.dtype, b.tolist()) for a, b in batches(x, y, batch_size=2)][-1]
+        ((1, 2), torch.float32, [4])
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batches: batch_size must be an integer >= 1, got {batch_size!r}")
@@ -436,6 +477,14 @@ def split(y: Tensor, fraction: float, *, seed: int = 0, stratified: bool = True)
 
     ``stratified`` holds out ``round(fraction * count)`` of every class, but never all of a class; else ``fraction`` of
     all rows whatever their labels. Raises ValueError unless 0 < fraction < 1, and when no row would be held out.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.data import split
+        >>> y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+        >>> kept, held_out = split(y, 0.25)
+        >>> len(kept), y[held_out].tolist()   # one of every class
+        (6, [0, 1])
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f"split: fraction must be a number in (0, 1), got {fraction!r}")

@@ -15,7 +15,13 @@ __all__ = ["Evaluation", "Examples", "evaluate"]
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Examples in memory: ``x`` uint8 or float32 [n, features...], ``y`` int64 [n]; ``indices`` [m] picks rows."""
+    """Examples in memory: ``x`` uint8 or float32 [n, features...], ``y`` int64 [n]; ``indices`` [m] picks rows.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> sn.Examples(torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1]), indices=torch.tensor([0, 1, 2])).x.shape
+        torch.Size([6, 4])
+    """
 
     x: Tensor
     y: Tensor

@@ -269,6 +269,13 @@ def layer_linear(x: Tensor, values: Tensor, topology, bias: Tensor | None, activ
 
     Another thread may rewire the layer meanwhile: pattern, mask and memory are exchanged together, and are taken
     together here.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> layer, x = sn.SparseLinear(64, 48, density=0.5, block_size=16), torch.randn(3, 64)
+        >>> y = sn.functional.layer_linear(x, layer.values, layer.topology, layer.bias, "none")
+        >>> torch.equal(y, sn.functional.block_sparse_linear(x, layer.values, layer.pattern, layer.bias))
+        True
     """
     if torch.compiler.is_compiling():
         values = values if topology.element_mask is None else values * topology.element_mask

@@ -68,7 +68,14 @@ def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tenso
 
 
 def row_order(rows: Tensor, cols: Tensor) -> Tensor:
-    """int64 permutation that sorts places (block row, block column) by row, then column; equal places are refused."""
+    """int64 permutation that sorts places (block row, block column) by row, then column; equal places are refused.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.functional import row_order
+        >>> row_order(torch.tensor([1, 0, 1]), torch.tensor([0, 3, 2]))   # places (0, 3), (1, 0), (1, 2)
+        tensor([1, 0, 2])
+    """
     if rows.dim() != 1 or rows.shape != cols.shape:
         raise ValueError(f"row_order: rows and cols must be of one length, got {list(rows.shape)}, {list(cols.shape)}")
     for t in (rows, cols):
@@ -79,7 +86,16 @@ def row_order(rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
-    """int64 [k], ascending: where the k smallest or largest scores are; ties go to the smaller index, NaN refused."""
+    """int64 [k], ascending: where the k smallest or largest scores are; ties go to the smaller index, NaN refused.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.functional import select_extreme
+        >>> select_extreme(torch.tensor([0.5, 2.0, 2.0, 1.0]), k=2, largest=True)
+        tensor([1, 2])
+        >>> select_extreme(torch.tensor([0.5, 2.0, 2.0, 1.0]), k=3, largest=False)   # ties: smaller index
+        tensor([0, 1, 3])
+    """
     if scores.dtype == torch.float64:  # float32 would make ties of close scores: pass their ranks on
         unique, ranks = scores.unique(return_inverse=True)
         scores = torch.where(scores.isnan(), torch.nan, ranks) if len(unique) < 2**24 else scores

@@ -10,7 +10,14 @@ __all__ = ["build_info"]
 
 
 def build_info() -> dict:
-    """Version, instruction set in use and available, CUDA architectures built, torch and CUDA seen, threads."""
+    """Version, instruction set in use and available, CUDA architectures built, torch and CUDA seen, threads.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> info = sn.build_info()
+        >>> info["version"] == sn.__version__, info["threads"] >= 1
+        (True, True)
+    """
     return {
         **native_build_info(),
         "torch": torch.__version__,

@@ -29,6 +29,12 @@ def block_gradient_squared_norms(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> x, grad_output = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0, 3.0]])
+        >>> sn.functional.block_gradient_squared_norms(x, grad_output, block_size=4)   # (1 + 9) (1 + 4)
+        tensor([[50.]])
     """
     name = "block_gradient_squared_norms"
     x, grad_output = check_gradient_operands(name, x, grad_output, block_size)
@@ -62,6 +68,14 @@ def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tens
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or indices do not fit.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> x, grad_output = torch.randn(3, 8), torch.randn(3, 8)
+        >>> rows, cols = torch.tensor([1]), torch.tensor([0])
+        >>> block = sn.functional.candidate_gradients(x, grad_output, rows, cols, block_size=4)
+        >>> torch.allclose(block[0], (grad_output.T @ x)[4:8, 0:4], atol=1e-5)
+        True
     """
     name = "candidate_gradients"
     x, grad_output = check_gradient_operands(name, x, grad_output, block_size)

@@ -95,7 +95,13 @@ def packed(t: Tensor) -> Tensor:
 
 
 def native_build_info() -> dict:
-    """What the native module says of itself: version, instruction sets, CUDA architectures, compiler."""
+    """What the native module says of itself: version, instruction sets, CUDA architectures, compiler.
+
+    Example:
+        >>> from sparsenet.functional import native_build_info
+        >>> "version" in native_build_info()
+        True
+    """
     info = dict(_C.build_info())
     info["cuda_archs"] = info["cuda_archs"].split() if info["cuda_archs"] else []
     info["cuda_device"] = None if _cuda_ops is None else _cuda_ops.device_info()
@@ -105,7 +111,17 @@ def native_build_info() -> dict:
 def linear_workspace(
     dtype: torch.dtype, shape: tuple[int, int], block_size: int, num_blocks: int, batch: int, threads: int
 ) -> list[int]:
-    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; calls share buffers."""
+    """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; calls share buffers.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.functional import linear_workspace
+        >>> small, large = (
+        ...     sum(linear_workspace(torch.float32, (512, 512), 32, 64, batch, threads=1)) for batch in (64, 512)
+        ... )
+        >>> 0 < small <= large
+        True
+    """
     out_features, in_features = shape
     x = (0, batch, in_features, in_features)
     return _C.linear_workspace((DTYPES[dtype], 0, threads), x, out_features, num_blocks, block_size)
@@ -114,17 +130,38 @@ def linear_workspace(
 def norms_workspace(
     dtype: torch.dtype, shape: tuple[int, int], block_size: int, batch: int, block_rows: int, threads: int
 ) -> list[int]:
-    """The same of :func:`block_gradient_squared_norms` for ``block_rows`` block rows of a layer [out, in]."""
+    """The same of ``block_gradient_squared_norms`` for ``block_rows`` block rows of a layer [out, in].
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.functional import norms_workspace
+        >>> sum(norms_workspace(torch.float32, (512, 512), 32, batch=64, block_rows=16, threads=1)) > 0
+        True
+    """
     out_features, in_features = shape
     operands = ((0, batch, features, features) for features in (in_features, out_features))
     return _C.norms_workspace((DTYPES[dtype], block_size, threads), *operands, (0, block_rows))
 
 
 def workspace_bytes() -> int:
-    """Bytes of scratch memory the CPU kernels hold, of all threads."""
+    """Bytes of scratch memory the CPU kernels hold, of all threads.
+
+    Example:
+        >>> from sparsenet.functional import workspace_bytes
+        >>> workspace_bytes() >= 0
+        True
+    """
     return _C.workspace_bytes()
 
 
 def trim_workspace() -> None:
-    """Gives back the scratch memory that the calling thread keeps for its next call."""
+    """Gives back the scratch memory that the calling thread keeps for its next call.
+
+    Example:
+        >>> from sparsenet.functional import trim_workspace, workspace_bytes
+        >>> before = workspace_bytes()
+        >>> trim_workspace()
+        >>> workspace_bytes() <= before
+        True
+    """
     _C.trim_workspace()

@@ -107,7 +107,13 @@ def release_freed_memory() -> bool:
 
 
 def available_bytes() -> int:
-    """Memory that can still be used without swapping, in bytes."""
+    """Memory that can still be used without swapping, in bytes.
+
+    Example:
+        >>> from sparsenet.memory import available_bytes
+        >>> available_bytes() > 0
+        True
+    """
     try:
         return int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):

@@ -33,6 +33,11 @@ def load_pyplot() -> Any:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; says how to install it.
+
+    Example:
+        >>> from sparsenet.plotting import load_pyplot
+        >>> load_pyplot().__name__
+        'matplotlib.pyplot'
     """
     try:
         import matplotlib
@@ -46,12 +51,31 @@ def load_pyplot() -> Any:
 
 
 def new_axes(width: float = 6.4, height: float = 4.0, **options: Any) -> tuple[Any, Any]:
-    """A figure of ``width`` x ``height`` inches and its axes; ``options`` are those of ``pyplot.subplots``."""
+    """A figure of ``width`` x ``height`` inches and its axes; ``options`` are those of ``pyplot.subplots``.
+
+    Example:
+        >>> from sparsenet.plotting import load_pyplot, new_axes
+        >>> figure, axes = new_axes(6.0, 3.0, ncols=2)
+        >>> figure.get_size_inches().tolist(), len(axes)
+        ([6.0, 3.0], 2)
+        >>> load_pyplot().close(figure)
+    """
     return load_pyplot().subplots(figsize=(width, height), **options)
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Writes a PNG, whole or not at all, makes its folder if need be, closes the figure, and returns ``path``."""
+    """Writes a PNG, whole or not at all, makes its folder if need be, closes the figure, and returns ``path``.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparsenet.plotting import COLOURS, new_axes, save_figure
+        >>> figure, axes = new_axes()
+        >>> _ = axes.plot([1, 2, 3], color=COLOURS[0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_figure(figure, Path(folder, "plots", "line.png")).read_bytes()[1:4]
+        b'PNG'
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda part: figure.savefig(part, format="png", dpi=_DOTS_PER_INCH))
     load_pyplot().close(figure)

@@ -13,7 +13,18 @@ _LARGEST_SHARE = 0.05  # of the blocks, at one of 30 rewires of a cubic schedule
 
 @dataclass(frozen=True)
 class GMP(Policy):
-    """Gradual magnitude pruning (Zhu & Gupta, 2017): drops the smallest as the Sparsifier's density schedule falls."""
+    """Gradual magnitude pruning (Zhu & Gupta, 2017): drops the smallest as the Sparsifier's density schedule falls.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 64], density=1.0, block_size=8)
+        >>> schedule = sn.Cubic(1.0, 0.25, steps=4)
+        >>> sparsifier = sn.Sparsifier(model, None, sn.GMP(), density=schedule, every=1)
+        >>> for _ in range(4):
+        ...     update = sparsifier.step()
+        >>> model[0].density, model[1].density
+        (0.25, 0.25)
+    """
 
     drop_fraction: float | Schedule = 0.0
     exchanges = False

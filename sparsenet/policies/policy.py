@@ -48,6 +48,18 @@ class Policy:
         needs_gradient: whether ``grow_scores`` reads ``layer.gradient_squared_norms``; it then runs in backward.
         exchanges: whether blocks are exchanged at rewires, by ``drop_fraction``.
         follows_density: whether the Sparsifier must have a density schedule for the policy to do anything.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> class LargestWeight(sn.Policy):
+        ...     def drop_scores(self, layer):
+        ...         return layer.values.detach().abs().flatten(1).amax(1).float()
+        ...
+        ...     def grow_scores(self, layer, places):
+        ...         return layer.random(places)
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> sn.Sparsifier(model, None, LargestWeight(drop_fraction=0.25), every=1).step().grown > 0
+        True
     """
 
     drop_fraction: float | Schedule = 0.3
@@ -89,7 +101,14 @@ class Policy:
 
 
 def block_squared_norms(values: Tensor) -> Tensor:
-    """float32 [num_blocks]: squared Frobenius norms of ``values`` [num_blocks, b, b]."""
+    """float32 [num_blocks]: squared Frobenius norms of ``values`` [num_blocks, b, b].
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.policies import block_squared_norms
+        >>> block_squared_norms(torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]))
+        tensor([25.,  4.])
+    """
     flat = values.detach().flatten(1)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()

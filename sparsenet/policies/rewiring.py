@@ -13,7 +13,15 @@ __all__ = ["SET", "RigL", "Static"]
 
 @dataclass(frozen=True)
 class Static(Policy):
-    """The pattern never changes."""
+    """The pattern never changes.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> update = sn.Sparsifier(model, None, sn.Static(), every=1).step()
+        >>> update is None or (update.dropped, update.grown) == (0, 0)
+        True
+    """
 
     drop_fraction: float | Schedule = 0.0
     exchanges = False
@@ -21,7 +29,15 @@ class Static(Policy):
 
 @dataclass(frozen=True)
 class SET(Policy):
-    """Drops the smallest, grows at random. Sparse Evolutionary Training (Mocanu et al., 2018)."""
+    """Drops the smallest, grows at random. Sparse Evolutionary Training (Mocanu et al., 2018).
+
+    Example:
+        >>> import sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> update = sn.Sparsifier(model, None, sn.SET(drop_fraction=0.25), every=1).step()
+        >>> update.dropped == update.grown > 0
+        True
+    """
 
     def grow_scores(self, layer: LayerView, places: Tensor) -> Tensor:
         """Random numbers."""
@@ -33,6 +49,15 @@ class RigL(Policy):
     """Drops the smallest, grows where the dense gradient is largest. RigL (Evci et al., 2020), by blocks.
 
     The dense gradient is never stored: only the norms of its blocks, made in the layer's own backward.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
+        >>> sparsifier = sn.Sparsifier(model, None, sn.RigL(drop_fraction=0.25), every=1)
+        >>> model(torch.randn(16, 64)).square().sum().backward()  # the growth scores come from this backward
+        >>> update = sparsifier.step()
+        >>> update.dropped == update.grown > 0
+        True
     """
 
     needs_gradient = True

@@ -38,7 +38,7 @@ class FitResult:
 
     ``steps``: taken in all, with those before a resume; ``seconds``: spent on them, rewires included, evaluation and
     saving not; ``seconds_per_step``: their mean over the steps of this process. ``interrupted``: by Ctrl-C or SIGTERM.
-    ``peak_bytes``, ``peak_phases``, ``peak_method``: as in :class:`sparsenet.memory.PeakMemory`.
+    ``peak_bytes``, ``peak_phases``, ``peak_method``: as in :class:`sparsenet.memory.budget.PeakMemory`.
     """
 
     steps: int

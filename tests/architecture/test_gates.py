@@ -1,7 +1,6 @@
 """Tri-state ReLU and its relatives: values and gradients by hand, the penalty's geometry, clipping, every message."""
 
 import copy
-import doctest
 import gc
 import pickle
 import re
@@ -12,7 +11,6 @@ from torch import nn
 
 import sparsenet as sn
 from sparsenet import after_step
-from sparsenet.architecture import gates
 from sparsenet.architecture.gates import (
     GATES,
     HardConcreteGate,
@@ -25,11 +23,6 @@ from sparsenet.architecture.gates import (
     parameter_groups,
     penalty_strengths,
 )
-
-
-def test_docstring_examples_run():
-    assert doctest.testmod(gates).failed == 0
-
 
 # --- the unit -------------------------------------------------------------------------------------------------------
 

@@ -41,11 +41,11 @@ def test_pages_are_what_the_results_say(tables, capsys):
 
 
 def test_a_stale_page_is_found_and_written_anew(tables, tmp_path, monkeypatch, capsys):
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/results").mkdir(parents=True)
     stale = "a\n<!-- performance: begin -->\nold\n<!-- performance: end -->\nb\n"
     demo = "<!-- demo: begin -->\n<!-- demo: end -->\n"
     (tmp_path / "README.md").write_text(stale + demo)
-    (tmp_path / "docs/benchmarks.md").write_text(stale)
+    (tmp_path / "docs/results/benchmarks.md").write_text(stale)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.main(["--check"]) == 1 and "README.md, benchmarks.md" in capsys.readouterr().err

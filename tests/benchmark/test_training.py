@@ -161,10 +161,3 @@ def test_a_bench_file_is_driven_by_pytest_benchmark(tmp_path):
     for bench, row in zip(theirs, rows, strict=True):
         assert bench["extra_info"]["overhead_us"] == pytest.approx(row.metrics["overhead_us"], rel=1e-4)
         assert bench["stats"]["rounds"] == row.rounds
-
-
-@pytest.mark.parametrize(
-    "stem", ["block_sparse_linear", "block_gradient_squared_norms", "block_pattern", "compact_blocks"]
-)
-def test_every_operation_has_a_bench_file(stem):
-    assert (ROOT / "bench" / f"bench_{stem}.py").is_file()

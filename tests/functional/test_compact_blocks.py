@@ -1,6 +1,5 @@
 """compact_blocks: rows and columns gathered into another pattern, bit for bit, against the reference and by hand."""
 
-import doctest
 import re
 
 import pytest
@@ -27,13 +26,6 @@ def dense(values, pattern):
     out[pattern.row_indices.long(), pattern.col_indices.long()] = values
     out = out.permute(0, 2, 1, 3).reshape(pattern.block_rows * b, pattern.block_cols * b)
     return out[: pattern.shape[0], : pattern.shape[1]]
-
-
-def test_docstring_example_runs():
-    runner = doctest.DocTestRunner()
-    for example in doctest.DocTestFinder().find(functional.compact_blocks, "compact_blocks"):
-        runner.run(example)
-    assert runner.summarize().failed == 0
 
 
 def test_by_hand():

@@ -103,4 +103,4 @@ def test_data_are_shrunk(monkeypatch):
 def test_the_page_shows_the_results_that_are_kept():
     root = Path(__file__).resolve().parents[2]
     tables = density_tables.tables(reproduce_parts.read_results(root / "bench/results/reproduce_density.json"))
-    assert tables in (root / "docs/methods/density_search.md").read_text()
+    assert tables in (root / "docs/results/density_search.md").read_text()

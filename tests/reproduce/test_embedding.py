@@ -60,4 +60,4 @@ def test_no_parts_no_tables():
 def test_the_page_shows_the_results_that_are_kept():
     root = Path(__file__).resolve().parents[2]
     tables = embedding_tables.tables(reproduce_parts.read_results(root / "bench/results/reproduce_embedding.json"))
-    assert tables in (root / "docs/methods/embedding.md").read_text()
+    assert tables in (root / "docs/results/embedding.md").read_text()

@@ -219,4 +219,4 @@ def test_cells_times_are_summed_however_deep():
 def test_the_page_shows_the_results_that_are_kept():
     root = Path(__file__).resolve().parents[2]
     tables = gate_tables.tables(reproduce_parts.read_results(root / "bench/results/reproduce_gates.json"))
-    assert tables in (root / "docs/methods/gates.md").read_text()
+    assert tables in (root / "docs/results/gates.md").read_text()

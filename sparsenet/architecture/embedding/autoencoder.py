@@ -51,6 +51,14 @@ class AutoencoderConfig:
         seed: of weights, teachers and points.
 
     Raises ValueError for an unknown encoder or decoder or a number out of range.
+
+    Example:
+        >>> from sparsenet.architecture.embedding import AutoencoderConfig, NetworkSpace
+        >>> AutoencoderConfig(NetworkSpace(inputs=2, activation="sigmoid"), steps=2000).space.activation
+        'sigmoid'
+        >>> AutoencoderConfig(encoder="perceptron")
+        Traceback (most recent call last):
+        ValueError: AutoencoderConfig: encoder must be one of probe, conv, graph, transformer, got 'perceptron'
     """
 
     space: NetworkSpace = field(default_factory=NetworkSpace)
@@ -170,6 +178,14 @@ def train_autoencoder(
     """Trains on teachers drawn on the fly; ``report(step, loss, seconds)`` is called every ``every`` steps.
 
     The loss of a network is MSE / (Var(y) + 0.01), the soft minimum over decoders, temperature 1 to 0.05.
+
+    Example:
+        >>> from sparsenet.architecture.embedding import AutoencoderConfig, train_autoencoder
+        >>> losses = []
+        >>> config = AutoencoderConfig(steps=4, batch=8, points=16, hidden=16, latent=8)
+        >>> model = train_autoencoder(config, report=lambda step, loss, seconds: losses.append(loss), every=2)
+        >>> len(losses) >= 2, all(loss > 0 for loss in losses)
+        (True, True)
     """
     torch.manual_seed(config.seed)
     model = NetworkAutoencoder(config)
@@ -236,7 +252,18 @@ def evaluate_autoencoder(model: NetworkAutoencoder, networks: int = 512, seed: i
 
 
 def save_autoencoder(path: str | Path, model: NetworkAutoencoder) -> None:
-    """Writes a safetensors file with the config in its header, whole or not at all."""
+    """Writes a safetensors file with the config in its header, whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsenet.architecture.embedding import AutoencoderConfig, NetworkAutoencoder
+        >>> from sparsenet.architecture.embedding import load_autoencoder, save_autoencoder
+        >>> model = NetworkAutoencoder(AutoencoderConfig(hidden=16, latent=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_autoencoder(f"{folder}/embedding.safetensors", model)
+        ...     load_autoencoder(f"{folder}/embedding.safetensors").config == model.config
+        True
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"sparsenet_autoencoder": json.dumps({"version": FORMAT_VERSION, **asdict(model.config)})}
@@ -245,7 +272,20 @@ def save_autoencoder(path: str | Path, model: NetworkAutoencoder) -> None:
 
 
 def load_autoencoder(path: str | Path) -> NetworkAutoencoder:
-    """Reads what :func:`save_autoencoder` wrote. ValueError for another file or version, or tensors that do not fit."""
+    """Reads what :func:`save_autoencoder` wrote. ValueError for another file or version, or tensors that do not fit.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from sparsenet.architecture.embedding import AutoencoderConfig, NetworkAutoencoder
+        >>> from sparsenet.architecture.embedding import load_autoencoder, save_autoencoder
+        >>> model = NetworkAutoencoder(AutoencoderConfig(hidden=16, latent=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_autoencoder(f"{folder}/embedding.safetensors", model)
+        ...     twin = load_autoencoder(f"{folder}/embedding.safetensors")
+        >>> z = torch.randn(2, 8)
+        >>> torch.equal(twin.decode(z, depth=1).weights[0], model.decode(z, depth=1).weights[0])
+        True
+    """
     try:
         with safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {}).get("sparsenet_autoencoder", "null"))

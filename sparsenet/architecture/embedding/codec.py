@@ -33,6 +33,14 @@ class NetworkSpace:
 
     ``activation``: ``sigmoid``, ``leaky_relu`` (slope 0.1), ``linear``, ``tanh``, or ``mixed`` (one per neuron).
     Raises ValueError for sizes below 1, more inputs than ``width``, or an unknown activation.
+
+    Example:
+        >>> from sparsenet.architecture.embedding import NetworkSpace
+        >>> NetworkSpace(inputs=2, activation="tanh").max_depth
+        4
+        >>> NetworkSpace(inputs=8, width=7)
+        Traceback (most recent call last):
+        ValueError: NetworkSpace: inputs must be at most width 7, got 8
     """
 
     inputs: int = 3
@@ -75,6 +83,14 @@ class NetworkBatch:
         neurons: [n, L, width], 1 where a hidden neuron exists, else 0 (soft during training).
         biases: None, or L + 1 tensors [n, out].
         mixture: None, or [n, L, width, 3]: the share of sigmoid, tanh, leaky ReLU of each neuron.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.embedding import NetworkBatch, NetworkSpace
+        >>> space = NetworkSpace(inputs=1, width=2, activation="linear")   # y = 3 (2 x) + 1 (1 x) = 7 x
+        >>> weights = (torch.tensor([[[2.0], [1.0]]]), torch.tensor([[[3.0, 1.0]]]))
+        >>> NetworkBatch(space, weights, torch.ones(1, 1, 2)).outputs(torch.tensor([[1.0], [2.0]]))
+        tensor([[ 7., 14.]])
     """
 
     space: NetworkSpace

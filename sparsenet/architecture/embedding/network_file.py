@@ -16,7 +16,19 @@ __all__ = ["load_network", "save_network"]
 
 
 def save_network(path: Path, module: nn.Module, space: NetworkSpace) -> None:
-    """Writes a network that was handed over as safetensors, its form in the header, whole or not at all."""
+    """Writes a network that was handed over as safetensors, its form in the header, whole or not at all.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from sparsenet.architecture.embedding import NetworkSpace, load_network, save_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> x = torch.rand(5, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_network(Path(folder, "network.safetensors"), network, NetworkSpace(activation="tanh"))
+        ...     torch.equal(load_network(f"{folder}/network.safetensors")(x), network(x))
+        True
+    """
     network = module.network if isinstance(module, ScaledOutput) else module
     linears = [layer for layer in network if isinstance(layer, nn.Linear)]
     form = {
@@ -34,6 +46,16 @@ def load_network(path: str | Path) -> nn.Module:
     """The network that ``search --method embedding`` wrote, in the data's units: [batch, inputs] -> [batch, 1].
 
     Raises ValueError for another file.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from sparsenet.architecture.embedding import NetworkSpace, load_network, save_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_network(Path(folder, "network.safetensors"), network, NetworkSpace(activation="tanh"))
+        ...     load_network(f"{folder}/network.safetensors")[1]
+        Tanh()
     """
     try:
         with safe_open(str(path), "pt") as file:

@@ -43,6 +43,11 @@ class EmbeddingSearchConfig:
         seed: of starts and samples.
 
     Raises ValueError for an unknown start or a number below 1.
+
+    Example:
+        >>> from sparsenet.architecture.embedding import EmbeddingSearchConfig
+        >>> EmbeddingSearchConfig(depths=(1, 2), prune_to=10).start
+        'teachers'
     """
 
     depths: tuple[int, ...] | None = None
@@ -72,6 +77,14 @@ class RegressionData:
     targets.
 
     x: float32 [n, inputs]; y: float32 [n].
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.embedding import RegressionData
+        >>> x = torch.rand(100, 3)
+        >>> data = RegressionData.from_arrays(x, 5 * x[:, 0] - 5 * x[:, 1])
+        >>> round(data.train_y.square().mean().item(), 4), len(data.train_y) + len(data.valid_y) + len(data.test_y)
+        (1.0, 100)
     """
 
     train_x: Tensor
@@ -179,6 +192,17 @@ def search_embedding(model: NetworkAutoencoder, data: RegressionData, config: Em
     """Finds networks for ``data`` with every decoder; see the module's docstring.
 
     Raises ValueError when the data has another number of inputs than the embedding.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.embedding import AutoencoderConfig, EmbeddingSearchConfig, NetworkAutoencoder
+        >>> from sparsenet.architecture.embedding import RegressionData, search_embedding
+        >>> model = NetworkAutoencoder(AutoencoderConfig(hidden=16, latent=8))   # see train_autoencoder
+        >>> x = torch.rand(200, 3)
+        >>> data = RegressionData.from_arrays(x, x[:, 0] - x[:, 1])
+        >>> config = EmbeddingSearchConfig(depths=(1,), restarts=1, iterations=3, tune_iterations=3, prune_to=12)
+        >>> search_embedding(model, data, config).best().module(data)(x).shape
+        torch.Size([200, 1])
     """
     if data.train_x.shape[1] != model.space.inputs:
         raise ValueError(f"search_embedding: data must have {model.space.inputs} inputs, got {data.train_x.shape[1]}")

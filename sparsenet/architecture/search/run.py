@@ -162,6 +162,16 @@ def retrain(
     Every seed has its own weights, batches and random pattern (``pattern_seed + seed``). ``config.train_fraction``, a
     device of the search, is not applied. The trained networks are appended to ``models``. ``progress``: a bar over the
     seeds.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.search import Architecture, TrialConfig, retrain
+        >>> from sparsenet.data import Dataset
+        >>> x = torch.randn(120, 4); y = (x[:, 0] > 0).long()
+        >>> data = Dataset("halves", x[:80], y[:80], x[80:], y[80:], 2, "drawn at random")
+        >>> results = retrain(Architecture(4, 2, 16, (0.5, 1.0)), data, TrialConfig(epochs=1), seeds=(0, 1))
+        >>> len(results)
+        2
     """
     config = replace(config, train_fraction=1.0)
     data = TrialData.from_dataset(dataset, validation=0)

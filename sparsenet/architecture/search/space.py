@@ -42,6 +42,14 @@ class SearchSpace:
 
     Raises:
         ValueError: bounds that contradict each other, or a ``max_active`` that even the smallest network exceeds.
+
+    Example:
+        >>> from sparsenet.architecture.search import SearchSpace
+        >>> SearchSpace(784, 10, max_depth=3, max_width=512, max_active=60_000).max_active
+        60000
+        >>> SearchSpace(784, 10, min_depth=4, max_depth=3)
+        Traceback (most recent call last):
+        ValueError: SearchSpace: min_depth must be at most max_depth 3, got 4
     """
 
     in_features: int
@@ -305,6 +313,14 @@ class DensityMLP(nn.Module):
         seed: draws the weights.
 
     Shape: [batch, in_features] -> [batch, out_features].
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.search import Architecture, DensityMLP
+        >>> architecture = Architecture(784, 10, 100, (0.05, 0.05))
+        >>> model = DensityMLP(architecture, block_size=1, norm="none", residual=False, seed=0)
+        >>> model.active_weights(), model(torch.randn(2, 784)).shape
+        (3970, torch.Size([2, 10]))
     """
 
     def __init__(self, architecture: Architecture, *, block_size: int, norm: str, residual: bool, seed: int):

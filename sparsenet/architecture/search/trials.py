@@ -38,6 +38,11 @@ class TrialConfig:
         gradient_flow_samples: how many steps, evenly spread, log the effective gradient flow.
 
     Raises ValueError for a number out of range.
+
+    Example:
+        >>> from sparsenet.architecture.search import TrialConfig
+        >>> TrialConfig(epochs=3, train_fraction=0.2).batch_size
+        128
     """
 
     epochs: int = 15
@@ -72,6 +77,14 @@ class TrialData:
 
     ``validation`` of :meth:`from_dataset` holds out a stratified share of the training set; without it (0) the test set
     is what networks are judged by, which is right for final numbers and wrong for a search.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.search import TrialData
+        >>> x = torch.randn(100, 8)
+        >>> data = TrialData.from_arrays(x, (x[:, 0] > 0).long())
+        >>> data.num_classes
+        2
     """
 
     train: Examples

@@ -55,6 +55,14 @@ class SearchConfig:
         trial: hyper-parameters of every trial.
 
     Raises ValueError for a number below 1, or a pruner with several objectives.
+
+    Example:
+        >>> from sparsenet.architecture.search import SearchConfig, TrialConfig
+        >>> SearchConfig(trials=50, sampler="gp", trial=TrialConfig(epochs=3)).trials
+        50
+        >>> SearchConfig(multi_objective=True)   # the default pruner would need a single objective
+        Traceback (most recent call last):
+        ValueError: SearchConfig: pruner must be none with several objectives, got 'halving'
     """
 
     trials: int = 30

@@ -1,38 +1,49 @@
 """sparsenet: sparse training for PyTorch, with weights, gradients and optimizer state only where they are active."""
 
 import sys
+from importlib import import_module
 
 if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a syntax error
     raise ImportError(f"sparsenet needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
-import torch  # first: its OpenMP runtime is the one the kernels share
+import torch  # noqa: F401 - first: its OpenMP runtime is the one the kernels share
 
-from sparsenet import architecture, data, distributed, functional, reference
-from sparsenet.architecture.folding import fold_depth
-from sparsenet.architecture.gates import TriStateReLU, architecture_penalty
-from sparsenet.checkpoint import Checkpoint, load, save
-from sparsenet.compaction import CompactionError, CompactionReport, Compactor, compact, resize_to
+from sparsenet import distributed, functional, reference
 from sparsenet.functional import library
+from sparsenet.functional.build import build_info
 from sparsenet.layers import SparseLinear, densify_, sparsify_
-from sparsenet.memory import BudgetError, MemoryBudget, MemoryPlan, measure_peak, plan
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies import GMP, SET, Policy, RigL, Static
 from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
-from sparsenet.training import Evaluation, Examples, FitResult, TrainConfig, Trainer
 
 __version__ = functional.native_build_info()["version"]
 
+_NAMES_OF = {  # modules that are loaded when one of their names is first used
+    "sparsenet.architecture.compactor": ("Compactor",),
+    "sparsenet.architecture.folding": ("fold_depth",),
+    "sparsenet.architecture.gates": ("TriStateReLU", "architecture_penalty"),
+    "sparsenet.checkpoint": ("Checkpoint", "load", "save"),
+    "sparsenet.compaction": ("CompactionError", "CompactionReport", "compact", "resize_to"),
+    "sparsenet.memory": ("BudgetError", "MemoryBudget", "MemoryPlan", "measure_peak", "plan"),
+    "sparsenet.training": ("Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+_PACKAGES = ("architecture", "checkpoint", "compaction", "data", "memory", "training")  # likewise
 
-def build_info() -> dict:
-    """Version, instruction set in use and available, CUDA architectures built, torch and CUDA seen, threads."""
-    return {
-        **functional.native_build_info(),
-        "torch": torch.__version__,
-        "cuda_available": torch.cuda.is_available(),
-        "threads": torch.get_num_threads(),
-    }
+
+def __getattr__(name: str):
+    if name in _PACKAGES:
+        return import_module(f"sparsenet.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sparsenet' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF, *_PACKAGES})
 
 
 __all__ = [

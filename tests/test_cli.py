@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import torch
 
 import sparsenet as sn
 from sparsenet import cli
+from sparsenet.commands import doctor
+from sparsenet.commands.config_flags import config_of
 from sparsenet.training import comparison, job
 
 SMALL = ["--data", "digits", "--hidden", "96", "80", "--density", "0.4", "--block-size", "16", "--batch-size", "32"]
@@ -155,7 +158,7 @@ def test_a_flag_for_every_field(capsys):
         assert "--" + field.name.replace("_", "-") in out
         assert field.metadata["help"].split()[0] in out
     options = cli._parser().parse_args(["train", "--hidden", "7", "8", "--no-plots", "--lr", "3", "--resume"])
-    config, given = cli._config(options)
+    config, given = config_of(options)
     assert config == sn.TrainConfig(hidden=(7, 8), plots=False, lr=3.0, resume="latest")
     assert given == {"hidden", "plots", "lr", "resume"}
 
@@ -163,6 +166,93 @@ def test_a_flag_for_every_field(capsys):
 def test_version(capsys):
     assert sparsenet("--version") == 0
     assert capsys.readouterr().out == f"sparsenet {sn.__version__}\n"
+
+
+# --- what is loaded ---
+
+
+LOADED = """
+    import sys
+    from sparsenet import cli
+    try:
+        cli.main(sys.argv[1:])
+    except SystemExit as end:
+        assert end.code == 0
+    print("loaded:", *sorted(name for name in sys.modules if name.startswith("sparsenet.")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loaded", "absent"),
+    [
+        (["--help"], [], ["commands.train", "reproduce", "benchmark", "architecture.search", "training.job"]),
+        (["train", "--help"], ["commands.train", "training.job"], ["reproduce", "benchmark", "architecture.search"]),
+        (["plan", "--help"], ["commands.plan"], ["training.job", "reproduce", "benchmark", "architecture.search"]),
+        (["reproduce", "--help"], ["commands.reproduce"], ["reproduce", "benchmark", "architecture.search"]),
+        (["reproduce", "embedding", "--help"], ["reproduce.embedding"], ["reproduce.gates", "benchmark"]),
+        (["inspect", "--help"], ["commands.inspect"], ["training.job", "reproduce", "benchmark"]),
+        (["compact", "--help"], ["commands.compact"], ["training.job", "reproduce", "benchmark"]),
+    ],
+)
+def test_a_command_loads_its_own_module_only(run_child, arguments, loaded, absent):
+    out = run_child(LOADED, *arguments).stdout
+    found = set(out.splitlines()[-1].split()[1:])
+    assert {f"sparsenet.{name}" for name in loaded} <= found
+    assert not {f"sparsenet.{name}" for name in absent} & found
+
+
+def test_help_lists_every_command(capsys):
+    assert sparsenet("--help") == 0
+    out, _ = capsys.readouterr()
+    modules = {path.stem for path in Path(cli.__file__).with_name("commands").glob("*.py")}
+    assert set(cli.COMMANDS) == modules - {"__init__", "parser", "config_flags", "embedding"}
+    for name, text in cli.COMMANDS.items():
+        assert re.search(rf"{name} +{text[:20]}", out)
+
+
+def test_importing_sparsenet_loads_no_more_than_it_needs(run_child):
+    """What takes time: the trainer's tqdm, the checkpoints' safetensors, downloads, pictures, the search."""
+    code = """
+        import sys, torch
+        before = set(sys.modules)
+        import sparsenet
+        print(*sorted(set(sys.modules) - before))
+    """
+    found = set(run_child(code).stdout.split())
+    assert "sparsenet.layers" in found
+    for name in ("tqdm", "safetensors", "urllib.request", "matplotlib", "optuna", "scipy", "sparsenet.training"):
+        assert name not in found, name
+
+
+@pytest.mark.slow  # five processes that import torch
+def test_importing_sparsenet_costs_little(run_child, tmp_path):
+    """At most 0.1 s beyond torch, in CPU time, with bytecode: the best of four."""
+    code = """
+        import time, torch
+        begin = time.process_time()
+        import sparsenet
+        print(time.process_time() - begin)
+    """
+    cache = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
+    run_child(code, **cache)  # compiles
+    assert min(float(run_child(code, **cache).stdout) for _ in range(4)) < 0.1
+
+
+def test_every_public_name_is_there(run_child):
+    """Names that are loaded when they are first used are in ``dir`` and can be star-imported."""
+    run_child("""
+        import sparsenet
+        assert set(sparsenet.__all__) <= set(dir(sparsenet))
+        from sparsenet import *
+        assert Trainer.__module__ == "sparsenet.training.trainer" and Compactor and fold_depth and load and data.load
+        assert all(name in globals() for name in sparsenet.__all__)
+        try:
+            sparsenet.nothing
+        except AttributeError as error:
+            assert "has no attribute 'nothing'" in str(error)
+        else:
+            raise SystemExit(1)
+    """)
 
 
 # --- plan, inspect, doctor ---
@@ -210,8 +300,8 @@ def test_doctor_says_what_is_here(run_child, tmp_path):
 
 def test_several_openmp_runtimes_are_told(monkeypatch):
     maps = "r-xp /a/libgomp.so.1\nr--p /a/libgomp.so.1\nr-xp /b/libgomp-1234.so\n"
-    monkeypatch.setattr(cli.Path, "read_text", lambda path: maps)
-    assert cli._openmp() == "2 runtimes, which slow each other down: /a/libgomp.so.1, /b/libgomp-1234.so"
+    monkeypatch.setattr(doctor.Path, "read_text", lambda path: maps)
+    assert doctor._openmp() == "2 runtimes, which slow each other down: /a/libgomp.so.1, /b/libgomp-1234.so"
 
 
 # --- the comparison with dense ---

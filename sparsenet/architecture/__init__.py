@@ -5,7 +5,7 @@ Modules are imported when they are first named: ``sparsenet.architecture.gates``
 
 from importlib import import_module
 
-__all__ = ["embedding", "folding", "gates", "search"]
+__all__ = ["compactor", "embedding", "folding", "gates", "search"]
 
 
 def __getattr__(name: str):

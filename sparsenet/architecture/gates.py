@@ -14,16 +14,14 @@ small class each, listed in ``GATES``. :func:`sparsenet.compact` removes units w
 
 from __future__ import annotations
 
-import functools
 import math
-import weakref
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparsenet.after_step import after_every_step
 from sparsenet.schedules import as_schedule
 
 __all__ = [
@@ -218,9 +216,6 @@ def _along(w: Tensor, x: Tensor, dim: int) -> Tensor:
     return w.to(x.dtype).view([-1 if i == dim else 1 for i in range(x.dim())])
 
 
-_live_layers: weakref.WeakSet[TriStateReLU] = weakref.WeakSet()
-
-
 class TriStateReLU(nn.Module):
     """``w x`` where x >= 0 and ``w d x`` below, with learnt binary ``w`` per unit and ``d`` per layer.
 
@@ -284,7 +279,7 @@ class TriStateReLU(nn.Module):
         start = _width_start(num_features, width_start, generator).to(device=device, dtype=dtype)
         self.width_gate = nn.Parameter(self.kind.initial(start), requires_grad=width)
         self.depth_gate = nn.Parameter(start.new_tensor(_in_unit_range("depth_start", depth_start)), depth)
-        _follow(self)
+        after_every_step(self, _clip)
 
     @property
     def kind(self) -> TriStateGate:
@@ -319,7 +314,7 @@ class TriStateReLU(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        _follow(self)
+        after_every_step(self, _clip)
 
 
 def _width_start(n: int, start: float | Tensor | str, generator: torch.Generator | None) -> Tensor:
@@ -340,22 +335,6 @@ def _in_unit_range(argument: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise ValueError(f"TriStateReLU: {argument} must lie in [0, 1], got {value!r}")
     return float(value)
-
-
-def _follow(layer: TriStateReLU) -> None:
-    """From now on clips the layer's gates after every optimizer step, of whatever optimizer."""
-    _hook_optimizers_once()
-    _live_layers.add(layer)
-
-
-@functools.cache
-def _hook_optimizers_once() -> None:
-    register_optimizer_step_post_hook(_clip_live_gates)
-
-
-def _clip_live_gates(*_) -> None:
-    for layer in list(_live_layers):
-        _clip(layer)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import torch
 
-import sparsenet
 from sparsenet.benchmark import machine
 from sparsenet.benchmark.cases import Case
 from sparsenet.benchmark.goals import eff_goal, sparselab_goal
@@ -15,6 +14,7 @@ from sparsenet.benchmark.rivals import RIVALS, Operands, rival
 from sparsenet.benchmark.timing import Contender, Timings, rotated, rotations
 from sparsenet.benchmark.trial import OURS, Trial, Unavailable
 from sparsenet.functional.autograd import block_sparse_linear
+from sparsenet.functional.native import native_build_info
 
 __all__ = ["PHASES", "trial"]
 
@@ -53,7 +53,7 @@ def trial(phase: str, case: Case, rivals: Sequence[str] = ("dense",)) -> Trial:
     traffic = _bytes_moved(case, pattern.num_blocks, phase)
     if case.batch <= _SMALL_BATCH:
         contenders["copy"] = _copy(traffic)
-    goal = eff_goal(phase, case, pattern.density, sparsenet.build_info()["isa"])
+    goal = eff_goal(phase, case, pattern.density, native_build_info()["isa"])
     if case.block_size < 16 and "sparselab" in contenders:
         goal = sparselab_goal()
     active = pattern.num_blocks * case.block_size**2

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import sparsenet
 from sparsenet.benchmark.timing import Quartiles, last_level_cache_bytes
+from sparsenet.functional.build import build_info
 
 __all__ = ["Ceilings", "ceilings", "describe"]
 
@@ -55,7 +55,7 @@ class Ceilings:
 
 def describe() -> dict[str, object]:
     """Processor, instruction set in use, versions and threads; nothing that names the machine."""
-    info = sparsenet.build_info()
+    info = build_info()
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -96,7 +96,7 @@ def _cpu_model() -> str:
 
 def ceilings(seconds: float = 0.4) -> Ceilings:
     """Measured once per process, number of threads and instruction set."""
-    return _ceilings(torch.get_num_threads(), sparsenet.build_info()["isa"], seconds)
+    return _ceilings(torch.get_num_threads(), build_info()["isa"], seconds)
 
 
 @cache

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import sparsenet
 from sparsenet import functional
 from sparsenet.benchmark import machine
 from sparsenet.benchmark.networks import NETWORKS, OPTIMIZERS, training_step
@@ -67,7 +66,7 @@ def _row(phase: str, case: Mapping[str, Any], metrics: dict[str, float], left_ou
 
 
 def _in_child(request: Mapping[str, Any]) -> dict[str, Any]:
-    root = str(Path(sparsenet.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     child = subprocess.run(
         [sys.executable, "-m", "sparsenet.benchmark.memory"],
         input=json.dumps(request),

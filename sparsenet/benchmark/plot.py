@@ -1,4 +1,4 @@
-"""Speed-up over density: ours, the ideal line 1 / density, and the rivals. matplotlib is imported only here."""
+"""Speed-up over density: ours, the ideal line 1 / density, and the rivals. matplotlib is imported only to draw."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from sparsenet.benchmark.results import case_text
 from sparsenet.benchmark.trial import OURS, Row
-from sparsenet.files import replace_file
-from sparsenet.training.plots import COLOURS, load_pyplot
+from sparsenet.plotting.style import COLOURS, load_pyplot, save_figure
 
 __all__ = ["draw"]
 
@@ -48,9 +47,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3 if grid.size > 1 else 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=130))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_phase(axes: Any, rows: Sequence[Row]) -> None:

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     path = options.json or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     if options.plot is not None:
         from sparsenet.benchmark import plot
-        from sparsenet.training.plots import load_pyplot
+        from sparsenet.plotting.style import load_pyplot
 
         load_pyplot()  # before minutes of measuring, not after
     rows: list[Row] = []

@@ -1,10 +1,10 @@
 """Bytes: naming a budget, and measuring how much memory something needed.
 
-What a network will need is predicted by :mod:`sparsenet.plans`. What it did need is the high-water mark of resident
-memory above a baseline. Two things make the two agree. The baseline is taken after a warm-up, because the first call of
-anything loads code pages; and large freed tensors go back to the system at once (:func:`release_freed_memory`), because
-glibc otherwise keeps their memory in a heap that tensors of changing sizes fragment: the main job then needs a quarter
-more, and more the longer it runs (measured: 112 against 139 MiB).
+What a network will need is predicted by :mod:`sparsenet.memory.planning`. What it did need is the high-water mark of
+resident memory above a baseline. Two things make the two agree. The baseline is taken after a warm-up, because the
+first call of anything loads code pages; and large freed tensors go back to the system at once
+(:func:`release_freed_memory`), because glibc otherwise keeps their memory in a heap that tensors of changing sizes
+fragment: the main job then needs a quarter more, and more the longer it runs (measured: 112 against 139 MiB).
 """
 
 from __future__ import annotations

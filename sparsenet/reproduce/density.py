@@ -1,6 +1,6 @@
 """``sparsenet reproduce density``: Tessera and Rosman's experiments and the acceptance checks A1 to A7.
 
-``--parts`` runs some; see ``reproduce_parts``. The tables print the published or required value beside ours.
+``--parts`` runs some; see ``parts``. The tables print the published or required value beside ours.
 """
 
 from __future__ import annotations
@@ -380,6 +380,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``reproduce_parts.reproduce``."""
+    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``parts.reproduce``."""
     task = Reproduction(Path(args.out), args.data_dir, args.workers, args.scale)
     return reproduce_parts.reproduce("density", args, PARTS, task, density_tables.tables, density_tables.figures)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from sparsenet.architecture.search.plots import GREY, SERIES, new_axes, save_figure
+from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
 from sparsenet.reproduce.parts import markdown, spread, times_table, verdict
 
 __all__ = ["figures", "tables"]
 
-COLOURS = {"sparse": "#d1495b", "dense": "#2a6fbb"}
+COLOUR_OF = {"sparse": COLOURS[3], "dense": COLOURS[0]}
 # Digitised from the poster (METHODS 1.8): sparse, mean over all epochs, at 100 % and 10 % of MNIST's training data.
 POSTER_SPARSE = {
     "a2_mnist": {3970: 86.5, 7940: 92.5, 19850: 95.6, 39700: 96.7, 59550: 97.06, 75430: 97.14},
@@ -167,8 +167,8 @@ def _capacity(name: str, part: dict) -> str:
     header += ["sparse, mean over epochs", "poster (mean over epochs)"] if poster else []
     rows = []
     for active in sorted({n for n, _ in columns["accuracy"]}):
-        row = [active, *(spread(columns["accuracy"][active, kind]) for kind in COLOURS)]
-        row += [spread(columns["loss"][active, kind], 3) for kind in COLOURS]
+        row = [active, *(spread(columns["accuracy"][active, kind]) for kind in COLOUR_OF)]
+        row += [spread(columns["loss"][active, kind], 3) for kind in COLOUR_OF]
         if poster:
             row += [spread(columns["mean_accuracy"][active, "sparse"]), poster.get(active, "")]
         rows.append(row)
@@ -183,8 +183,8 @@ def _depths(name: str, part: dict) -> str:
     header += ["poster acc"] if poster else []
     rows = []
     for depth, mode in sorted({(d, m) for d, m, _ in accuracy}, key=lambda k: (k[1] != "plain", k[1], k[0])):
-        row = [depth, mode, *(spread(accuracy[depth, mode, kind]) for kind in COLOURS)]
-        row += [spread(loss[depth, mode, kind], 3) for kind in COLOURS]
+        row = [depth, mode, *(spread(accuracy[depth, mode, kind]) for kind in COLOUR_OF)]
+        row += [spread(loss[depth, mode, kind], 3) for kind in COLOUR_OF]
         rows.append([*row, *([POSTER_DEPTHS[depth] if mode != "modern" else ""] if poster else [])])
     title = f"### 1 to 32 hidden layers, {TITLES[name]}, {part['epochs']} epochs, mean ± s.d. over three patterns"
     return f"{title}\n\n{markdown(header, rows)}\n\n{_same(part, ', plain networks')}"
@@ -218,7 +218,7 @@ def figures(numbers: dict[str, dict], folder: Path) -> list[Path]:
 def _panel(ax, rows: list[dict], axis: str, value: str, styles: dict[str, str] | None = None) -> None:
     """Mean and one standard deviation of ``value`` along ``axis``, sparse and dense, one line style per mode."""
     for mode, style in (styles or {"": "-"}).items():
-        for kind, colour in COLOURS.items():
+        for kind, colour in COLOUR_OF.items():
             own = [r for r in rows if r["kind"] == kind and r.get("mode", "") == mode]
             groups = sorted(grouped(own, (axis,), value).items())
             x = [k[0] for k, _ in groups]
@@ -262,7 +262,7 @@ def _depth_figure(rows: list[dict], title: str, path: Path) -> Path:
 
 def _regret_figure(part: dict, path: Path) -> Path:
     figure, ax = new_axes()
-    for (kind, curves), colour in zip(part["curves"].items(), (GREY, SERIES[1], SERIES[0]), strict=True):
+    for (kind, curves), colour in zip(part["curves"].items(), (GREY, COLOURS[1], COLOURS[0]), strict=True):
         steps = list(range(1, len(curves[0]) + 1))
         regrets = [[c[i - 1] - part["optimum"] for c in curves] for i in steps]
         mean = [statistics.fmean(r) for r in regrets]

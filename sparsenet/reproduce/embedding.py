@@ -324,6 +324,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``reproduce_parts.reproduce``."""
+    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``parts.reproduce``."""
     task = Reproduction(Path(args.out), args.scale)
     return reproduce_parts.reproduce("embedding", args, PARTS, task, embedding_tables.tables, embedding_tables.figures)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from sparsenet.architecture.search.plots import GREY, SERIES, new_axes, save_figure
+from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
 from sparsenet.reproduce.parts import markdown, times_table, verdict
 
 __all__ = ["figures", "tables"]
@@ -209,8 +209,8 @@ def _match(part: dict, path: Path) -> Path:
     figure, axes = _grid(len(part["slices"]))
     for ax, own in zip(axes, part["slices"], strict=True):
         t = _line(own["input"])
-        ax.plot(t, own["input"], color=SERIES[0], linewidth=2.6, alpha=0.5, label="network")
-        ax.plot(t, own["decoded"], "--", color=SERIES[1], linewidth=1.4, label="decoded from its code")
+        ax.plot(t, own["input"], color=COLOURS[0], linewidth=2.6, alpha=0.5, label="network")
+        ax.plot(t, own["decoded"], "--", color=COLOURS[1], linewidth=1.4, label="decoded from its code")
         ax.set_title(f"hidden layers: {own['depth']}, decoded: {own['decoder']}", fontsize=8)
     values = [v for own in part["slices"] for v in own["input"] + own["decoded"]]
     for ax in axes:  # one scale: every network has a root mean square of 1
@@ -228,8 +228,8 @@ def _overlays(numbers: dict[str, dict], path: Path) -> Path:
         own = numbers[part]["slices"]
         t = _line(own["target"])
         ax.plot(t, own["target"], color=GREY, linewidth=3, alpha=0.6, label="target")
-        ax.plot(t, own["sparse"], "--", color=SERIES[1], linewidth=1.4, label="embedding, at most 14 weights")
-        ax.plot(t, own["dense"], ":", color=SERIES[0], linewidth=1.6, label="dense, pruned: best")
+        ax.plot(t, own["sparse"], "--", color=COLOURS[1], linewidth=1.4, label="embedding, at most 14 weights")
+        ax.plot(t, own["dense"], ":", color=COLOURS[0], linewidth=1.6, label="dense, pruned: best")
         weights = own["weights"]
         ax.set_title(f"{part[3:].replace('_', ' ')}: {weights['sparse']} / {weights['dense']} weights", fontsize=8)
         values = [v for name in ("target", "sparse", "dense") for v in own[name]]
@@ -243,7 +243,7 @@ def _overlays(numbers: dict[str, dict], path: Path) -> Path:
 def _sparsity(part: dict, path: Path) -> Path:
     """The paper's figure 4: non-zeros and error against the sparsity weight."""
     figure, (weights, errors) = new_axes(7.6, 3.2, ncols=2)
-    for teacher, colour in zip(sorted({row[0] for row in part["rows"]}), SERIES, strict=False):
+    for teacher, colour in zip(sorted({row[0] for row in part["rows"]}), COLOURS, strict=False):
         own = [row for row in part["rows"] if row[0] == teacher]
         for ax, column in ((weights, 2), (errors, 3)):
             x, y = [r[1] for r in own], [r[column] for r in own]
@@ -259,7 +259,7 @@ def _sparsity(part: dict, path: Path) -> Path:
 
 def _fronts(numbers: dict[str, dict], path: Path) -> Path:
     parts = [p for p in REFERENCE if p in numbers]
-    styles = zip(METHODS, (SERIES[1], SERIES[3], SERIES[0], GREY), ("-", "-.", "--", ":"), strict=True)
+    styles = zip(METHODS, (COLOURS[1], COLOURS[3], COLOURS[0], GREY), ("-", "-.", "--", ":"), strict=True)
     figure, axes = _grid(len(parts))
     for method, colour, style in styles:
         for ax, part in zip(axes, parts, strict=True):
@@ -281,7 +281,7 @@ def _fronts(numbers: dict[str, dict], path: Path) -> Path:
 def _training(numbers: dict[str, dict], path: Path) -> Path:
     figure, ax = new_axes(5.6, 3.4)
     trained = {name[3:]: part["curve"] for name, part in numbers.items() if name.startswith("c2_")}
-    for colour, (name, curve) in zip(SERIES, trained.items(), strict=False):
+    for colour, (name, curve) in zip(COLOURS, trained.items(), strict=False):
         steps, errors = [point[0] for point in curve], [point[1] for point in curve]
         ax.plot(steps, errors, color=colour, linewidth=1.6, label=name.replace("_", " "))
     ax.set_yscale("log")

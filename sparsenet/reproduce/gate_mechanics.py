@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsenet.architecture.compactor import Compactor
 from sparsenet.architecture.gates import TriStateReLU, architecture_penalty, gated_layers, parameter_groups
 from sparsenet.compaction.compacting import compact
-from sparsenet.compaction.compactor import Compactor
 from sparsenet.compaction.moves import model_bytes
 from sparsenet.layers import SparseLinear
 from sparsenet.policies.policy import RigL

@@ -1,4 +1,4 @@
-"""Pictures of networks that get smaller: a Compactor's units, time and bytes, and those of ``reproduce gates``."""
+"""Pictures of ``sparsenet reproduce gates``."""
 
 from __future__ import annotations
 
@@ -7,49 +7,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sparsenet.architecture.search.plots import GREY, SERIES, new_axes, save_figure
-from sparsenet.compaction.compactor import Interval
+from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
+from sparsenet.reproduce.published_gates import PUBLISHED_CLASSES
 
-__all__ = ["draw", "plot_compaction"]
-
-
-def plot_compaction(intervals: Sequence[Interval], path: Path) -> Path:
-    """Units per layer, time per step and bytes over the steps, as one PNG; returns ``path``.
-
-    Raises ValueError before the first check.
-    """
-    if not intervals:
-        raise ValueError("plot_compaction: intervals must hold at least one check, got none")
-    figure, (units, seconds, size) = new_axes(11.0, 3.4, ncols=3)
-    names = [name for name, count in intervals[0].units.items() if count > 1]
-    for number, name in enumerate(names):
-        known = [(i, i.units[name]) for i in intervals if name in i.units]
-        colour = SERIES[number % len(SERIES)]
-        style = ("-", "--", ":", "-.")[number // len(SERIES) % 4]
-        _steps(units, [i for i, _ in known], [n for _, n in known], color=colour, linestyle=style, label=name)
-    units.set_yscale("log", base=2)
-    units.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    units.set_ylabel("units")
-    if len(names) <= 12:
-        units.legend(frameon=False, fontsize=7, title="layer", title_fontsize=7)
-    _steps(seconds, intervals, [1e3 * i.seconds_per_step for i in intervals], color=SERIES[1])
-    seconds.set_ylabel("time per step (ms)")
-    seconds.set_ylim(bottom=0)
-    _steps(size, intervals, [i.bytes / 2**20 for i in intervals], color=SERIES[2])
-    size.set_ylabel("weights, gradients, optimizer (MiB)")
-    size.set_ylim(bottom=0)
-    for axes in (units, seconds, size):
-        axes.set_xlabel("step")
-    return save_figure(figure, path)
-
-
-def _steps(axes, intervals: Sequence[Interval], values: Sequence[float], **style: Mapping) -> None:
-    """One level per interval."""
-    edges = [*(i.begin for i in intervals), intervals[-1].end]
-    axes.plot(edges, [*values, values[-1]], drawstyle="steps-post", linewidth=1.6, **style)
-
-
-# --- reproduce gates ------------------------------------------------------------------------------------------------
+__all__ = ["draw"]
 
 
 def draw(numbers: Mapping[str, dict], folder: Path) -> list[Path]:
@@ -103,7 +64,7 @@ def _strengths(part: dict, path: Path) -> Path:
         units = [
             statistics.fmean(counts) for counts in zip(*([o[-1] for o in row["open"]] for row in runs), strict=True)
         ]
-        style = {"color": SERIES[number % len(SERIES)], "linestyle": "-" if three / one >= 1 else "--"}
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if three / one >= 1 else "--"}
         axes.plot(
             runs[0]["steps"], units, linewidth=1.6, label=f"$\\lambda_1$={one:g}, $\\lambda_3$={three:g}", **style
         )
@@ -117,11 +78,9 @@ def _strengths(part: dict, path: Path) -> Path:
 
 def _classes(part: dict, path: Path) -> Path:
     figure, (left, right) = new_axes(8.6, 3.4, ncols=2)
-    _band(left, part["rows"], "classes", lambda row: row["widths"][2], color=SERIES[0], label="ours")
-    _band(right, part["rows"], "classes", lambda row: 100 - row["accuracy"], color=SERIES[1])
+    _band(left, part["rows"], "classes", lambda row: row["widths"][2], color=COLOURS[0], label="ours")
+    _band(right, part["rows"], "classes", lambda row: 100 - row["accuracy"], color=COLOURS[1])
     if "mnist" in path.stem:
-        from sparsenet.reproduce.gate_tables import PUBLISHED_CLASSES
-
         left.plot(*zip(*PUBLISHED_CLASSES.items(), strict=True), "s--", color=GREY, markersize=3.5, label="paper")
         left.legend(frameon=False)
     left.set_ylabel("learnt neurons of 500")
@@ -133,12 +92,12 @@ def _classes(part: dict, path: Path) -> Path:
 
 def _depths(part: dict, path: Path) -> Path:
     figure, (left, right) = new_axes(8.6, 3.4, ncols=2)
-    _band(left, part["rows"], "initial", lambda row: row["final"], color=SERIES[0], label="learnt")
+    _band(left, part["rows"], "initial", lambda row: row["final"], color=COLOURS[0], label="learnt")
     starts = sorted({row["initial"] for row in part["rows"]})
     left.plot(starts, starts, "--", color=GREY, label="initial")
     left.set_ylabel("layers with weights")
     left.legend(frameon=False)
-    _band(right, part["rows"], "initial", lambda row: 100 - row["accuracy"], color=SERIES[1])
+    _band(right, part["rows"], "initial", lambda row: 100 - row["accuracy"], color=COLOURS[1])
     right.set_ylabel("test error (%)")
     right.set_ylim(bottom=0)
     left.set_ylim(bottom=0)
@@ -158,9 +117,11 @@ def _bayesian(part: dict, path: Path) -> Path:
             best = list(itertools.accumulate(costs, min))
             number = range(1, len(costs) + 1)
             axes.plot(number, costs, ".", color=GREY, markersize=4, label=None if seed else "each run of BO")
-            axes.step(number, best, where="post", color=SERIES[0], linewidth=1.2, label=None if seed else "best so far")
+            axes.step(
+                number, best, where="post", color=COLOURS[0], linewidth=1.2, label=None if seed else "best so far"
+            )
         for seed, own in enumerate(g for g in part["gates"] if g["name"] == name):
-            axes.axhline(own["cost"], color=SERIES[1], linewidth=1.2, label=None if seed else "one run with gates")
+            axes.axhline(own["cost"], color=COLOURS[1], linewidth=1.2, label=None if seed else "one run with gates")
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("trainings")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -176,7 +137,7 @@ def _relatives(part: dict, path: Path) -> Path:
     for number, kind in enumerate(dict.fromkeys(row["gates"] for row in part["rows"])):
         own = [row for row in part["rows"] if row["gates"] == kind]
         points = ([row["widths"][2] for row in own], [row["accuracy"] for row in own])
-        axes.scatter(*points, s=24, marker="osD^"[number], color=SERIES[number], label=kind.replace("_", " "))
+        axes.scatter(*points, s=24, marker="osD^"[number], color=COLOURS[number], label=kind.replace("_", " "))
     axes.set_xscale("log")
     _plain_log(axes.xaxis)
     axes.set_xlabel("units left of 500")
@@ -194,12 +155,12 @@ def _running(part: dict, path: Path) -> Path:
         edges = [0, *(row["step"] for row in rows)]
         for number, layer in enumerate(rows[0]["units"]):
             counts = [row["units"][layer] for row in rows]
-            colour = SERIES[number % len(SERIES)]
+            colour = COLOURS[number % len(COLOURS)]
             units.plot(edges, [*counts, counts[-1]], drawstyle="steps-post", color=colour, label=f"layer {layer}")
         units.set_yscale("log", base=2)
         units.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         units.set_ylabel(f"{name}\nunits")
-        for side, colour in (("whole", GREY), ("compacted", SERIES[1])):
+        for side, colour in (("whole", GREY), ("compacted", COLOURS[1])):
             taken = [1e3 * row[side] for row in rows]
             seconds.plot(edges, [*taken, taken[-1]], drawstyle="steps-post", color=colour, label=side)
             held = [row["bytes" if side == "compacted" else "bytes_whole"] / 2**20 for row in rows]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsenet.architecture.compactor import Compactor
 from sparsenet.architecture.gates import architecture_penalty, gate_parameters, gated_layers, parameter_groups
-from sparsenet.compaction.compactor import Compactor, Interval
+from sparsenet.compaction.history import Interval
 from sparsenet.data.datasets import Dataset, Normalization
 from sparsenet.schedules import Linear
 

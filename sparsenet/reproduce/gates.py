@@ -280,6 +280,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``reproduce_parts.reproduce``."""
+    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``parts.reproduce``."""
     task = Reproduction(Path(args.out), args.data_dir, scale=args.scale)
     return reproduce_parts.reproduce("gates", args, PARTS, task, gate_tables.tables, gate_tables.figures)

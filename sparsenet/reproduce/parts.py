@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import sparsenet
 from sparsenet.files import replace_text
+from sparsenet.functional.build import build_info
 
 __all__ = [
     "Part",
@@ -131,7 +131,7 @@ def read_parts(out: Path, parts: Iterable[str]) -> dict[str, dict]:
 
 def results_text(numbers: dict[str, dict]) -> str:
     """JSON: one line about the machine, then a line for each part."""
-    built = sparsenet.build_info()
+    built = build_info()
     machine = {
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),

@@ -1,7 +1,8 @@
 """Times training steps of a sparse network and of the same network dense, side by side, in a process of their own.
 
 The dense network must not spoil the memory measurement of the run it is compared with, hence the child process:
-``python -m sparsenet.comparison`` reads a request as JSON from its standard input and prints the answer as JSON.
+``python -m sparsenet.training.comparison`` reads a request as JSON from its standard input and prints the answer as
+JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import sparsenet
 from sparsenet.memory.budget import available_bytes, format_bytes, measure_peak, release_freed_memory
 from sparsenet.memory.planning import MemoryPlan
 from sparsenet.models import SparseMLP
@@ -68,7 +68,7 @@ def compare_in_child(plan: MemoryPlan, steps: int, threads: int, timeout_seconds
         "steps": steps,
         "threads": threads,
     }
-    root = str(Path(sparsenet.__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     try:
         child = subprocess.run(
             [sys.executable, "-m", "sparsenet.training.comparison"],

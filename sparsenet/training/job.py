@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-import sparsenet
 from sparsenet import checkpoint, data, functional
 from sparsenet.files import replace_text
+from sparsenet.functional.build import build_info
 from sparsenet.layers import sparse_layers
 from sparsenet.memory.budget import format_bytes
 from sparsenet.memory.planning import MemoryPlan
@@ -150,7 +150,7 @@ def _summary(
         "rewires": result.rewires,
         "blocks_moved": result.blocks_moved,
         "seed": config.seed,
-        "environment": sparsenet.build_info(),
+        "environment": build_info(),
     }
 
 
@@ -185,7 +185,7 @@ def _save_model(folder: Path, trainer: Trainer, summary: dict[str, Any]) -> None
 
 
 def _draw(folder: Path) -> list[str]:
-    from sparsenet import plots  # after the measurement: importing matplotlib takes memory
+    from sparsenet.training import plots  # after the measurement: importing matplotlib takes memory
 
     try:
         return [str(path) for path in plots.draw_run(folder)]

@@ -1,7 +1,6 @@
 """Pictures of a training run, from the files in its folder. matplotlib is imported only when something is drawn.
 
 ``draw_run(folder)`` writes ``learning.png``, ``density.png``, ``rewiring.png``, ``patterns.png`` and ``memory.png``.
-Colours are those of Okabe and Ito (2008), told apart by colour-blind readers.
 """
 
 from __future__ import annotations
@@ -14,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from sparsenet.checkpoint.file import CheckpointFile
-from sparsenet.files import replace_file
+from sparsenet.plotting.style import COLOURS, load_pyplot, save_figure
 from sparsenet.training.progress import read_metrics
 
 __all__ = ["draw_run"]
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F", "#000000")
 _MIB = 2**20
-_DOTS_PER_INCH = 130
 
 
 def draw_run(folder: str | Path) -> list[Path]:
@@ -43,35 +40,8 @@ def draw_run(folder: str | Path) -> list[Path]:
     }
     paths = []
     for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        replace_file(path, lambda part, figure=figure: figure.savefig(part, format="png", dpi=_DOTS_PER_INCH))
-        pyplot.close(figure)
-        paths.append(path)
+        paths.append(save_figure(figure, folder / f"{name}.png"))
     return paths
-
-
-def load_pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ModuleNotFoundError("plots: drawing needs matplotlib: pip install 'sparsenet[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.titlesize": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#E5E5E5",
-            "axes.axisbelow": True,
-            "legend.frameon": False,
-            "figure.constrained_layout.use": True,
-        }
-    )
-    return pyplot
 
 
 def _of_kind(metrics: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

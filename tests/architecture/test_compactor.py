@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import sparsenet as sn
-from sparsenet.compaction import compactor as compactor_module
+from sparsenet.architecture import compactor as compactor_module
+from sparsenet.architecture.compactor import Compactor
 from sparsenet.compaction.compacting import CompactionError
-from sparsenet.compaction.compactor import Compactor
 
 
 def test_docstring_examples_run():

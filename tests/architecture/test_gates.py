@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import sparsenet as sn
+from sparsenet import after_step
 from sparsenet.architecture import gates
 from sparsenet.architecture.gates import (
     GATES,
@@ -168,7 +169,7 @@ def test_optimizers_are_hooked_once_however_many_layers_come_and_go():
     for _ in range(3):
         TriStateReLU(2)
         gc.collect()
-    hooks = [h for h in optim._global_optimizer_post_hooks.values() if h is gates._clip_live_gates]
+    hooks = [h for h in optim._global_optimizer_post_hooks.values() if h is after_step._mend_all]
     assert len(hooks) == 1
 
 

@@ -8,6 +8,7 @@ from sparsenet.architecture.embedding.autoencoder import (
     train_autoencoder,
 )
 from sparsenet.architecture.embedding.codec import NetworkBatch, NetworkSpace
+from sparsenet.architecture.embedding.network_file import load_network, save_network
 from sparsenet.architecture.embedding.search import (
     EmbeddingSearchConfig,
     RegressionData,
@@ -24,7 +25,9 @@ __all__ = [
     "RegressionData",
     "SearchOutcome",
     "load_autoencoder",
+    "load_network",
     "save_autoencoder",
+    "save_network",
     "search_embedding",
     "train_autoencoder",
 ]

@@ -5,39 +5,11 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sparsenet.architecture.search.run import SearchReport
+from sparsenet.architecture.search.report import SearchReport
+from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
 
 __all__ = ["plot_search"]
-
-SERIES = ("#2a6fbb", "#d1495b", "#3a8f5c", "#8a63b5")
-GREY = "#8c8c8c"
-
-
-def new_axes(width: float = 6.4, height: float = 4.0, **options):
-    """A figure and axes in the house style, drawn without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained", **options)
-    for ax in axes.flat if hasattr(axes, "flat") else [axes]:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
-    return figure, axes
-
-
-def save_figure(figure, path: Path) -> Path:
-    """Writes a PNG at 110 dots per inch and closes the figure."""
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
 
 
 def plot_search(report: SearchReport, folder: Path) -> list[Path]:
@@ -60,7 +32,7 @@ def _accuracy_against_weights(report: SearchReport, path: Path) -> Path:
             f"stopped early, where they stopped ({len(stopped)})",
             {"s": 18, "color": GREY, "marker": "x", "linewidths": 1},
         ),
-        (done, f"finished ({len(done)})", {"s": 28, "color": SERIES[0]}),
+        (done, f"finished ({len(done)})", {"s": 28, "color": COLOURS[0]}),
     ):
         if trials:
             ax.scatter([t.active_weights for t in trials], [100 * t.accuracy for t in trials], label=label, **style)
@@ -68,7 +40,7 @@ def _accuracy_against_weights(report: SearchReport, path: Path) -> Path:
         [t.active_weights for t in front],
         [100 * t.accuracy for t in front],
         where="post",
-        color=SERIES[1],
+        color=COLOURS[1],
         linewidth=1.6,
         marker="o",
         markersize=9,
@@ -137,7 +109,7 @@ def _best_so_far(report: SearchReport, path: Path) -> Path:
         values.append(best)
     numbers = [t.number + 1 for t in done]
     ax.scatter(numbers, [100 * t.accuracy for t in done], s=16, color=GREY, label="finished trial")
-    ax.step(numbers, values, where="post", color=SERIES[0], linewidth=1.8, label="best so far")
+    ax.step(numbers, values, where="post", color=COLOURS[0], linewidth=1.8, label="best so far")
     ax.set_ylim(bottom=max(0.0, min(100 * t.accuracy for t in done) - 1.0))
     ax.set_xlabel("trial")
     ax.set_ylabel("validation accuracy (%)")

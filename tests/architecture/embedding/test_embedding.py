@@ -373,7 +373,7 @@ def test_command_line(tmp_path, capsys):
     import argparse
 
     pytest.importorskip("optuna")
-    from sparsenet.architecture.search import run as command
+    from sparsenet.commands import search as command
 
     data = teacher_data()
     np.savez(tmp_path / "t.npz", x=data.train_x.numpy()[:300], y=data.train_y.numpy()[:300])

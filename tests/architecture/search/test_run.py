@@ -20,7 +20,14 @@ from sparsenet.architecture.search.trials import TrialConfig, TrialData, evaluat
 optuna = pytest.importorskip("optuna")
 
 from sparsenet.architecture.search.pruners import PRUNERS, make_pruner  # noqa: E402
-from sparsenet.architecture.search.run import SearchConfig, retrain, search, write_report  # noqa: E402
+from sparsenet.architecture.search.run import (  # noqa: E402
+    SearchConfig,
+    load_dataset,
+    load_network,
+    retrain,
+    search,
+    write_report,
+)
 from sparsenet.architecture.search.samplers import (  # noqa: E402
     GridSampler,
     RandomSampler,
@@ -326,7 +333,7 @@ def test_retrain_uses_every_example_and_another_pattern_per_seed():
 def test_command_line(tmp_path, capsys):
     import argparse
 
-    from sparsenet.architecture.search import run as command
+    from sparsenet.commands import search as command
 
     pytest.importorskip("sklearn")
     parser = argparse.ArgumentParser()
@@ -342,13 +349,13 @@ def test_command_line(tmp_path, capsys):
         and "live neurons" in printed
     )
     report = json.loads((tmp_path / "report.json").read_text())
-    network = command.load_network(tmp_path / "network.safetensors")
+    network = load_network(tmp_path / "network.safetensors")
     assert network.active_weights() == report["best"]["active_weights"] <= 1500
-    dataset = command.load_dataset("digits", None)
+    dataset = load_dataset("digits", None)
     _, accuracy = evaluate(network, TrialData.from_dataset(dataset, validation=0))
     assert accuracy == report["final"][0]["accuracy"]
     with pytest.raises(ValueError, match="must be a network of sparsenet search"):
-        command.load_network(tmp_path / "report.json")
+        load_network(tmp_path / "report.json")
 
 
 def test_architecture_of_ignores_densities_beyond_the_depth():

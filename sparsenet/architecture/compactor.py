@@ -5,44 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsenet import distributed
+from sparsenet.architecture.folding import fold_depth
 from sparsenet.compaction.compacting import CompactionReport, as_optimizers, compact, plain_model
+from sparsenet.compaction.history import Interval
 from sparsenet.compaction.moves import model_bytes
+from sparsenet.compaction.plots import plot_compaction
 from sparsenet.compaction.weights import unit_weights
 
-__all__ = ["Compactor", "Interval"]
+__all__ = ["Compactor"]
 
 _COUNT = "closed_checks"  # of a gate: int32 [units], checks in a row at which each was closed
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Training between two checks of a :class:`Compactor`, and what left at its end.
-
-    Attributes:
-        begin, end: steps; begin < step <= end.
-        units: outputs of every layer with weights, by its name.
-        parameters, bytes: of the model and its optimizer as in :class:`CompactionReport`, before anything left.
-        seconds_per_step: the median, from one call of ``step`` to the next.
-        removed: units that left at the end. folded: layers that merged there.
-        check_seconds: what the check took, removing included.
-    """
-
-    begin: int
-    end: int
-    units: dict[str, int]
-    parameters: int
-    bytes: int
-    seconds_per_step: float
-    removed: int
-    folded: int
-    check_seconds: float
 
 
 class Compactor:
@@ -131,8 +109,6 @@ class Compactor:
 
     def plot(self, path: str | Path) -> Path:
         """Draws units per layer, time per step and bytes over the steps so far as a PNG; returns its path."""
-        from sparsenet.reproduce.gate_plots import plot_compaction
-
         return plot_compaction(self.intervals, Path(path))
 
     def _check(self) -> CompactionReport:
@@ -171,8 +147,6 @@ class Compactor:
         return spare
 
     def _fold(self) -> int:
-        from sparsenet.architecture.folding import fold_depth
-
         report = fold_depth(self.model, self.optimizer)
         if self.sparsifier is not None and (report.folded or report.vanished):
             self.sparsifier.refresh()

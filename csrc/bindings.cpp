@@ -95,8 +95,7 @@ void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const std:
                             .cols = cols.data(),
                             .tensors = tensors.data(),
                             .num_tensors = int64_t(tensors.size())};
-  SPARSENET_CHECK(rows.size() == op.to.rows && cols.size() == op.to.cols, "compact_blocks: rows and cols must have ",
-                  op.to.rows, " and ", op.to.cols, " entries, got ", rows.size(), " and ", cols.size());
+  check_gathered_sizes(op, rows.size(), cols.size());
   py::gil_scoped_release release;
   cpu::compact_blocks(op, cpu::usable_threads(threads));
 }

@@ -215,12 +215,13 @@ def run_mutant(name: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """{name: a future of its tests}: two at a time, while the tests below look at them one by one."""
+def runs(request, tmp_path_factory):
+    """{name: a future of its tests}, of the chosen ones: two at a time, while the tests below look at them in order."""
     emulated.load()  # the objects that the mutants share
     folder = tmp_path_factory.mktemp("mutants")
     pool = ThreadPoolExecutor(max_workers=2)
-    yield {name: pool.submit(run_mutant, name, folder / str(i)) for i, name in enumerate(MUTANTS)}
+    chosen = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
+    yield {name: pool.submit(run_mutant, name, folder / str(i)) for i, name in enumerate(chosen)}
     pool.shutdown(cancel_futures=True)
 
 

@@ -1,155 +1,164 @@
-"""The CUDA ops of a built ``_C`` on torch tensors, without the Python package: what gpu_check checks and times.
+"""The CUDA ops as gpu_check runs them: every call of the native CUDA module that this check makes is in this file.
 
-Where there is no GPU the same code drives the emulated module on CPU tensors (tests/cuda/test_gpu_check.py).
+``load`` makes the built module serve the package of this checkout. The calls go through the same ``CudaKernels`` as
+those of ``sparsenet.functional``. Where there is no GPU the emulated module of ``tests/cuda`` can stand in, on CPU
+tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "gpu_check"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-TF32 = 4  # float32 tensors whose products tensor cores may take
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+TF32 = 4  # dtype code: float32 tensors whose products tensor cores may take
+CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3, "tf32": TF32}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 VARIANTS = {"automatic": 0, "simt": 1, "sm80": 2}
+GUARD = 256  # elements on both sides of an output that nobody may write
+
+_cpu_kernels: list = []  # what the emulated device displaced
 
 
-def build(arch: str) -> Path:
-    """Configure and build ``_C`` with the CUDA kernels for one architecture; returns the module's path."""
-    import pybind11
-
-    environment = dict(os.environ, SPARSENET_CUDA_ARCHS=arch)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    for command in (
-        [
-            "cmake",
-            "-G",
-            "Ninja",
-            "-S",
-            str(ROOT),
-            "-B",
-            str(BUILD),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DSPARSENET_CUDA_ARCHS={arch}",
-        ],
-        ["cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count() or 2)],
-    ):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(f"the build failed:\n{(done.stdout + done.stderr)[-6000:]}")
-    return next(iter(BUILD.glob("_C*.so")))
+def torch_dtype(name: str) -> torch.dtype:
+    """Of the tensors; tf32 has float32's."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 def load(path: Path):
-    """The CUDA ops of a built module."""
-    spec = importlib.util.spec_from_file_location("_C", path)
+    """Import the built module, or the emulated one, make it serve ``sparsenet``, and return its CUDA ops."""
+    emulated = path.name.startswith("cuda_emulated")
+    spec = importlib.util.spec_from_file_location(path.name.split(".")[0] if emulated else "sparsenet._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.cuda
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # the package of this checkout, installed or not
+    if not emulated:
+        sys.modules["sparsenet._C"] = module
+        return module.cuda
+    module.configure(seed=0)
+    module.set_device()
+    serve(module)
+    return module
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """The address of a tensor's data, 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+def serve(emulated) -> None:
+    """The emulated kernels serve the package's CPU tensors from here on."""
+    from sparsenet.functional import native
+    from sparsenet.functional.cuda import CudaKernels
+
+    kernels = CudaKernels(emulated, DEVICE)
+    _cpu_kernels.append(native.kernels_of)
+    native.kernels_of = lambda device: kernels
 
 
-def stream() -> int:
-    """torch's current stream."""
-    return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
+@contextlib.contextmanager
+def on_cpu() -> Iterator[torch.device]:
+    """Inside the block the CPU's own kernels serve the CPU, the emulated device or not."""
+    from sparsenet.functional import native
+
+    serving = native.kernels_of
+    native.kernels_of = _cpu_kernels[0] if _cpu_kernels else serving
+    try:
+        yield torch.device("cpu")
+    finally:
+        native.kernels_of = serving
 
 
-def scratch(nbytes: int) -> torch.Tensor:
-    """A workspace from torch's caching allocator."""
-    return torch.empty(max(nbytes, 1), dtype=torch.uint8, device=DEVICE)
+def synchronize() -> None:
+    """Waits for the device; an error of an earlier launch surfaces here."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def healthy() -> bool:
+    """Whether the device still computes for this process: after a faulting kernel it never does again."""
+    try:
+        synchronize()
+        return torch.ones(4, device=DEVICE).sum().item() == 4.0
+    except RuntimeError:
+        return False
+
+
+def force_variant(ops, name: str) -> None:
+    """Which kernels may run, process-wide: automatic, simt or sm80."""
+    ops.force_variant(VARIANTS[name])
+
+
+def device_info(ops) -> dict:
+    """Name, architecture and sizes of the current device."""
+    return dict(ops.device_info())
+
+
+class _Split:
+    """The ops, with work lists that cut a line of blocks after `split` of them."""
+
+    def __init__(self, ops, split: int):
+        self._ops, self._split = ops, split
+
+    def __getattr__(self, name: str):
+        return getattr(self._ops, name)
+
+    def preferred_work(self, *call):
+        """The number of lines that a CTA shares, and where longer ones are cut; 0 stays: no list is read."""
+        group, split = self._ops.preferred_work(*call)
+        return group, split and self._split
 
 
 class Pattern:
-    """A pattern made on the device from a list of places, with its work lists."""
+    """A pattern on the device. `split` overrides where long lines of blocks are cut, so that small ones are, too."""
 
-    def __init__(self, ops, place_rows, place_cols, rows, cols, block, code: int, batch: int, split=None) -> None:
-        self.split = split
-        self.ops, self.rows, self.cols, self.block = ops, rows, cols, block
-        shape, count = (-(-rows // block), -(-cols // block)), len(place_rows)
-        self.shape, self.num_blocks = shape, count
-        sizes = (shape[0] + 1, count, count, shape[1] + 1, count, count)
-        self.arrays = [torch.full((max(n, 1),), -1, dtype=torch.int32, device=DEVICE) for n in sizes]
-        self.order = torch.empty(max(count, 1), dtype=torch.int32, device=DEVICE)
-        self.workspace = scratch(ops.pattern_workspace_bytes(count, *shape))
-        ops.pattern_from_places(
-            address(place_rows),
-            address(place_cols),
-            *map(address, self.arrays),
-            *shape,
-            count,
-            address(self.order),
-            address(self.workspace),
-            self.workspace.numel(),
-            stream(),
-        )
-        self.handle = ops.Pattern(*map(address, self.arrays), rows, cols, count, block)
-        self.items = [
-            self.work(False, code, batch, self.handle.set_forward_work),
-            self.work(True, code, batch, self.handle.set_transposed_work),
-        ]
+    def __init__(self, ops, mask: torch.Tensor, rows: int, cols: int, block: int, split: int | None = None):
+        from sparsenet.functional.cuda import CudaKernels
 
-    def work(self, transposed: bool, code: int, batch: int, install) -> torch.Tensor:
-        """One direction's work list, as the product builds it; `split` overrides where long groups are cut."""
-        pointers, lines = self.arrays[3 if transposed else 0], self.shape[transposed]
-        group, split = self.ops.preferred_work(self.handle, code, batch, transposed)
-        split = self.split or max(split, 1)
-        capacity = self.ops.work_list_capacity(lines, self.num_blocks, group, split)
-        items = torch.empty(max(capacity, 1) * self.ops.work_item_bytes, dtype=torch.uint8, device=DEVICE)
-        counts = self.ops.build_work_list(
-            address(pointers),
-            lines,
-            self.num_blocks,
-            group,
-            split,
-            address(items),
-            address(self.workspace),
-            self.workspace.numel(),
-            stream(),
-        )
-        install(address(items), *counts, group)
-        return items
+        self.kernels = CudaKernels(_Split(ops, split) if split else ops, DEVICE)
+        self.rows, self.cols, self.block, self.shape = rows, cols, block, tuple(mask.shape)
+        self.row, self.col = (places.contiguous() for places in mask.nonzero().T)  # int64, by row, then column
+        crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+        crow[1:] = mask.sum(1).cumsum(0)
+        self.native = self.kernels.Pattern(crow, self.col.int(), rows, cols, block)
+
+    @property
+    def num_blocks(self) -> int:
+        """Active blocks."""
+        return len(self.row)
 
     def dense(self, values: torch.Tensor) -> torch.Tensor:
-        """The matrix, float64."""
-        b, row, col = self.block, self.arrays[2][: self.num_blocks].long(), self.arrays[1][: self.num_blocks].long()
+        """[rows, cols], float64."""
+        b = self.block
         full = torch.zeros(*self.shape, b, b, dtype=torch.float64, device=DEVICE)
-        full[row, col] = values.double()
+        full[self.row, self.col] = values.double()
         return full.permute(0, 2, 1, 3).reshape(self.shape[0] * b, self.shape[1] * b)[: self.rows, : self.cols]
 
-    def blocks_of(self, dense: torch.Tensor) -> torch.Tensor:
-        """The pattern's blocks of a matrix, zeros outside it."""
-        b, row, col = self.block, self.arrays[2][: self.num_blocks].long(), self.arrays[1][: self.num_blocks].long()
+    def all_blocks(self, dense: torch.Tensor) -> torch.Tensor:
+        """[block rows, block cols, b, b] of a [rows, cols] matrix, zeros outside it."""
+        b = self.block
         full = torch.zeros(self.shape[0] * b, self.shape[1] * b, dtype=dense.dtype, device=DEVICE)
         full[: self.rows, : self.cols] = dense
-        return full.view(self.shape[0], b, self.shape[1], b).permute(0, 2, 1, 3)[row, col]
+        return full.view(self.shape[0], b, self.shape[1], b).permute(0, 2, 1, 3)
+
+    def blocks_of(self, dense: torch.Tensor) -> torch.Tensor:
+        """The pattern's blocks of a matrix."""
+        return self.all_blocks(dense)[self.row, self.col]
 
 
 def make_pattern(
-    ops, kind: str, rows: int, cols: int, block: int, density: float, code: int, batch: int, seed: int = 0, split=None
+    ops, kind: str, rows: int, cols: int, block: int, density: float, seed: int = 0, split: int | None = None
 ) -> Pattern:
-    """random, power_law, empty_rows, full_row, none or dense, for operands of that dtype code and batch.
-
-    The places are handed over in random order.
-    """
+    """Of kind random, power_law, empty_rows, full_row, none or dense."""
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
     shape = (-(-rows // block), -(-cols // block))
-    mask = torch.rand(shape, device=DEVICE, generator=generator) < density
+    chance = torch.rand(shape, device=DEVICE, generator=generator)
+    mask = chance < density
     if kind == "power_law":
         keep = shape[1] / (1 + torch.arange(shape[0], device=DEVICE, dtype=torch.float64))
-        mask = torch.rand(shape, device=DEVICE, generator=generator) < (keep / shape[1]).clamp(max=1)[:, None]
+        mask = chance < (keep / shape[1]).clamp(max=1)[:, None]
     elif kind == "empty_rows":
         mask[::2] = False
     elif kind == "full_row":
@@ -157,86 +166,121 @@ def make_pattern(
         mask[:, shape[1] // 2] = True
     elif kind in ("none", "dense"):
         mask[:] = kind == "dense"
-    places = mask.nonzero().to(torch.int32)
-    places = places[torch.randperm(len(places), device=DEVICE, generator=generator)]
-    return Pattern(ops, places[:, 0].contiguous(), places[:, 1].contiguous(), rows, cols, block, code, batch, split)
+    return Pattern(ops, mask, rows, cols, block, split)
 
 
 class Layer:
-    """One call's tensors: x, values, bias, gradients; runs the ops."""
+    """One call's tensors: x, values, bias and gradients; runs the ops. `dtype` is a key of CODES."""
 
-    def __init__(
-        self, pattern: Pattern, batch: int, dtype, activation="none", bias=True, pads=(0, 0), seed=0, tf32=False
-    ) -> None:
+    def __init__(self, pattern: Pattern, batch: int, dtype: str, activation="none", bias=True, pads=(0, 0), seed=0):
         generator = torch.Generator(device=DEVICE).manual_seed(seed)
+        self.pattern, self.batch, self.activation = pattern, batch, activation
+        self.dtype, self.code = torch_dtype(dtype), CODES[dtype]
 
         def draw(*shape, pad=0):
-            full = torch.full((*shape[:-1], shape[-1] + pad), float("nan"), dtype=dtype, device=DEVICE)
+            full = torch.full((*shape[:-1], shape[-1] + pad), float("nan"), dtype=self.dtype, device=DEVICE)
             full[..., : shape[-1]] = torch.randn(shape, device=DEVICE, generator=generator)
             return full[..., : shape[-1]]
 
-        self.pattern, self.batch, self.dtype, self.activation = pattern, batch, dtype, activation
-        b = pattern.block
+        b, count = pattern.block, pattern.num_blocks
         self.x, self.grad_y = draw(batch, pattern.cols, pad=pads[0]), draw(batch, pattern.rows, pad=pads[1])
-        self.saved = draw(batch, pattern.rows, pad=pads[1])
-        self.bias = draw(pattern.rows) if bias else None
+        self.saved, self.bias = draw(batch, pattern.rows), draw(pattern.rows) if bias else None
         inside = pattern.blocks_of(torch.ones(pattern.rows, pattern.cols, device=DEVICE))
-        self.values = (draw(max(pattern.num_blocks, 1), b, b)[: pattern.num_blocks] * inside).to(dtype)
+        self.values = (draw(count, b, b) * inside).to(self.dtype)
+        self._whole: list[torch.Tensor] = []
         self.y, self.pre = self.blank(batch, pattern.rows), self.blank(batch, pattern.rows)
         self.grad_x, self.grad_bias = self.blank(batch, pattern.cols), self.blank(pattern.rows)
-        self.grad_values = self.blank(max(pattern.num_blocks, 1), b, b)
-        self.code = TF32 if tf32 else DTYPES[dtype]
-        self.operands = (address(self.x), self.x.stride(0), address(self.values))
-        ops = pattern.ops
-        self.forward_space = scratch(
-            ops.linear_forward_workspace_bytes(pattern.handle, self.code, batch, *self.operands)
-        )
-        self.backward_space = scratch(ops.linear_backward_workspace_bytes(*self.backward_call("xwb")))
+        self.grad_values = self.blank(count, b, b)
+        self.norms, self.candidates = self.blank(*pattern.shape, dtype=torch.float32), self.blank(count, b, b)
 
-    def blank(self, *shape) -> torch.Tensor:
-        """An output that nobody wrote."""
-        return torch.full(shape, float("nan"), dtype=self.dtype, device=DEVICE)
+    def blank(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An output that nobody wrote, between two guards."""
+        size = torch.Size(shape).numel()
+        whole = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype or self.dtype, device=DEVICE)
+        self._whole.append(whole)
+        return whole[GUARD : GUARD + size].view(shape)
+
+    def clear(self) -> None:
+        """Makes every output NaN again."""
+        for whole in self._whole:
+            whole.fill_(float("nan"))
+
+    def guards_hold(self) -> bool:
+        """Whether nobody wrote beside an output."""
+        return all(bool(w[:GUARD].isnan().all() and w[-GUARD:].isnan().all()) for w in self._whole)
 
     def forward(self, pre: bool = False) -> None:
         """Y, and the pre-activation on request."""
         p = self.pattern
-        p.ops.linear_forward(
-            p.handle,
+        p.kernels.linear_forward(
+            p.native,
             self.code,
             ACTIVATIONS[self.activation],
+            self.x.data_ptr(),
+            self.x.stride(0),
             self.batch,
-            *self.operands,
-            address(self.bias),
-            address(self.y),
-            self.y.stride(0),
-            address(self.pre if pre else None),
-            self.pre.stride(0),
-            address(self.forward_space),
-            self.forward_space.numel(),
-            stream(),
-        )
-
-    def backward_call(self, wanted: str) -> tuple:
-        """Arguments shared by the op, its workspace query and its choice."""
-        return (
-            self.pattern.handle,
-            self.code,
-            ACTIVATIONS[self.activation],
-            self.batch,
-            address(self.grad_y),
-            self.grad_y.stride(0),
-            address(self.saved),
-            self.saved.stride(0),
-            *self.operands[:2],
-            self.operands[2],
-            address(self.grad_x) if "x" in wanted else 0,
-            self.grad_x.stride(0),
-            address(self.grad_values) if "w" in wanted else 0,
-            address(self.grad_bias) if "b" in wanted else 0,
+            self.values.data_ptr(),
+            0 if self.bias is None else self.bias.data_ptr(),
+            self.y.data_ptr(),
+            self.pre.data_ptr() if pre else 0,
+            1,
         )
 
     def backward(self, wanted: str = "xwb") -> None:
-        """The wanted gradients."""
-        self.pattern.ops.linear_backward(
-            *self.backward_call(wanted), address(self.backward_space), self.backward_space.numel(), stream()
+        """The wanted gradients: of x, of the weights (w), of the bias."""
+        p = self.pattern
+        p.kernels.linear_backward(
+            p.native,
+            self.code,
+            ACTIVATIONS[self.activation],
+            self.grad_y.data_ptr(),
+            self.grad_y.stride(0),
+            self.saved.data_ptr(),
+            self.x.data_ptr(),
+            self.x.stride(0),
+            self.batch,
+            self.values.data_ptr(),
+            self.grad_x.data_ptr() if "x" in wanted else 0,
+            self.grad_values.data_ptr() if "w" in wanted else 0,
+            self.grad_bias.data_ptr() if "b" in wanted else 0,
+            1,
         )
+
+    def _gradient_call(self) -> tuple:
+        x, g, p = self.x, self.grad_y, self.pattern
+        sides = (x.data_ptr(), x.stride(0), p.cols, g.data_ptr(), g.stride(0), p.rows)
+        return (self.code, p.block, *sides, self.batch)
+
+    def gradient_norms(self) -> None:
+        """Squared norms of all blocks of the dense gradient of the weights; the activation is not asked for."""
+        p = self.pattern
+        p.kernels.gradient_norms(*self._gradient_call(), 0, p.shape[0], self.norms.data_ptr(), 1)
+
+    def candidate_gradients(self) -> None:
+        """The dense gradient's blocks at the pattern's own places, last place first."""
+        p = self.pattern
+        at = [places.flip(0).int() for places in (p.row, p.col)]
+        p.kernels.candidate_gradients(*self._gradient_call(), *at, self.candidates.data_ptr(), 1)
+
+    def kernel_names(self) -> dict[str, str]:
+        """Which kernel serves each pass."""
+        p, ops = self.pattern, self.pattern.kernels.ops
+        handle, sides = p.native.handle, (self.x.data_ptr(), self.x.stride(0))
+        forward = ops.choose_linear_forward(handle, self.code, self.batch, *sides, self.values.data_ptr())
+        grad_input, grad_weight = ops.choose_linear_backward(
+            handle,
+            self.code,
+            ACTIVATIONS[self.activation],
+            self.batch,
+            self.grad_y.data_ptr(),
+            self.grad_y.stride(0),
+            self.saved.data_ptr(),
+            self.saved.stride(0),
+            *sides,
+            self.values.data_ptr(),
+            self.grad_x.data_ptr(),
+            self.grad_x.stride(0),
+            self.grad_values.data_ptr(),
+            0,
+        )
+        return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}

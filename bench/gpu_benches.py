@@ -195,7 +195,7 @@ def bench_cases(ops, tiny: bool = False) -> Iterator[Case]:
     if tiny:
         for name in ("bfloat16", "float32", "tf32"):
             yield linear((96, 64, 40, 0.5, 32, name, "random"))
-        yield Case("training step tiny", "step", partial(benches.step, 64, 8, 16, 0.5))
+        yield Case("training step tiny", "step", partial(benches.step, 32, 4, 16, 0.5))
         yield Case("overhead of a call", "overhead", benches.overhead)
         yield Case("rivals tiny", "rivals", partial(benches.rivals, (96, 64, 40, 0.5, 32, "bfloat16", "random")))
         return
@@ -215,7 +215,7 @@ def bench_cases(ops, tiny: bool = False) -> Iterator[Case]:
 
 
 def table(results: list[dict]) -> str:
-    """The benches as a table: microseconds; in brackets eff, an asterisk where its goal is met, and share of roofline."""
+    """The benches as a table: microseconds; in brackets eff (* where its goal is met) and the share of the roofline."""
     lines = [
         "| shape | batch | density | block | dtype | pattern | forward | grad_input | grad_weight | norms / dense "
         "| dense forward |",

@@ -172,8 +172,8 @@ def build(journal: Journal, seconds: float, arch: str | None = None) -> bool:
         return False
     start, target = time.monotonic(), module_path()
     scratch = target.with_name(f".{os.getpid()}.so")
-    command = [nvcc, "-shared", "-cudart=static", *map(str, sorted(objects)), "-o", str(scratch)]
-    error = run([*command, "-Xcompiler", "-fopenmp", "-Xlinker", "--exclude-libs,ALL"], end)
+    options = ["-shared", "-cudart=static", "-Xcompiler", "-fopenmp", "-Xlinker", "--exclude-libs,ALL"]
+    error = run([nvcc, *options, *map(str, sorted(objects)), "-o", str(scratch)], end)
     if error:
         scratch.unlink(missing_ok=True)
         for path in carried:  # from another machine, perhaps: the next build makes them here

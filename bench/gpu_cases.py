@@ -1,8 +1,8 @@
 """Cases within a time budget, and the JSON file that is whole after every one of them.
 
-A part of ``gpu_check.py`` is a list of cases, the most important first. A case that raises is recorded and the next one
-runs. A case is not begun when cases of its kind took longer than what is left of the budget. Whatever stops the process,
-the file holds everything before the case that was running, and names that case.
+A part of ``gpu_check.py`` is a list of cases, the most important first. A case that raises is recorded and the next
+one runs. A case is not begun when cases of its kind took longer than what is left of the budget. Whatever stops the
+process, the file holds everything before the case that was running, and names that case.
 """
 
 from __future__ import annotations

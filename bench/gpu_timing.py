@@ -1,4 +1,4 @@
-"""Timing on a GPU and what times are held against: the machine's ceilings, a roofline for each pass, other libraries."""
+"""Timing on a GPU and what times are held against: the machine's ceilings, a roofline, other libraries."""
 
 from __future__ import annotations
 

@@ -97,8 +97,9 @@ def commands(arch: str, nvcc: str, gxx: str) -> list[tuple[Path, list[str], str]
         flags = ["-O1", "-DSPARSENET_PORTABLE", "-DSPARSENET_ISA=portable"]
         work.append((source, [*host, *defines, *flags, "-c"], machine + " ".join(flags)))
     for source in listed(r"pybind11_add_module\(_C") + sorted((CSRC / "cuda").rglob("*.cpp")):
-        python = f"{sys.implementation.cache_tag} " if "pybind11" in source.read_text() else ""
-        work.append((source, [*host, *defines, "-O1", *headers, "-c"], machine + python))
+        speaks_python = any(b"<pybind11/" in text for text in with_headers(source, {}).values())
+        version = sys.implementation.cache_tag if speaks_python else ""
+        work.append((source, [*host, *defines, "-O1", *headers, "-c"], f"{machine} {version}"))
     slow = {stem: i for i, stem in enumerate(SLOWEST)}
     return sorted(work, key=lambda w: min((slow[s] for s in slow if s in w[0].stem), default=len(slow)))
 

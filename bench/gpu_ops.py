@@ -96,6 +96,11 @@ def device_info(ops) -> dict:
     return dict(ops.device_info())
 
 
+def matrix(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """A matrix as the ops take it: address, rows, columns, stride."""
+    return tensor.data_ptr(), *tensor.shape, tensor.stride(0)
+
+
 class _Split:
     """The ops, with work lists that cut a line of blocks after `split` of them."""
 
@@ -209,78 +214,43 @@ class Layer:
         """Whether nobody wrote beside an output."""
         return all(bool(w[:GUARD].isnan().all() and w[-GUARD:].isnan().all()) for w in self._whole)
 
+    @property
+    def _call(self) -> tuple:
+        return self.code, ACTIVATIONS[self.activation], 1
+
     def forward(self, pre: bool = False) -> None:
         """Y, and the pre-activation on request."""
-        p = self.pattern
-        p.kernels.linear_forward(
-            p.native,
-            self.code,
-            ACTIVATIONS[self.activation],
-            self.x.data_ptr(),
-            self.x.stride(0),
-            self.batch,
-            self.values.data_ptr(),
-            0 if self.bias is None else self.bias.data_ptr(),
-            self.y.data_ptr(),
-            self.pre.data_ptr() if pre else 0,
-            1,
-        )
+        outputs = self.y.data_ptr(), self.pre.data_ptr() if pre else 0
+        self.pattern.kernels.linear_forward(self.pattern.native, *self._operands(), outputs)
 
     def backward(self, wanted: str = "xwb") -> None:
         """The wanted gradients: of x, of the weights (w), of the bias."""
-        p = self.pattern
-        p.kernels.linear_backward(
-            p.native,
-            self.code,
-            ACTIVATIONS[self.activation],
-            self.grad_y.data_ptr(),
-            self.grad_y.stride(0),
-            self.saved.data_ptr(),
-            self.x.data_ptr(),
-            self.x.stride(0),
-            self.batch,
-            self.values.data_ptr(),
-            self.grad_x.data_ptr() if "x" in wanted else 0,
-            self.grad_values.data_ptr() if "w" in wanted else 0,
-            self.grad_bias.data_ptr() if "b" in wanted else 0,
-            1,
-        )
+        self.pattern.kernels.linear_backward(self.pattern.native, *self._backward_call(wanted))
 
-    def _gradient_call(self) -> tuple:
-        x, g, p = self.x, self.grad_y, self.pattern
-        sides = (x.data_ptr(), x.stride(0), p.cols, g.data_ptr(), g.stride(0), p.rows)
-        return (self.code, p.block, *sides, self.batch)
+    def _operands(self) -> tuple:
+        weight = self.values.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
+        return self._call, matrix(self.x), weight
+
+    def _backward_call(self, wanted: str) -> tuple:
+        tensors = {"x": self.grad_x, "w": self.grad_values, "b": self.grad_bias}
+        grads = tuple(tensor.data_ptr() if name in wanted else 0 for name, tensor in tensors.items())
+        upstream = matrix(self.grad_y), self.saved.data_ptr()
+        return self._call, matrix(self.x), self.values.data_ptr(), upstream, grads
 
     def gradient_norms(self) -> None:
         """Squared norms of all blocks of the dense gradient of the weights; the activation is not asked for."""
-        p = self.pattern
-        p.kernels.gradient_norms(*self._gradient_call(), 0, p.shape[0], self.norms.data_ptr(), 1)
+        call, rows = (self.code, self.pattern.block, 1), (0, self.pattern.shape[0])
+        self.pattern.kernels.gradient_norms(call, matrix(self.x), matrix(self.grad_y), rows, self.norms.data_ptr())
 
     def candidate_gradients(self) -> None:
         """The dense gradient's blocks at the pattern's own places, last place first."""
-        p = self.pattern
-        at = [places.flip(0).int() for places in (p.row, p.col)]
-        p.kernels.candidate_gradients(*self._gradient_call(), *at, self.candidates.data_ptr(), 1)
+        p, call = self.pattern, (self.code, self.pattern.block, 1)
+        at = tuple(places.flip(0).int() for places in (p.row, p.col))
+        p.kernels.candidate_gradients(call, matrix(self.x), matrix(self.grad_y), at, self.candidates.data_ptr())
 
     def kernel_names(self) -> dict[str, str]:
         """Which kernel serves each pass."""
-        p, ops = self.pattern, self.pattern.kernels.ops
-        handle, sides = p.native.handle, (self.x.data_ptr(), self.x.stride(0))
-        forward = ops.choose_linear_forward(handle, self.code, self.batch, *sides, self.values.data_ptr())
-        grad_input, grad_weight = ops.choose_linear_backward(
-            handle,
-            self.code,
-            ACTIVATIONS[self.activation],
-            self.batch,
-            self.grad_y.data_ptr(),
-            self.grad_y.stride(0),
-            self.saved.data_ptr(),
-            self.saved.stride(0),
-            *sides,
-            self.values.data_ptr(),
-            self.grad_x.data_ptr(),
-            self.grad_x.stride(0),
-            self.grad_values.data_ptr(),
-            0,
-        )
+        ops, handle = self.pattern.kernels.ops, self.pattern.native.handle
+        grad_input, grad_weight = ops.choose_linear_backward(handle, *self._backward_call("xw"))
+        forward = ops.choose_linear_forward(handle, *self._operands())
         return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}

@@ -1,5 +1,6 @@
-// PYBIND11_MODULE(_C): the complete list of what Python can call. Tensors arrive as addresses and sizes, checked by
-// sparsenet/functional.py; index arrays arrive as numpy arrays and are checked here. Kernels run without the GIL.
+// PYBIND11_MODULE(_C): the complete list of what Python can call. Tensors arrive as addresses and sizes (boundary.h),
+// checked by sparsenet/functional/checks.py; index arrays arrive as numpy arrays and are checked here. Kernels run
+// without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,16 +8,18 @@
 #include <array>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "boundary.h"
 #include "cpu/block_pattern.h"
 #include "cpu/compact_blocks.h"
 #include "cpu/isa.h"
 #include "cpu/workspace.h"
-#include "check.h"
+#include "checks.h"
 #include "types.h"
 #if defined(SPARSENET_CUDA)
-  #include "cuda/bindings_cuda.h"
+  #include "cuda/host/bindings.h"
 #endif
 
 namespace py = pybind11;
@@ -26,10 +29,6 @@ namespace {
 
 using Indices = py::array_t<int32_t, py::array::c_style>;
 using Address = uintptr_t;
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-Matrix matrix(Address data, int64_t rows, int64_t cols, int64_t stride) { return {at(data), rows, cols, stride}; }
 
 // For results, which torch allocated in one piece and this call writes whole.
 void use_huge_pages(const Matrix& m, DType dtype) {
@@ -42,80 +41,53 @@ template <typename T> py::array_t<T> to_numpy(const std::vector<T>& v) {
 
 py::array_t<int32_t> copy_of(const int32_t* data, int64_t count) { return py::array_t<int32_t>(count, data); }
 
-void linear_forward(const cpu::Pattern& pattern, int dtype, int activation, Address x, int64_t x_stride, int64_t batch,
-                    Address values, Address bias, Address y, Address pre_activation, int threads) {
-  const PatternView& p = pattern.view();
-  const LinearForward op = {.pattern = p,
-                            .dtype = DType(dtype),
-                            .activation = Activation(activation),
-                            .x = matrix(x, batch, p.cols, x_stride),
-                            .values = at(values),
-                            .bias = at(bias),
-                            .y = matrix(y, batch, p.rows, p.rows),
-                            .pre_activation = matrix(pre_activation, batch, p.rows, p.rows)};
+void linear_forward(const cpu::Pattern& pattern, const LinearCall& call, const Matrix& x, const Weight& weight,
+                    const Outputs& outputs) {
+  const LinearForward op = linear_forward_op(pattern.view(), call, x, weight, outputs);
   py::gil_scoped_release release;
   use_huge_pages(op.y, op.dtype);
   use_huge_pages(op.pre_activation, op.dtype);
-  cpu::table_for(op.dtype).linear_forward(op, cpu::usable_threads(threads));
+  cpu::table_for(op.dtype).linear_forward(op, cpu::usable_threads(call.threads));
 }
 
-void linear_backward(const cpu::Pattern& pattern, int dtype, int activation, Address grad_y, int64_t grad_y_stride,
-                     Address saved, Address x, int64_t x_stride, int64_t batch, Address values, Address grad_x,
-                     Address grad_values, Address grad_bias, int threads) {
+void linear_backward(const cpu::Pattern& pattern, const LinearCall& call, const Matrix& x, Address values,
+                     const Upstream& upstream, const Gradients& grads) {
   const PatternView& p = pattern.view();
-  const LinearBackward op = {.pattern = p,
-                             .dtype = DType(dtype),
-                             .activation = Activation(activation),
-                             .grad_y = matrix(grad_y, batch, p.rows, grad_y_stride),
-                             .saved = matrix(saved, batch, p.rows, p.rows),
-                             .x = matrix(x, batch, p.cols, x_stride),
-                             .values = at(values),
-                             .grad_x = matrix(grad_x, batch, p.cols, p.cols),
-                             .grad_values = at(grad_values),
-                             .grad_bias = at(grad_bias)};
+  const LinearBackward op = linear_backward_op(p, call, x, at(values), upstream, grads);
   py::gil_scoped_release release;
   use_huge_pages(op.grad_x, op.dtype);
   cpu::use_huge_pages(op.grad_values, p.num_blocks * p.block_size * p.block_size * element_bytes(op.dtype));
-  cpu::table_for(op.dtype).linear_backward(op, cpu::usable_threads(threads));
+  cpu::table_for(op.dtype).linear_backward(op, cpu::usable_threads(call.threads));
 }
 
-void gradient_norms(int dtype, int block_size, Address x, int64_t x_stride, int64_t in, Address grad_z,
-                    int64_t grad_z_stride, int64_t out, int64_t batch, int64_t block_row_begin, int64_t block_row_end,
-                    Address norms, int threads) {
-  const GradientNorms op = {.dtype = DType(dtype),
-                            .block_size = block_size,
-                            .x = matrix(x, batch, in, x_stride),
-                            .grad_z = matrix(grad_z, batch, out, grad_z_stride),
-                            .block_row_begin = block_row_begin,
-                            .block_row_end = block_row_end,
-                            .norms = static_cast<float*>(at(norms))};
+void gradient_norms(const GradientCall& call, const Matrix& x, const Matrix& grad_z, const Interval& block_rows,
+                    Address norms) {
+  const GradientNorms op = gradient_norms_op(call, x, grad_z, block_rows, at(norms));
   py::gil_scoped_release release;
-  cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(threads));
+  cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(call.threads));
 }
 
-void candidate_gradients(int dtype, int block_size, Address x, int64_t x_stride, int64_t in, Address grad_z,
-                         int64_t grad_z_stride, int64_t out, int64_t batch, const Indices& rows, const Indices& cols,
-                         Address grads, int threads) {
-  const cpu::PlacesByRow places(rows.data(), cols.data(), rows.size(), (out + block_size - 1) / block_size);
-  const CandidateGradients op = {.dtype = DType(dtype),
-                                 .block_size = block_size,
-                                 .x = matrix(x, batch, in, x_stride),
-                                 .grad_z = matrix(grad_z, batch, out, grad_z_stride),
-                                 .crow = places.crow.data(),
-                                 .col = places.col.data(),
-                                 .block = places.number.data(),
+void candidate_gradients(const GradientCall& call, const Matrix& x, const Matrix& grad_z,
+                         const std::pair<Indices, Indices>& places, Address grads) {
+  const auto& [rows, cols] = places;
+  const int64_t block_rows = (grad_z.cols + call.block_size - 1) / call.block_size;
+  const cpu::PlacesByRow sorted(rows.data(), cols.data(), rows.size(), block_rows);
+  const CandidateGradients op = {.dtype = call.dtype,
+                                 .block_size = call.block_size,
+                                 .x = x,
+                                 .grad_z = grad_z,
+                                 .crow = sorted.crow.data(),
+                                 .col = sorted.col.data(),
+                                 .block = sorted.number.data(),
                                  .num_places = rows.size(),
                                  .grads = at(grads)};
   py::gil_scoped_release release;
-  cpu::table_for(op.dtype).candidate_gradients(op, cpu::usable_threads(threads));
+  cpu::table_for(op.dtype).candidate_gradients(op, cpu::usable_threads(call.threads));
 }
 
-void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const Indices& rows, const Indices& cols,
-                    const std::vector<Address>& sources, const std::vector<Address>& targets,
-                    const std::vector<int>& element_bytes, int threads) {
-  std::vector<GatheredBlocks> tensors;
-  for (size_t i = 0; i < sources.size(); ++i)
-    tensors.push_back({.from = at(sources[i]), .to = at(targets.at(i)), .element_bytes = element_bytes.at(i)});
+void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const std::pair<Indices, Indices>& gathered,
+                    const std::vector<GatheredBlocks>& tensors, int threads) {
+  const auto& [rows, cols] = gathered;
   const CompactBlocks op = {.from = from.view(),
                             .to = to.view(),
                             .rows = rows.data(),
@@ -139,37 +111,24 @@ template <typename Call> WorkspaceSizes dry_run(const Call& call) {
   return sizes;
 }
 
-WorkspaceSizes linear_workspace(int dtype, int64_t rows, int64_t cols, int block_size, int64_t num_blocks,
-                                int64_t batch, int threads) {
-  const PatternView pattern = {.rows = rows, .cols = cols, .num_blocks = num_blocks, .block_size = block_size};
+// Of forward and backward with every output, of a layer [out, in] of so many blocks and an x that has only sizes.
+WorkspaceSizes linear_workspace(const LinearCall& call, const Matrix& x, int64_t out, int64_t num_blocks,
+                                int block_size) {
+  const PatternView pattern = {.rows = out, .cols = x.cols, .num_blocks = num_blocks, .block_size = block_size};
   char wanted = 0; // outputs that are asked for have an address
-  const LinearForward forward = {.pattern = pattern,
-                                 .dtype = DType(dtype),
-                                 .x = {.rows = batch, .cols = cols},
-                                 .y = {.data = &wanted},
-                                 .pre_activation = {}};
-  const LinearBackward backward = {.pattern = pattern,
-                                   .dtype = DType(dtype),
-                                   .grad_y = {.rows = batch, .cols = rows},
-                                   .saved = {},
-                                   .x = {.rows = batch, .cols = cols},
-                                   .grad_x = {.data = &wanted},
-                                   .grad_values = &wanted,
-                                   .grad_bias = &wanted};
+  const LinearForward forward = linear_forward_op(pattern, call, x, {}, {.y = &wanted});
+  const LinearBackward backward = linear_backward_op(pattern, call, x, nullptr, {.grad_y = {nullptr, x.rows, out, out}},
+                                                     {&wanted, &wanted, &wanted});
   return dry_run([&] {
-    cpu::table_for(forward.dtype).linear_forward(forward, cpu::usable_threads(threads));
-    cpu::table_for(backward.dtype).linear_backward(backward, cpu::usable_threads(threads));
+    cpu::table_for(call.dtype).linear_forward(forward, cpu::usable_threads(call.threads));
+    cpu::table_for(call.dtype).linear_backward(backward, cpu::usable_threads(call.threads));
   });
 }
 
-WorkspaceSizes norms_workspace(int dtype, int block_size, int64_t in, int64_t out, int64_t batch, int64_t block_rows,
-                               int threads) {
-  const GradientNorms op = {.dtype = DType(dtype),
-                            .block_size = block_size,
-                            .x = {.rows = batch, .cols = in},
-                            .grad_z = {.rows = batch, .cols = out},
-                            .block_row_end = block_rows};
-  return dry_run([&] { cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(threads)); });
+WorkspaceSizes norms_workspace(const GradientCall& call, const Matrix& x, const Matrix& grad_z,
+                               const Interval& block_rows) {
+  const GradientNorms op = gradient_norms_op(call, x, grad_z, block_rows, nullptr);
+  return dry_run([&] { cpu::table_for(op.dtype).gradient_norms(op, cpu::usable_threads(call.threads)); });
 }
 
 py::dict build_info() {

@@ -6,8 +6,7 @@
 #include <limits>
 #include <numeric>
 
-#include "../check.h"
-#include "../pattern_sizes.h"
+#include "../checks.h"
 
 namespace sparsenet::cpu {
 namespace {

@@ -16,7 +16,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../check.h"
+#include "../checks.h"
 
 namespace sparsenet::cpu {
 namespace {

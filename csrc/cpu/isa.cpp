@@ -7,7 +7,7 @@
 #include <pthread.h>
 #include <string>
 
-#include "../check.h"
+#include "../checks.h"
 
 namespace sparsenet::cpu {
 namespace {

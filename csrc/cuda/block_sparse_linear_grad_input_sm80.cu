@@ -1,4 +1,5 @@
-#include "block_sparse_linear_sm80.cuh"
+// grad_input on tensor cores: the instantiations.
+#include "block_sparse_linear_product_sm80.cuh"
 
 namespace sparsenet::cuda {
 

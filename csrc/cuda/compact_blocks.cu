@@ -1,14 +1,11 @@
-// compact_blocks on CUDA: checks and launches. Rows and columns were checked by the caller (functional.py).
+// compact_blocks on CUDA: checks and launches. Rows and columns were checked by the caller (sparsenet.functional).
 #include <algorithm>
 
-#include "choose.h"
 #include "compact_blocks_simt.cuh"
 
 namespace sparsenet::cuda {
 
 namespace {
-
-constexpr const char* kOp = "compact_blocks";
 
 int32_t log2_of(int32_t power) {
   int32_t shift = 0;
@@ -18,15 +15,8 @@ int32_t log2_of(int32_t power) {
 
 } // namespace
 
-void compact_blocks(const CompactBlocks& op, Stream stream) {
-  check_block_size(kOp, op.from.block_size);
-  SPARSENET_CHECK(op.from.block_size == op.to.block_size, kOp, ": block_size must stay ", op.from.block_size, ", got ",
-                  op.to.block_size);
-  for (int64_t t = 0; t < op.num_tensors; ++t) {
-    const int32_t bytes = op.tensors[t].element_bytes;
-    SPARSENET_CHECK(bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16, kOp,
-                    ": elements must have 1, 2, 4, 8 or 16 bytes, got ", bytes);
-  }
+void compact_blocks(const CompactBlocks& op, const Run& run) {
+  check_compact_blocks(op);
   for (int64_t first = 0; first < op.num_tensors; first += CompactConfig::kMostTensors) {
     const int64_t count = std::min<int64_t>(op.num_tensors - first, CompactConfig::kMostTensors);
     CompactParams params{.from_crow = op.from.crow,
@@ -42,7 +32,7 @@ void compact_blocks(const CompactBlocks& op, Stream stream) {
                          .num_tensors = static_cast<int32_t>(count),
                          .tensors = {}};
     std::copy_n(op.tensors + first, count, params.tensors);
-    launch_elements("compact_blocks", compact_blocks_kernel, op.to.num_blocks << 2 * params.block_shift, stream,
+    launch_elements("compact_blocks", compact_blocks_kernel, op.to.num_blocks << 2 * params.block_shift, run.stream,
                     params);
   }
 }

@@ -9,11 +9,11 @@
 //
 // Bytes moved: each new element is written once and read once per tensor; besides, 8 bytes of row and column numbers
 // and about log2(blocks of the row) index words (from L1) per element. Nothing is computed, so elements may be of any
-// type. Nothing here has been timed on hardware yet.
+// type.
 #pragma once
 
 #include "../types.h"
-#include "elements.cuh"
+#include "device/elements.cuh"
 
 namespace sparsenet::cuda {
 

@@ -137,16 +137,10 @@ def forward(
     if batch and out_features:
         index.kernels.linear_forward(
             index.native,
-            DTYPES[x.dtype],
-            ACTIVATIONS[activation],
-            rows.data_ptr(),
-            rows.stride(0),
-            batch,
-            values.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            0 if pre is None else pre.data_ptr(),
-            torch.get_num_threads(),
+            (DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
+            (rows.data_ptr(), batch, in_features, rows.stride(0)),
+            (values.data_ptr(), 0 if bias is None else bias.data_ptr()),
+            (y.data_ptr(), 0 if pre is None else pre.data_ptr()),
         )
     return y, pre
 
@@ -189,21 +183,18 @@ def backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     grad_values = torch.empty_like(values) if need_values else None  # values are contiguous by now
     grad_bias = rows.new_empty(out_features) if need_bias else None
+    batch = rows.shape[0]
     index.kernels.linear_backward(
         index.native,
-        DTYPES[x.dtype],
-        ACTIVATIONS[activation],
-        g.data_ptr(),
-        g.stride(0),
-        0 if saved is None else saved.data_ptr(),
-        rows.data_ptr(),
-        rows.stride(0),
-        rows.shape[0],
+        (DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
+        (rows.data_ptr(), batch, in_features, rows.stride(0)),
         values.data_ptr(),
-        0 if grad_x is None else grad_x.data_ptr(),
-        0 if grad_values is None else grad_values.data_ptr(),
-        0 if grad_bias is None else grad_bias.data_ptr(),
-        torch.get_num_threads(),
+        ((g.data_ptr(), batch, out_features, g.stride(0)), 0 if saved is None else saved.data_ptr()),
+        (
+            0 if grad_x is None else grad_x.data_ptr(),
+            0 if grad_values is None else grad_values.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(),
+        ),
     )
     return grad_x, grad_values, grad_bias
 

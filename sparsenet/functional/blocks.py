@@ -62,11 +62,9 @@ def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tenso
     sources = [t.detach().contiguous() for t in tensors]
     targets = [torch.empty(new_index.num_blocks, b, b, dtype=t.dtype, device=t.device) for t in tensors]
     if new_index.num_blocks and sources:
-        addresses = ([t.data_ptr() for t in group] for group in (sources, targets))
-        sizes = [t.element_size() for t in sources]
-        native.kernels_of(index.col.device).compact_blocks(
-            index.native, new_index.native, *picked, *addresses, sizes, torch.get_num_threads()
-        )
+        moved = [(s.data_ptr(), t.data_ptr(), s.element_size()) for s, t in zip(sources, targets, strict=True)]
+        kernels = native.kernels_of(index.col.device)
+        kernels.compact_blocks(index.native, new_index.native, tuple(picked), moved, torch.get_num_threads())
     return targets
 
 

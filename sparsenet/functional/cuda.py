@@ -1,9 +1,9 @@
 """The CUDA kernels of one device behind the calls that :mod:`sparsenet.functional` makes to the CPU's native module.
 
 Tensors arrive as addresses and sizes, kernels run on torch's current stream, and every byte of scratch memory comes
-from torch's caching allocator. No call but the making of a pattern or of a work list waits for the device; both happen
-at the first use of a pattern, so after a warm-up step a training step can be captured in a CUDA graph. A rewire makes a
-captured graph worthless: capture again.
+from torch's caching allocator. Sorting and ranking are torch's stable sort. Only ranking, sorting and the making of a
+pattern or of a work list wait for the device. The last two happen at the first use of a pattern, so after a warm-up
+step a training step can be captured in a CUDA graph. A rewire makes a captured graph worthless: capture again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = ["CudaKernels", "CudaPattern"]
 
 FLOAT32, TF32 = 0, 4  # dtype codes; tf32 is float32 whose products tensor cores may take
+INT32_MAX = 2**31 - 1
 
 
 def precision(dtype: int) -> int:
@@ -27,6 +28,11 @@ def precision(dtype: int) -> int:
     set_to = getattr(matmul, "fp32_precision", None)  # torch 2.9 on; allow_tf32 raises where both were set
     allowed = set_to == "tf32" if set_to is not None else matmul.allow_tf32
     return TF32 if allowed else FLOAT32
+
+
+def addressed(indices: Tensor) -> tuple[int, int]:
+    """An index array as native calls take it: its address and its length. The caller keeps it alive."""
+    return indices.data_ptr(), indices.numel()
 
 
 class CudaPattern:
@@ -47,8 +53,8 @@ class CudaPattern:
 
     def new_handle(self):
         """A native object over the arrays, without a work list."""
-        addresses = (t.data_ptr() for t in self.arrays)
-        return self._ops.Pattern(*addresses, self.rows, self.cols, self.num_blocks, self.block_size)
+        addresses = tuple(t.data_ptr() for t in self.arrays)
+        return self._ops.Pattern(addresses, self.rows, self.cols, self.num_blocks, self.block_size)
 
     @property
     def row(self) -> Tensor:
@@ -74,8 +80,8 @@ class CudaPattern:
 class CudaKernels:
     """The kernels of ``ops`` (``_C.cuda``, or its emulation in the tests) for one device.
 
-    The methods have the names and arguments of the native module's functions; the number of threads that those end
-    with is of no use here.
+    The methods have the names and arguments of the CPU's native module. A native CUDA call takes the same arguments and
+    one more, ``run = (stream, allocate)``; the number of threads that is part of a call is of no use here.
     """
 
     def __init__(self, ops, device: torch.device):
@@ -97,8 +103,18 @@ class CudaKernels:
     def _scratch(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _int32(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=self.device)
+    def _run(self) -> tuple[int, Callable[[int], int]]:
+        """The stream of a native call and where its scratch memory comes from.
+
+        The memory goes back when this tuple does: to the allocator of the same stream, behind the call's kernels.
+        """
+        kept = []
+
+        def allocate(nbytes: int) -> int:
+            kept.append(self._scratch(nbytes))
+            return kept[-1].data_ptr()
+
+        return self._stream(), allocate
 
     def _indices(self, name: str, indices) -> Tensor:
         """Index arrays as they came, a tensor or a numpy array, on the device."""
@@ -113,69 +129,38 @@ class CudaKernels:
         """Checks row pointers and columns and adds the transposed index."""
         crow, col = self._indices("BlockPattern: crow_indices", crow), self._indices("BlockPattern: col_indices", col)
         block_rows, block_cols = (max(-(-n // max(block_size, 1)), 0) for n in (rows, cols))
-        arrays = self._pattern_arrays(block_rows, block_cols, col.numel())
+        count = col.numel()
+        lengths = (block_rows + 1, count, count, block_cols + 1, count, count)
+        arrays = tuple(torch.empty(n, dtype=torch.int32, device=self.device) for n in lengths)
         with self._current():
-            stream = self._stream()
-            scratch = self._scratch(self.ops.pattern_workspace_bytes(col.numel(), block_rows, block_cols))
-            self.ops.pattern_from_csr(
-                crow.data_ptr(),
-                crow.numel(),
-                col.data_ptr(),
-                rows,
-                cols,
-                block_size,
-                *(t.data_ptr() for t in arrays),
-                col.numel(),
-                scratch.data_ptr(),
-                scratch.numel(),
-                stream,
-            )
-        return CudaPattern(self.ops, arrays, rows, cols, block_size, stream)
-
-    def _pattern_arrays(self, block_rows: int, block_cols: int, count: int) -> tuple[Tensor, ...]:
-        return tuple(self._int32(n) for n in (block_rows + 1, count, count, block_cols + 1, count, count))
+            order = col.sort(stable=True).indices
+            addresses = tuple(t.data_ptr() for t in arrays)
+            shape, run = (rows, cols, block_size), self._run()
+            self.ops.pattern_from_csr(addressed(crow), addressed(col), order.data_ptr(), shape, addresses, run)
+        return CudaPattern(self.ops, arrays, rows, cols, block_size, run[0])
 
     def row_order(self, rows, cols) -> Tensor:
-        """int32 [n]: sorts places by row, then column; refuses equal places."""
+        """int64 [n]: sorts places by row, then column; refuses equal places."""
         rows, cols = self._indices("row_order: rows", rows), self._indices("row_order: cols", cols)
-        count = rows.numel()
-        order = self._int32(count)
-        if count == 0:
-            return order
-        shape = [int(n) + 1 for n in torch.stack([rows.max(), cols.max()]).tolist()]
-        arrays = self._pattern_arrays(max(shape[0], 0), max(shape[1], 0), count)
-        with self._current():
-            scratch = self._scratch(self.ops.pattern_workspace_bytes(count, 0, 0))
-            self.ops.pattern_from_places(
-                rows.data_ptr(),
-                cols.data_ptr(),
-                *(t.data_ptr() for t in arrays),
-                *shape,
-                count,
-                order.data_ptr(),
-                scratch.data_ptr(),
-                scratch.numel(),
-                self._stream(),
-            )
+        if rows.numel() > INT32_MAX:
+            raise ValueError(f"BlockPattern: there must be at most {INT32_MAX} blocks, got {rows.numel()}")
+        places, order = (rows.long() * 2**32 + (cols.long() + 2**31)).sort(stable=True)
+        equal = places[1:] == places[:-1]
+        if equal.any():
+            first = order[equal.nonzero()[0, 0]]
+            raise ValueError(f"BlockPattern: places must differ, got ({int(rows[first])}, {int(cols[first])}) twice")
         return order
 
     def select_extreme(self, scores, k: int, largest: bool) -> Tensor:
         """int64 [k], ascending: the k lowest or highest scores, ties to the smaller index; refuses NaN."""
-        scores = torch.as_tensor(scores, device=self.device).contiguous()
-        selected = self._int32(max(k, 0))
-        with self._current():
-            scratch = self._scratch(self.ops.pattern_workspace_bytes(scores.numel(), 0, 0))
-            self.ops.select_scores(
-                scores.data_ptr(),
-                scores.numel(),
-                k,
-                largest,
-                selected.data_ptr(),
-                scratch.data_ptr(),
-                scratch.numel(),
-                self._stream(),
-            )
-        return selected.long().sort().values
+        scores = torch.as_tensor(scores, device=self.device)
+        if not 0 <= k <= scores.numel():
+            raise ValueError(f"select_extreme: k must lie in [0, {scores.numel()}], got {k}")
+        missing = scores.isnan()
+        if missing.any():
+            raise ValueError(f"select_extreme: scores must not be NaN, got NaN at {int(missing.nonzero()[0, 0])}")
+        ranked = (scores + 0.0).sort(descending=largest, stable=True).indices  # -0 and +0 are the same score
+        return ranked[:k].sort().values
 
     def _listed(self, pattern: CudaPattern, dtype: int, batch: int, transposed: bool) -> tuple:
         """The pattern's handle with the work list that suits the call, and that list's memory or None."""
@@ -193,21 +178,9 @@ class CudaKernels:
 
     def _make_list(self, pattern: CudaPattern, transposed: bool, group: int, split: int):
         pointers = pattern.arrays[3 if transposed else 0]
-        lines = pointers.numel() - 1
-        capacity = self.ops.work_list_capacity(lines, pattern.num_blocks, group, split)
-        items = self._scratch(capacity * self.ops.work_item_bytes)
-        scratch = self._scratch(self.ops.pattern_workspace_bytes(0, 0, 0))
-        counts = self.ops.build_work_list(
-            pointers.data_ptr(),
-            lines,
-            pattern.num_blocks,
-            group,
-            split,
-            items.data_ptr(),
-            scratch.data_ptr(),
-            scratch.numel(),
-            self._stream(),
-        )
+        lines, shape = (pointers.data_ptr(), pointers.numel() - 1, pattern.num_blocks), (group, split)
+        items = self._scratch(self.ops.work_list_capacity(lines, shape) * self.ops.work_item_bytes)
+        counts = self.ops.build_work_list(lines, shape, items.data_ptr(), self._run())
         handle = pattern.new_handle()
         install = handle.set_transposed_work if transposed else handle.set_forward_work
         install(items.data_ptr(), *counts, group)
@@ -215,121 +188,45 @@ class CudaKernels:
 
     # --- block_sparse_linear ---
 
-    def linear_forward(
-        self, pattern: CudaPattern, dtype, activation, x, x_stride, batch, values, bias, y, pre_activation, threads
-    ) -> None:
+    def linear_forward(self, pattern: CudaPattern, call, x, weight, outputs) -> None:
         """``y = activation(x W^T + bias)``."""
-        dtype = precision(dtype)
+        call = (precision(call[0]), *call[1:])
         with self._current():
-            handle, _kept = self._listed(pattern, dtype, batch, transposed=False)
-            operands = (x, x_stride, values)
-            scratch = self._scratch(self.ops.linear_forward_workspace_bytes(handle, dtype, batch, *operands))
-            self.ops.linear_forward(
-                handle,
-                dtype,
-                activation,
-                batch,
-                *operands,
-                bias,
-                y,
-                pattern.rows,
-                pre_activation,
-                pattern.rows,
-                scratch.data_ptr(),
-                scratch.numel(),
-                self._stream(),
-            )
+            handle, _kept = self._listed(pattern, call[0], x[1], transposed=False)
+            self.ops.linear_forward(handle, call, x, weight, outputs, self._run())
 
-    def linear_backward(
-        self,
-        pattern: CudaPattern,
-        dtype,
-        activation,
-        grad_y,
-        grad_y_stride,
-        saved,
-        x,
-        x_stride,
-        batch,
-        values,
-        grad_x,
-        grad_values,
-        grad_bias,
-        threads,
-    ) -> None:
+    def linear_backward(self, pattern: CudaPattern, call, x, values, upstream, grads) -> None:
         """The gradients whose address is not 0."""
-        dtype = precision(dtype)
+        call = (precision(call[0]), *call[1:])
         with self._current():
-            handle, _kept = self._listed(pattern, dtype, batch, transposed=True)
-            call = (
-                handle,
-                dtype,
-                activation,
-                batch,
-                grad_y,
-                grad_y_stride,
-                saved,
-                pattern.rows,
-                x,
-                x_stride,
-                values,
-                grad_x,
-                pattern.cols,
-                grad_values,
-                grad_bias,
-            )
-            scratch = self._scratch(self.ops.linear_backward_workspace_bytes(*call))
-            self.ops.linear_backward(*call, scratch.data_ptr(), scratch.numel(), self._stream())
+            handle, _kept = self._listed(pattern, call[0], upstream[0][1], transposed=True)
+            self.ops.linear_backward(handle, call, x, values, upstream, grads, self._run())
 
     # --- gradients of blocks that are not there ---
 
-    def gradient_norms(
-        self, dtype, block_size, x, x_stride, cols, grad_z, grad_z_stride, rows, batch, begin, end, norms, threads
-    ) -> None:
+    def gradient_norms(self, call, x, grad_z, block_rows, norms) -> None:
         """Squared norms of the dense gradient's blocks in block rows [begin, end)."""
-        call = (precision(dtype), block_size, batch, x, cols, x_stride, grad_z, rows, grad_z_stride)
+        call = (precision(call[0]), *call[1:])
         with self._current():
-            scratch = self._scratch(self.ops.gradient_norms_workspace_bytes(*call))
-            self.ops.gradient_norms(*call, begin, end, norms, scratch.data_ptr(), scratch.numel(), self._stream())
+            self.ops.gradient_norms(call, x, grad_z, block_rows, norms, self._run())
 
-    def candidate_gradients(
-        self, dtype, block_size, x, x_stride, cols, grad_z, grad_z_stride, rows, batch, at_rows, at_cols, grads, threads
-    ) -> None:
+    def candidate_gradients(self, call, x, grad_z, places, grads) -> None:
         """The dense gradient's blocks at the given places."""
-        at_rows = self._indices("candidate_gradients: rows", at_rows)
-        at_cols = self._indices("candidate_gradients: cols", at_cols)
-        call = (precision(dtype), block_size, batch, x, cols, x_stride, grad_z, rows, grad_z_stride)
+        call = (precision(call[0]), *call[1:])
+        rows, cols = (
+            self._indices(f"candidate_gradients: {n}", t) for n, t in zip(("rows", "cols"), places, strict=True)
+        )
         with self._current():
-            scratch = self._scratch(self.ops.candidate_gradients_workspace_bytes(*call, at_rows.numel()))
-            self.ops.candidate_gradients(
-                *call,
-                at_rows.data_ptr(),
-                at_cols.data_ptr(),
-                at_rows.numel(),
-                grads,
-                scratch.data_ptr(),
-                scratch.numel(),
-                self._stream(),
-            )
+            self.ops.candidate_gradients(call, x, grad_z, (addressed(rows), addressed(cols)), grads, self._run())
 
     # --- compact_blocks ---
 
-    def compact_blocks(
-        self, old: CudaPattern, new: CudaPattern, rows, cols, sources, targets, element_bytes, threads
-    ) -> None:
+    def compact_blocks(self, old: CudaPattern, new: CudaPattern, gathered, tensors, threads) -> None:
         """Gathers rows and columns of all tensors in one pass."""
-        rows, cols = self._indices("compact_blocks: rows", rows), self._indices("compact_blocks: cols", cols)
+        rows, cols = (self._indices(f"compact_blocks: {n}", t) for n, t in zip(("rows", "cols"), gathered, strict=True))
         with self._current():
-            self.ops.compact_blocks(
-                old.handle,
-                new.handle,
-                rows.data_ptr(),
-                cols.data_ptr(),
-                list(sources),
-                list(targets),
-                list(element_bytes),
-                self._stream(),
-            )
+            places = (addressed(rows), addressed(cols))
+            self.ops.compact_blocks(old.handle, new.handle, places, list(tensors), self._run())
 
 
 def kernels_by_device(ops) -> Callable[[torch.device], CudaKernels]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsenet.functional import native
 from sparsenet.functional.checks import check_gradient_operands
-from sparsenet.functional.native import DTYPES, as_int32
+from sparsenet.functional.native import DTYPES, as_int32, matrix
 
 __all__ = ["block_gradient_squared_norms", "candidate_gradients"]
 
@@ -39,19 +39,11 @@ def block_gradient_squared_norms(
     norms = torch.empty(end - begin, -(-x.shape[1] // block_size), dtype=torch.float32, device=x.device)
     if norms.numel():
         native.kernels_of(x.device).gradient_norms(
-            DTYPES[x.dtype],
-            block_size,
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[1],
-            grad_output.data_ptr(),
-            grad_output.stride(0),
-            grad_output.shape[1],
-            x.shape[0],
-            begin,
-            end,
+            (DTYPES[x.dtype], block_size, torch.get_num_threads()),
+            matrix(x),
+            matrix(grad_output),
+            (int(begin), int(end)),
             norms.data_ptr(),
-            torch.get_num_threads(),
         )
     return norms
 
@@ -90,17 +82,10 @@ def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tens
     grads = torch.empty(len(places[0]), block_size, block_size, dtype=x.dtype, device=x.device)
     if grads.numel():
         native.kernels_of(x.device).candidate_gradients(
-            DTYPES[x.dtype],
-            block_size,
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[1],
-            grad_output.data_ptr(),
-            grad_output.stride(0),
-            grad_output.shape[1],
-            x.shape[0],
-            *places,
+            (DTYPES[x.dtype], block_size, torch.get_num_threads()),
+            matrix(x),
+            matrix(grad_output),
+            tuple(places),
             grads.data_ptr(),
-            torch.get_num_threads(),
         )
     return grads

@@ -95,6 +95,11 @@ def held(values: Tensor) -> Tensor:
         return values.detach()
 
 
+def matrix(t: Tensor) -> tuple[int, int, int, int]:
+    """A 2-D tensor with contiguous columns as the native calls take it: address, rows, columns, stride."""
+    return t.data_ptr(), *t.shape, t.stride(0)
+
+
 def packed(t: Tensor) -> Tensor:
     """``t`` in one piece. Callers keep it: an address alone does not keep a copy alive."""
     return t if t.is_contiguous() and not t.is_neg() else t.resolve_neg().contiguous()
@@ -115,7 +120,9 @@ def linear_workspace(
     dtype: torch.dtype, shape: tuple[int, int], block_size: int, num_blocks: int, batch: int, threads: int
 ) -> list[int]:
     """Bytes of each scratch buffer that forward and backward of one layer [out, in] take; calls share buffers."""
-    return _C.linear_workspace(DTYPES[dtype], *shape, block_size, num_blocks, batch, threads)
+    out_features, in_features = shape
+    x = (0, batch, in_features, in_features)
+    return _C.linear_workspace((DTYPES[dtype], 0, threads), x, out_features, num_blocks, block_size)
 
 
 def norms_workspace(
@@ -123,7 +130,8 @@ def norms_workspace(
 ) -> list[int]:
     """The same of :func:`block_gradient_squared_norms` for ``block_rows`` block rows of a layer [out, in]."""
     out_features, in_features = shape
-    return _C.norms_workspace(DTYPES[dtype], block_size, in_features, out_features, batch, block_rows, threads)
+    operands = ((0, batch, features, features) for features in (in_features, out_features))
+    return _C.norms_workspace((DTYPES[dtype], block_size, threads), *operands, (0, block_rows))
 
 
 def workspace_bytes() -> int:

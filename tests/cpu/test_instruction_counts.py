@@ -71,15 +71,16 @@ for b, dtype, kind in ((32, 0, np.float32), (16, 0, np.float32), (16, 1, np.uint
     places = [np.arange(4, dtype=np.int32), np.arange(4, dtype=np.int32)[::-1].copy()]
     candidates = new(4, b, b)
     for _ in range(2):  # the second call finds its scratch memory
-        C.linear_forward(p, dtype, 1, at(x), cols, batch, at(values), at(bias), at(y), 0, 1)
-        C.linear_backward(p, dtype, 1, at(g), rows, at(y), at(x), cols, batch, at(values), at(grad_x), at(grad_values),
-                          at(grad_bias), 1)
-        C.gradient_norms(dtype, b, at(x), cols, cols, at(g), rows, rows, batch, 0, rows // b, at(norms), 1)
-        C.candidate_gradients(dtype, b, at(x), cols, cols, at(g), rows, rows, batch, *places, at(candidates), 1)
+        x_matrix, g_matrix = (at(x), batch, cols, cols), (at(g), batch, rows, rows)
+        C.linear_forward(p, (dtype, 1, 1), x_matrix, (at(values), at(bias)), (at(y), 0))
+        C.linear_backward(p, (dtype, 1, 1), x_matrix, at(values), (g_matrix, at(y)),
+                          (at(grad_x), at(grad_values), at(grad_bias)))
+        C.gradient_norms((dtype, b, 1), x_matrix, g_matrix, (0, rows // b), at(norms))
+        C.candidate_gradients((dtype, b, 1), x_matrix, g_matrix, tuple(places), at(candidates))
     kept = [np.sort(rng.permutation(k)[: 3 * k // 4]).astype(np.int32) for k in (rows, cols)]
     q, m = pattern(3 * rows // 4, 3 * cols // 4, b, 1.0)
     target = new(m, b, b)
-    C.compact_blocks(p, q, *kept, [at(values)], [at(target)], [values.itemsize], 1)
+    C.compact_blocks(p, q, tuple(kept), [(at(values), at(target), values.itemsize)], 1)
     C.select_extreme(rng.random(5000).astype(np.float32), 700, True)
 """
 

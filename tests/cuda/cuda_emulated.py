@@ -46,12 +46,14 @@ NOT_EMULATED = {"device.cu"}  # speaks to the CUDA runtime only; device_host.cpp
 _INCLUDE = re.compile(r'^\s*#\s*include "([^"]+)"', re.MULTILINE)
 
 _loaded = {}
+_registered = False  # whether kernels may touch registered memory only
+_scratch: list[np.ndarray] = []  # what calls asked for, kept until the next block of registered memory
 
 
 def sources() -> list[Path]:
     cuda = CSRC / "cuda"
-    kernels = [p for p in sorted(cuda.glob("*.cu")) if p.name not in NOT_EMULATED]
-    return kernels + sorted(cuda.glob("*.cpp")) + sorted(EMULATOR.glob("*.cpp"))
+    kernels = [p for p in sorted(cuda.rglob("*.cu")) if p.name not in NOT_EMULATED]
+    return kernels + sorted(cuda.rglob("*.cpp")) + sorted(EMULATOR.glob("*.cpp"))
 
 
 def _with_includes(source: Path, seen: dict) -> dict:
@@ -182,7 +184,10 @@ def run_child(*arguments: str, asan: bool = False, **variables: str) -> subproce
 @contextmanager
 def memory(module, inputs: dict, outputs: dict):
     """Only these arrays may be touched by kernels inside the block, and only `outputs` written."""
+    global _registered
     module.clear_memory()
+    _scratch.clear()
+    _registered = True
     for arrays, writable in ((inputs, False), (outputs, True)):
         for name, array in arrays.items():
             if array is not None and array.nbytes > 0:
@@ -191,6 +196,7 @@ def memory(module, inputs: dict, outputs: dict):
     try:
         yield
     finally:
+        _registered = False
         module.clear_memory()
 
 
@@ -213,6 +219,29 @@ def reserved(elements: int, dtype) -> np.ndarray:
 
 def pointer(array: np.ndarray | None) -> int:
     return 0 if array is None or array.size == 0 else array.ctypes.data
+
+
+def matrix(array: np.ndarray | None, columns: int) -> tuple[int, int, int, int]:
+    """(address, rows, columns, stride) of a 2-dimensional array whose rows are padded behind ``columns``."""
+    return (0, 0, 0, 0) if array is None else (pointer(array), len(array), columns, array.strides[0] // array.itemsize)
+
+
+def indices(array: np.ndarray) -> tuple[int, int]:
+    """(address, length) of an index array."""
+    return pointer(array), len(array)
+
+
+def run(module):
+    """``(stream, allocate)``: inside ``memory`` kernels may touch exactly the bytes that a call asked for."""
+
+    def allocate(nbytes: int) -> int:
+        scratch = aligned((nbytes,), np.uint8)
+        _scratch.append(scratch)
+        if _registered:
+            module.add_memory(pointer(scratch), nbytes, True, "workspace")
+        return pointer(scratch)
+
+    return 0, allocate
 
 
 # Operands ---------------------------------------------------------------------------------------------------------
@@ -338,7 +367,7 @@ class Pattern:
 
     def handle(self, module):
         return module.Pattern(
-            **{name: pointer(array) for name, array in self.arrays.items()},
+            tuple(pointer(array) for array in self.arrays.values()),
             rows=self.rows,
             cols=self.cols,
             num_blocks=self.num_blocks,
@@ -348,20 +377,8 @@ class Pattern:
 
 def work_list(module, pointers: np.ndarray, num_blocks: int, rows_per_group: int, split_length: int):
     """(items [capacity, 4], num_items, num_slots) built by the device kernel."""
-    rows = len(pointers) - 1
-    capacity = module.work_list_capacity(rows, num_blocks, rows_per_group, split_length)
-    items = np.full((max(capacity, 1), 4), -7, dtype=np.int32)
-    workspace = aligned((module.pattern_workspace_bytes(0, rows, 1),), np.uint8)
-    with memory(module, {"crow": pointers}, {"items": items, "workspace": workspace}):
-        counts = module.build_work_list(
-            pointer(pointers),
-            rows,
-            num_blocks,
-            rows_per_group,
-            split_length,
-            pointer(items),
-            pointer(workspace),
-            workspace.nbytes,
-            0,
-        )
+    lines, shape = (pointer(pointers), len(pointers) - 1, num_blocks), (rows_per_group, split_length)
+    items = np.full((max(module.work_list_capacity(lines, shape), 1), 4), -7, dtype=np.int32)
+    with memory(module, {"crow": pointers}, {"items": items}):
+        counts = module.build_work_list(lines, shape, pointer(items), run(module))
     return items, *counts

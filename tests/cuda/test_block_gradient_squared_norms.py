@@ -5,7 +5,7 @@ from __future__ import annotations
 import cuda_emulated as emulated
 import numpy as np
 import pytest
-from cuda_emulated import fetched, pointer, rounded, stored, tolerance
+from cuda_emulated import fetched, indices, matrix, pointer, rounded, run, stored, tolerance
 
 pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
@@ -25,11 +25,9 @@ def check_norms(module, dtype, block, batch, rows, cols, pads=(0, 0), seed=0, ro
     block_rows, block_cols = -(-rows // block), -(-cols // block)
     begin, end = row_range or (0, block_rows)
     norms = emulated.empty((end - begin, block_cols), "float32")
-    call = (emulated.DTYPE_CODES[dtype], block, batch, pointer(xs), cols, cols + pads[0])
-    call += (pointer(gs), rows, rows + pads[1])
-    workspace = emulated.aligned((module.gradient_norms_workspace_bytes(*call),), np.uint8)
-    with emulated.memory(module, {"x": xs, "grad_z": gs}, {"norms": norms, "workspace": workspace}):
-        module.gradient_norms(*call, begin, end, pointer(norms), pointer(workspace), workspace.nbytes, 0)
+    call = (emulated.DTYPE_CODES[dtype], block, 1)
+    with emulated.memory(module, {"x": xs, "grad_z": gs}, {"norms": norms}):
+        module.gradient_norms(call, matrix(xs, cols), matrix(gs, rows), (begin, end), pointer(norms), run(module))
     gradient = blocks(g.T @ x, block)[begin:end]
     # Every element's error enters its square as 2 |G| e + e^2; the squares are then added in fp32.
     error = blocks(tolerance("float32", batch, np.abs(g).T @ np.abs(x)), block)[begin:end]
@@ -84,24 +82,10 @@ def check_candidates(module, dtype, block, batch, rows, cols, pads=(0, 0), seed=
         (chosen % gradient.shape[1]).astype(np.int32),
     )
     grads = emulated.empty((count, block, block), dtype)
-    call = (emulated.DTYPE_CODES[dtype], block, batch, pointer(xs), cols, cols + pads[0])
-    call += (pointer(gs), rows, rows + pads[1])
-    workspace = emulated.aligned((module.candidate_gradients_workspace_bytes(*call, count),), np.uint8)
-    with emulated.memory(
-        module,
-        {"x": xs, "grad_z": gs, "rows": place_rows, "cols": place_cols},
-        {"grads": grads, "workspace": workspace},
-    ):
-        module.candidate_gradients(
-            *call,
-            pointer(place_rows),
-            pointer(place_cols),
-            count,
-            pointer(grads),
-            pointer(workspace),
-            workspace.nbytes,
-            0,
-        )
+    call, places = (emulated.DTYPE_CODES[dtype], block, 1), (indices(place_rows), indices(place_cols))
+    inputs = {"x": xs, "grad_z": gs, "rows": place_rows, "cols": place_cols}
+    with emulated.memory(module, inputs, {"grads": grads}):
+        module.candidate_gradients(call, matrix(xs, cols), matrix(gs, rows), places, pointer(grads), run(module))
     got = fetched(grads, dtype, block)
     assert (np.abs(got - gradient[place_rows, place_cols]) <= bound[place_rows, place_cols]).all()
     return [launch["kernel"] for launch in module.launches()]
@@ -144,20 +128,50 @@ def test_no_candidates(module):
     assert check_candidates(module, "float32", 16, 8, 32, 32, count=0) == []
 
 
+def refused(module, match, dtype=0, block=16, x=0, batch=4, grad_rows=4, block_rows=(0, 1)):
+    operands = (x, batch, 32, 32), (0, grad_rows, 48, 48)
+    with pytest.raises(ValueError, match=match):
+        module.gradient_norms((dtype, block, 1), *operands, block_rows, 0, run(module))
+
+
 def test_refusals(module):
-    with pytest.raises(ValueError, match=r"block rows must be a range within 0..3, got 1..5"):
-        module.gradient_norms(0, 16, 4, 0, 32, 32, 0, 48, 48, 1, 5, 0, 0, 0, 0)
-    with pytest.raises(ValueError, match="workspace must have at least"):
-        module.set_device(num_multiprocessors=64)
-        module.candidate_gradients(0, 16, 600, 0, 32, 32, 0, 48, 48, 0, 0, 3, 0, 0, 0, 0)
-    with pytest.raises(ValueError, match="block_gradient_squared_norms: block_size must be 1, 4, 8"):
-        module.gradient_norms(0, 3, 4, 0, 32, 32, 0, 48, 48, 0, 1, 0, 0, 0, 0)
-    with pytest.raises(
-        ValueError, match="x must start at a multiple of its element's 2 bytes, got an address 1 past one"
-    ):
-        module.gradient_norms(1, 16, 4, 1, 32, 32, 0, 48, 48, 0, 1, 0, 0, 0, 0)
-    with pytest.raises(ValueError, match="block_gradient_squared_norms: workspace must have at least 256 bytes, got 0"):
-        module.gradient_norms(1, 16, 4, 2, 32, 32, 0, 48, 48, 0, 1, 0, 0, 0, 0)
+    refused(module, r"block rows must be a range within 0..3, got 1..5", block_rows=(1, 5))
+    refused(module, "block_gradient_squared_norms: block_size must be 1, 4, 8", block=3)
+    refused(module, "x must start at a multiple of its element's 2 bytes, got an address 1 past one", dtype=1, x=1)
+    refused(module, "grad_output must have as many rows as x, 4, got 5", grad_rows=5)
+    x, grad_z = (0, 4, 32, 32), (0, 4, 48, 48)
+    with pytest.raises(ValueError, match="candidate_gradients: rows and cols must be of one length, got 3 and 2"):
+        module.candidate_gradients((0, 16, 1), x, grad_z, ((0, 3), (0, 2)), 0, run(module))
+    with pytest.raises(ValueError, match="candidate_gradients: num_places must not be negative, got -1"):
+        module.candidate_gradients((0, 16, 1), x, grad_z, ((0, -1), (0, -1)), 0, run(module))
+
+
+def test_scratch_memory_is_asked_for_once_and_must_be_aligned(module):
+    """Two copies of 20 rows of 64 and 48 aligned elements, and the partial sums of two splits: one piece of memory."""
+    module.set_device(num_multiprocessors=64)
+    asked = []
+    x, grad_z = stored(np.zeros((600, 51)), "bfloat16"), stored(np.zeros((600, 45)), "bfloat16")
+    place = np.zeros(1, np.int32)
+    grads = emulated.empty((1, 16, 16), "bfloat16")
+    call, places = (1, 16, 1), (indices(place), indices(place))
+
+    def candidates(allocate):
+        module.candidate_gradients(call, matrix(x, 51), matrix(grad_z, 45), places, pointer(grads), (0, allocate))
+
+    def allocate(nbytes):
+        asked.append(emulated.aligned((nbytes,), np.uint8))
+        return pointer(asked[-1])
+
+    candidates(allocate)
+    assert [a.nbytes for a in asked] == [
+        -(-600 * 48 * 2 // 256) * 256 + -(-600 * 56 * 2 // 256) * 256 + 2 * 16 * 16 * 4
+    ]
+    with pytest.raises(ValueError, match="scratch memory must start at a multiple of 16 bytes, got address 264"):
+        candidates(lambda nbytes: 264)
+    with pytest.raises(ValueError, match=r"run must be \(stream, allocate\), got 1 entries"):
+        module.gradient_norms(call, matrix(x, 51), matrix(grad_z, 45), (0, 1), 0, (0,))
+    with pytest.raises(ZeroDivisionError):
+        candidates(lambda nbytes: nbytes // 0)
 
 
 @pytest.mark.parametrize("variant,batch", [(1, 17), (2, 17)])
@@ -175,10 +189,10 @@ def test_rows_that_start_past_element_2_to_the_31(module, variant, batch):
     norms = emulated.empty((2, 2), "float32")
     place = np.array([1], np.int32)
     grads = emulated.empty((1, 16, 16), "bfloat16")
-    call = (1, 16, batch, pointer(arrays[0]), size, stride, pointer(arrays[1]), size, stride)
+    call, operands = (1, 16, 1), [(pointer(array), batch, size, stride) for array in arrays]
     inputs = {"x": arrays[0], "grad_z": arrays[1], "place": place}
     with emulated.memory(module, inputs, {"norms": norms, "grads": grads}):
-        module.gradient_norms(*call, 0, 2, pointer(norms), 0, 0, 0)
-        module.candidate_gradients(*call, pointer(place), pointer(place), 1, pointer(grads), 0, 0, 0)
+        module.gradient_norms(call, *operands, (0, 2), pointer(norms), run(module))
+        module.candidate_gradients(call, *operands, (indices(place), indices(place)), pointer(grads), run(module))
     np.testing.assert_allclose(norms, (gradient**2).sum((2, 3)), rtol=1e-5)
     np.testing.assert_allclose(fetched(grads, "bfloat16", 16)[0], gradient[1, 1], rtol=2**-8, atol=1e-4)

@@ -6,7 +6,7 @@ import cuda_emulated as emulated
 import numpy as np
 import pytest
 import torch
-from cuda_emulated import Pattern, fetched, pointer, rounded, stored, tolerance
+from cuda_emulated import Pattern, fetched, matrix, pointer, rounded, run, stored, tolerance
 
 pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
@@ -24,41 +24,31 @@ def activate(z: np.ndarray, activation: str) -> np.ndarray:
 def run_forward(
     module, pattern, x, values, bias, dtype, activation="none", pads=(0, 0), offset=0, pre=False, work=None
 ):
-    batch = len(x)
+    """``pads``: elements behind the rows of x and of the results; the latter only the C++ op offers."""
+    batch, rows = len(x), pattern.rows
     arrays = {
         "x": stored(x, dtype, pads[0], offset),
         "values": stored(values, dtype),
         "bias": None if bias is None else stored(bias, dtype),
         **pattern.arrays,
     }
-    y = emulated.empty((batch, pattern.rows), dtype, pads[1])
-    z = emulated.empty((batch, pattern.rows), dtype, pads[1]) if pre else None
+    y = emulated.empty((batch, rows), dtype, pads[1])
+    z = emulated.empty((batch, rows), dtype, pads[1]) if pre else None
     handle = pattern.handle(module)
     if work is not None:
         items, num_items, num_slots, rows_per_group = work
         arrays["items"] = items
         handle.set_forward_work(pointer(items), num_items, num_slots, rows_per_group)
-    code, x_stride = emulated.DTYPE_CODES[dtype], pattern.cols + pads[0]
-    operands = (pointer(arrays["x"]), x_stride, pointer(arrays["values"]))
-    workspace = emulated.aligned((module.linear_forward_workspace_bytes(handle, code, batch, *operands),), np.uint8)
-    with emulated.memory(module, arrays, {"y": y, "pre_activation": z, "workspace": workspace}):
-        module.linear_forward(
-            handle,
-            code,
-            emulated.ACTIVATION_CODES[activation],
-            batch,
-            *operands,
-            pointer(arrays["bias"]),
-            pointer(y),
-            pattern.rows + pads[1],
-            pointer(z),
-            pattern.rows + pads[1],
-            pointer(workspace),
-            workspace.nbytes,
-            0,
-        )
+    call = (emulated.DTYPE_CODES[dtype], emulated.ACTIVATION_CODES[activation], 1)
+    operands = matrix(arrays["x"], pattern.cols), (pointer(arrays["values"]), pointer(arrays["bias"]))
+    with emulated.memory(module, arrays, {"y": y, "pre_activation": z}):
+        if pads[1]:
+            outputs = matrix(y, rows), matrix(z, rows)
+            module.linear_forward_into(handle, call, *operands, outputs, run(module))
+        else:
+            module.linear_forward(handle, call, *operands, (pointer(y), pointer(z)), run(module))
     kernels = [launch["kernel"] for launch in module.launches()]
-    return fetched(y, dtype, pattern.rows), None if z is None else fetched(z, dtype, pattern.rows), kernels
+    return fetched(y, dtype, rows), None if z is None else fetched(z, dtype, rows), kernels
 
 
 def check_forward(module, dtype, block, batch, rows, cols, kind, activation, pads=(0, 0), seed=0, offset=0, split=None):
@@ -187,12 +177,12 @@ def test_split_and_whole_agree_to_rounding_and_each_is_reproducible(module):
 
 def test_misaligned_rows_are_copied_for_the_tensor_cores(module):
     for batch, kernel in ((20, "forward_small_sm80"), (40, "forward_sm80")):
-        kernels = check_forward(module, "bfloat16", 16, batch, 33, 35, "random", "none", (0, 0))  # rows of 70 bytes
+        kernels = check_forward(module, "bfloat16", 16, batch, 33, 35, "random", "none")  # rows of 70 bytes
         assert kernels == ["copy_rows", kernel]
-        kernels = check_forward(module, "bfloat16", 16, batch, 33, 40, "random", "none", (0, 0), offset=1)
+        kernels = check_forward(module, "bfloat16", 16, batch, 33, 40, "random", "none", offset=1)
         assert kernels == ["copy_rows", kernel]
     module.force_variant(1)
-    assert check_forward(module, "bfloat16", 16, 20, 33, 35, "random", "none", (0, 0)) == ["forward_simt"]
+    assert check_forward(module, "bfloat16", 16, 20, 33, 35, "random", "none") == ["forward_simt"]
 
 
 def test_rows_of_an_input_may_lie_on_each_other(module):
@@ -205,9 +195,8 @@ def test_rows_of_an_input_may_lie_on_each_other(module):
         emulated.empty((20, 32), "float32"),
         stored(values, "float32"),
     )
-    module.linear_forward(
-        pattern.handle(module), 0, 0, 20, pointer(row), 0, pointer(w), 0, pointer(y), 32, 0, 0, 0, 0, 0
-    )
+    x = (pointer(row), 20, 48, 0)
+    module.linear_forward(pattern.handle(module), (0, 0, 1), x, (pointer(w), 0), (pointer(y), 0), run(module))
     np.testing.assert_allclose(y, np.repeat(row @ pattern.dense(values).T, 20, 0), rtol=1e-5, atol=1e-5)
 
 
@@ -228,29 +217,19 @@ def test_nan_reaches_only_rows_with_an_active_block(module):
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
-def refuse(module, match, **changes):
-    rng = np.random.default_rng(0)
-    pattern = Pattern.random("random", 32, 32, 16, rng)
-    pattern.block_size = changes.get("block_size", 16)
-    x, y = stored(np.zeros((4, 32)), "float32"), emulated.empty((4, 32), "float32")
-    values = stored(pattern.values(rng, "float32") if pattern.block_size == 16 else np.zeros((1, 1)), "float32")
+def refuse(module, match, block_size=16, dtype=0, activation=0, bias=0, columns=32):
+    pattern = Pattern.random("random", 32, 32, 16, np.random.default_rng(0))
+    pattern.block_size = block_size
+    x, y = stored(np.zeros((4, columns)), "float32"), emulated.empty((4, 32), "float32")
+    values = stored(np.zeros((pattern.num_blocks, 16, 16)), "float32")
     with pytest.raises(ValueError, match=match):
         module.linear_forward(
             pattern.handle(module),
-            changes.get("dtype", 0),
-            changes.get("activation", 0),
-            4,
-            pointer(x),
-            32,
-            pointer(values),
-            changes.get("bias", 0),
-            pointer(y),
-            changes.get("y_stride", 32),
-            0,
-            0,
-            0,
-            0,
-            0,
+            (dtype, activation, 1),
+            matrix(x, columns),
+            (pointer(values), bias),
+            (pointer(y), 0),
+            run(module),
         )
 
 
@@ -258,7 +237,7 @@ def test_refusals(module):
     refuse(module, "block_size must be 1, 4, 8, 16, 32, 64 or 128, got 24", block_size=24)
     refuse(module, "dtype must be float32, bfloat16, float16, float64 or tf32, got code 9", dtype=9)
     refuse(module, "activation must be none, relu, gelu or silu, got code 7", activation=7)
-    refuse(module, "y must have a row stride of at least 32, got 31", y_stride=31)
+    refuse(module, r"x must have shape \[4, 32\], got \[4, 31\]", columns=31)
     refuse(module, "bias must start at a multiple of its element's 4 bytes, got an address 2 past one", bias=4098)
     module.force_variant(2)
     refuse(module, "variant must be able to serve this call, got sm80")
@@ -266,45 +245,43 @@ def test_refusals(module):
         module.force_variant(5)
 
 
-def test_workspace_that_is_too_small_is_refused(module):
-    rng = np.random.default_rng(0)
-    pattern = Pattern.random("random", 32, 32, 16, rng)
-    g = stored(np.zeros((4, 32)), "float32")
-    out = emulated.empty((4, 32), "float32")
-    with pytest.raises(ValueError, match="workspace must have at least 512 bytes, got 511"):
-        module.linear_backward(
-            pattern.handle(module),
-            0,
-            1,
-            4,
-            pointer(g),
-            32,
-            pointer(g),
-            32,
-            pointer(g),
-            32,
-            pointer(stored(pattern.values(rng, "float32"), "float32")),
-            pointer(out),
-            32,
-            0,
-            0,
-            1,
-            511,
-            0,
-        )
-    with pytest.raises(ValueError, match="saved must be given where there is an activation, got null"):
-        module.linear_backward(
-            pattern.handle(module), 0, 1, 4, pointer(g), 32, 0, 32, 0, 0, 0, pointer(out), 32, 0, 0, 0, 0, 0
-        )
+def test_results_whose_rows_overlap_are_refused(module):
+    pattern = Pattern.random("random", 32, 32, 16, np.random.default_rng(0))
+    x, y, values = (stored(np.zeros((n, 32)), "float32") for n in (4, 4, 16 * pattern.num_blocks))
+    operands = pattern.handle(module), (0, 0, 1), matrix(x, 32)
+    apart, close, none = (pointer(y), 4, 32, 32), (pointer(y), 4, 32, 31), (0, 0, 0, 0)
+    with pytest.raises(ValueError, match="y must have a row stride of at least 32, got 31"):
+        module.linear_forward_into(*operands, (pointer(values), 0), (close, none), run(module))
+    with pytest.raises(ValueError, match="pre_activation must have a row stride of at least 32, got 31"):
+        module.linear_forward_into(*operands, (pointer(values), 0), (apart, close), run(module))
+    with pytest.raises(ValueError, match="grad_x must have a row stride of at least 32, got 31"):
+        module.linear_backward_into(*operands, pointer(values), (apart, none), (close, 0, 0), run(module))
+
+
+def test_backward_refusals(module):
+    pattern = Pattern.random("random", 32, 32, 16, np.random.default_rng(0))
+    g, out = stored(np.zeros((4, 32)), "float32"), emulated.empty((4, 32), "float32")
+    x, values = matrix(g, 32), stored(np.zeros((pattern.num_blocks, 16, 16)), "float32")
+
+    address = pointer(out)
+
+    def refused(match, saved=address, grads=(address, 0, 0), x=x):
+        operands = pattern.handle(module), (0, 1, 1), x, pointer(values), (matrix(g, 32), saved)
+        with pytest.raises(ValueError, match="block_sparse_linear: " + match):
+            module.linear_backward(*operands, grads, run(module))
+
+    refused("saved must be given where there is an activation, got null", saved=0)
+    refused("grad_values must start at a multiple of its element's 4 bytes", grads=(0, 1, 0))
+    refused("grad_bias must start at a multiple of its element's 4 bytes", grads=(0, 0, 2))
+    refused(r"x must have shape \[4, 32\], got \[5, 32\]", grads=(0, address, 0), x=(address, 5, 32, 32))
 
 
 def test_the_choice_follows_arch_dtype_batch_and_alignment(module):
     pattern = Pattern.random("dense", 64, 64, 16, np.random.default_rng(0))
 
     def choice(dtype="bfloat16", batch=64, address=256, stride=64):
-        return module.choose_linear_forward(
-            pattern.handle(module), emulated.DTYPE_CODES[dtype], batch, address, stride, 256
-        )
+        x = (address, batch, 64, stride)
+        return module.choose_linear_forward(pattern.handle(module), (emulated.DTYPE_CODES[dtype], 0, 1), x, (256, 0))
 
     assert choice() == "forward_sm80"
     assert choice(batch=8) == "forward_small_sm80"

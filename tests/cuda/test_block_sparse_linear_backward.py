@@ -6,7 +6,7 @@ import cuda_emulated as emulated
 import numpy as np
 import pytest
 import torch
-from cuda_emulated import Pattern, fetched, pointer, rounded, stored, tolerance
+from cuda_emulated import Pattern, fetched, matrix, pointer, rounded, run, stored, tolerance
 from test_block_sparse_linear import SHAPES, run_forward
 
 pytestmark = pytest.mark.usefixtures("emulator_defaults")
@@ -23,13 +23,14 @@ def derivative(saved: np.ndarray, activation: str) -> np.ndarray:
 
 
 def run_backward(module, pattern, grad_y, saved, x, values, dtype, activation, pads=(0, 0, 0), wanted="xwb", work=None):
-    batch, (in_pad, out_pad, grad_pad) = len(grad_y), pads
-    b, code = pattern.block_size, emulated.DTYPE_CODES[dtype]
+    """``pads``: elements behind the rows of x, of grad_y and saved, of grad_x; the last only the C++ op offers."""
+    batch, b = len(grad_y), pattern.block_size
+    in_pad, out_pad, grad_pad = pads
     arrays = {
         "grad_y": stored(grad_y, dtype, out_pad),
         "x": stored(x, dtype, in_pad),
         "values": stored(values, dtype),
-        "saved": None if activation == "none" else stored(saved, dtype, out_pad),
+        "saved": None if activation == "none" else stored(saved, dtype, out_pad if grad_pad else 0),
         **pattern.arrays,
     }
     grad_x = emulated.empty((batch, pattern.cols), dtype, grad_pad) if "x" in wanted else None
@@ -39,27 +40,16 @@ def run_backward(module, pattern, grad_y, saved, x, values, dtype, activation, p
     if work is not None:
         arrays["items"] = work[0]
         handle.set_transposed_work(pointer(work[0]), *work[1:])
-    call = (
-        handle,
-        code,
-        emulated.ACTIVATION_CODES[activation],
-        batch,
-        pointer(arrays["grad_y"]),
-        pattern.rows + out_pad,
-        pointer(arrays["saved"]),
-        pattern.rows + out_pad,
-        pointer(arrays["x"]),
-        pattern.cols + in_pad,
-        pointer(arrays["values"]),
-        pointer(grad_x),
-        pattern.cols + grad_pad,
-        pointer(grad_values),
-        pointer(grad_bias),
-    )
-    workspace = emulated.aligned((module.linear_backward_workspace_bytes(*call),), np.uint8)
-    outputs = {"grad_x": grad_x, "grad_values": grad_values, "grad_bias": grad_bias, "workspace": workspace}
-    with emulated.memory(module, arrays, outputs):
-        module.linear_backward(*call, pointer(workspace), workspace.nbytes, 0)
+    call = (emulated.DTYPE_CODES[dtype], emulated.ACTIVATION_CODES[activation], 1)
+    operands = handle, call, matrix(arrays["x"], pattern.cols), pointer(arrays["values"])
+    grads = tuple(map(pointer, (grad_x, grad_values, grad_bias)))
+    g, saved = matrix(arrays["grad_y"], pattern.rows), arrays["saved"]
+    with emulated.memory(module, arrays, {"grad_x": grad_x, "grad_values": grad_values, "grad_bias": grad_bias}):
+        if grad_pad:
+            upstream, grads = (g, matrix(saved, pattern.rows)), (matrix(grad_x, pattern.cols), *grads[1:])
+            module.linear_backward_into(*operands, upstream, grads, run(module))
+        else:
+            module.linear_backward(*operands, (g, pointer(saved)), grads, run(module))
     kernels = [launch["kernel"] for launch in module.launches()]
     return (
         None if grad_x is None else fetched(grad_x, dtype, pattern.cols),
@@ -204,28 +194,12 @@ def test_bank_conflicts_of_the_tensor_core_kernels(module, dtype, block):
     pattern, code = Pattern.random("dense", 128, 256, block, rng), emulated.DTYPE_CODES[dtype]
     xs, gs = (stored(rounded(rng.standard_normal((64, n)), dtype), dtype) for n in (256, 128))
     values, y = stored(pattern.values(rng, dtype), dtype), emulated.empty((64, 128), dtype)
-    handle = pattern.handle(module)
-    module.linear_forward(handle, code, 0, 64, pointer(xs), 256, pointer(values), 0, pointer(y), 128, 0, 0, 0, 0, 0)
+    handle, call = pattern.handle(module), (code, 0, 1)
+    x, weight = matrix(xs, 256), (pointer(values), 0)
+    module.linear_forward(handle, call, x, weight, (pointer(y), 0), run(module))
     gx, gw = emulated.empty((64, 256), dtype), emulated.empty((pattern.num_blocks, block, block), dtype)
-    call = (
-        handle,
-        code,
-        0,
-        64,
-        pointer(gs),
-        128,
-        0,
-        0,
-        pointer(xs),
-        256,
-        pointer(values),
-        pointer(gx),
-        256,
-        pointer(gw),
-        0,
-    )
-    workspace = emulated.aligned((module.linear_backward_workspace_bytes(*call),), np.uint8)
-    module.linear_backward(*call, pointer(workspace), workspace.nbytes, 0)
+    upstream, grads = (matrix(gs, 128), 0), (pointer(gx), pointer(gw), 0)
+    module.linear_backward(handle, call, x, weight[0], upstream, grads, run(module))
     checked = 0
     for launch in module.launches():
         if launch["kernel"].endswith("_sm80"):
@@ -248,7 +222,7 @@ def test_offsets_past_2_to_the_31(module, variant, batch):
     crow, col = np.array([number, number + 1], np.int32), np.zeros(number + 1, np.int32)
     t_block = np.full(number + 1, number, np.int32)
     handle = module.Pattern(
-        *map(pointer, (crow, col, col, crow, col, t_block)),
+        tuple(map(pointer, (crow, col, col, crow, col, t_block))),
         rows=block,
         cols=block,
         num_blocks=number + 1,
@@ -270,15 +244,13 @@ def test_offsets_past_2_to_the_31(module, variant, batch):
     for out in (ys, gs):  # only the rows themselves may be written
         for row in range(batch):
             module.add_memory(out.ctypes.data + 2 * row * stride, 2 * block, True, f"row {row}")
-    module.linear_forward(
-        handle, 1, 0, batch, pointer(xs), stride, pointer(values), 0, pointer(ys), stride, 0, 0, 0, 0, 0
-    )
+    x_matrix, y_matrix, g_matrix = ((pointer(array), batch, block, stride) for array in (xs, ys, gs))
+    none, call, weight = (0, 0, 0, 0), (1, 0, 1), pointer(values)
+    module.linear_forward_into(handle, call, x_matrix, (weight, 0), (y_matrix, none), run(module))
     got = fetched(np.ascontiguousarray(rows_of(ys)), "bfloat16", block)
     expected, bound = x @ w[0].T, tolerance("bfloat16", block, np.abs(x) @ np.abs(w[0]).T)
     assert (np.abs(got - expected) <= bound).all()
-    module.linear_backward(
-        handle, 1, 0, batch, pointer(xs), stride, 0, 0, 0, 0, pointer(values), pointer(gs), stride, 0, 0, 0, 0, 0
-    )
+    module.linear_backward_into(handle, call, none, weight, (x_matrix, none), (g_matrix, 0, 0), run(module))
     got = fetched(np.ascontiguousarray(rows_of(gs)), "bfloat16", block)
     assert (np.abs(got - x @ w[0]) <= tolerance("bfloat16", block, np.abs(x) @ np.abs(w[0]))).all()
     module.clear_memory()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cuda_emulated as emulated
 import numpy as np
 import pytest
-from cuda_emulated import Pattern, pointer
+from cuda_emulated import Pattern, indices, pointer, run
 
 pytestmark = pytest.mark.usefixtures("emulator_defaults")
 
@@ -22,12 +22,9 @@ def compact(module, old, new, rows, cols, tensors):
         module.compact_blocks(
             old.handle(module),
             new.handle(module),
-            pointer(rows),
-            pointer(cols),
-            [pointer(t) for t in tensors],
-            [pointer(t) for t in targets],
-            [t.dtype.itemsize for t in tensors],
-            0,
+            (indices(rows), indices(cols)),
+            [(pointer(t), pointer(target), t.dtype.itemsize) for t, target in zip(tensors, targets, strict=True)],
+            run(module),
         )
     return targets, [launch["kernel"] for launch in module.launches()]
 
@@ -96,7 +93,10 @@ def test_more_tensors_than_one_launch_takes(module):
 def test_refusals(module):
     rng = np.random.default_rng(0)
     old, other = Pattern.random("random", 20, 20, 4, rng), Pattern.random("random", 20, 20, 8, rng)
+    gathered = (0, 20), (0, 20)
     with pytest.raises(ValueError, match="compact_blocks: block_size must stay 4, got 8"):
-        module.compact_blocks(old.handle(module), other.handle(module), 0, 0, [], [], [], 0)
+        module.compact_blocks(old.handle(module), other.handle(module), gathered, [], run(module))
     with pytest.raises(ValueError, match="compact_blocks: elements must have 1, 2, 4, 8 or 16 bytes, got 3"):
-        module.compact_blocks(old.handle(module), old.handle(module), 0, 0, [256], [256], [3], 0)
+        module.compact_blocks(old.handle(module), old.handle(module), gathered, [(256, 256, 3)], run(module))
+    with pytest.raises(ValueError, match="compact_blocks: rows and cols must have 20 and 20 entries, got 20 and 19"):
+        module.compact_blocks(old.handle(module), old.handle(module), ((0, 20), (0, 19)), [], run(module))

@@ -144,22 +144,9 @@ def test_16_bit_conversions_are_exact(module):
         x[:] = bits
         y = emulated.empty((4096, 16), dtype)
         module.force_variant(1)
+        call, weight = (emulated.DTYPE_CODES[dtype], 0, 1), (w.ctypes.data, 0)
         module.linear_forward(
-            pattern.handle(module),
-            emulated.DTYPE_CODES[dtype],
-            0,
-            4096,
-            x.ctypes.data,
-            16,
-            w.ctypes.data,
-            0,
-            y.ctypes.data,
-            16,
-            0,
-            0,
-            0,
-            0,
-            0,
+            pattern.handle(module), call, emulated.matrix(x, 16), weight, (y.ctypes.data, 0), emulated.run(module)
         )
         module.force_variant(0)
         same = (y == bits) | ((bits & 0x7FFF) == 0)  # -0 + 0 is +0
@@ -178,22 +165,9 @@ def test_rounding_matches_torch(module, dtype):
     xs, w = emulated.stored(x, dtype), emulated.stored(np.stack([np.eye(16)] * 2), dtype)
     y = emulated.empty((512, 16), dtype)
     module.force_variant(1)
+    call, weight = (emulated.DTYPE_CODES[dtype], 0, 1), (w.ctypes.data, 0)
     module.linear_forward(
-        pattern.handle(module),
-        emulated.DTYPE_CODES[dtype],
-        0,
-        512,
-        xs.ctypes.data,
-        32,
-        w.ctypes.data,
-        0,
-        y.ctypes.data,
-        16,
-        0,
-        0,
-        0,
-        0,
-        0,
+        pattern.handle(module), call, emulated.matrix(xs, 32), weight, (y.ctypes.data, 0), emulated.run(module)
     )
     module.force_variant(0)
     expected = emulated.rounded((x[:, :16] + x[:, 16:]).astype(np.float32).astype(np.float64), dtype)

@@ -168,6 +168,7 @@ def test_the_small_cases_pass_and_reach_every_kernel(ops):
         "activation_gradient",
         "column_sums",
         "add_partials",
+        "transpose_index",
         "work_list",
     }
 

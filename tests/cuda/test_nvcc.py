@@ -78,7 +78,7 @@ def compiled(tmp_path_factory):
         return source.stem, (target, done.stderr)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(pool.map(compile_one, sorted(CUDA.glob("*.cu"))))
+        return dict(pool.map(compile_one, sorted(CUDA.rglob("*.cu"))))
 
 
 @pytest.fixture(scope="module")

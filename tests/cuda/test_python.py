@@ -147,6 +147,55 @@ def test_patterns_are_equal_and_refused_alike(module):
             functional.row_order(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 2]))
 
 
+SCORES = {
+    "random": lambda: torch.randn(500),
+    "many ties": lambda: torch.randint(-2, 3, (5000,)).float(),
+    "signed zeros": lambda: torch.where(torch.rand(300) < 0.5, 0.0, -0.0),
+    "denormals": lambda: torch.where(torch.rand(300) < 0.5, 1e-42, torch.randint(-1, 2, (300,)).float()),
+    "infinite": lambda: torch.tensor([float("inf"), 0.0, float("-inf"), float("inf"), -0.0, float("-inf")]),
+    "none": lambda: torch.zeros(0),
+}
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("name", SCORES)
+def test_ranking_with_ties_by_lower_index(module, name, largest):
+    scores = SCORES[name]()
+    for k in {0, min(1, len(scores)), len(scores) // 3, len(scores)}:
+        ours, theirs = on_both(lambda k=k: functional.select_extreme(scores, k, largest))
+        keys = (-scores if largest else scores).tolist()
+        expected = sorted(sorted(range(len(keys)), key=lambda i: keys[i])[:k])
+        assert theirs.dtype == torch.int64 and ours.tolist() == theirs.tolist() == expected
+
+
+def refusal(run) -> str:
+    with pytest.raises(ValueError) as caught:
+        run()
+    return str(caught.value)
+
+
+def test_ranking_and_sorting_refuse_in_the_words_of_the_cpu(module):
+    nan = torch.tensor([1.0, float("nan"), 0.0, float("nan")])
+    places = torch.tensor([3, -1, 3, -1, 3]), torch.tensor([2, 7, 2, 7, 2])
+    for run, words in (
+        (lambda: functional.select_extreme(nan, 1, True), "select_extreme: scores must not be NaN, got NaN at 1"),
+        (lambda: functional.select_extreme(nan, 5, True), "select_extreme: k must lie in [0, 4], got 5"),
+        (lambda: functional.select_extreme(nan, -1, False), "select_extreme: k must lie in [0, 4], got -1"),
+        (lambda: functional.row_order(*places), "BlockPattern: places must differ, got (-1, 7) twice"),
+    ):
+        assert on_both(lambda run=run: refusal(run)) == (words, words)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 700])
+def test_places_are_sorted_by_row_then_column(module, count):
+    """Any int32 numbers, the extreme ones too; the pattern refuses later what does not lie in it."""
+    extremes = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1])
+    every = torch.cartesian_prod(torch.cat([extremes, torch.arange(5, 40)]), torch.cat([extremes, torch.arange(7, 30)]))
+    rows, cols = every[torch.randperm(len(every))[:count]].unbind(1)
+    ours, theirs = on_both(lambda: functional.row_order(rows, cols).tolist())
+    assert ours == theirs == sorted(range(count), key=lambda i: (int(rows[i]), int(cols[i])))
+
+
 def test_work_lists_are_made_once_and_not_while_capturing(module, monkeypatch):
     module.set_device(num_multiprocessors=64)
     with emulated.serving():
@@ -167,7 +216,7 @@ def test_work_lists_are_made_once_and_not_while_capturing(module, monkeypatch):
 
 
 class Recorder:
-    """The emulated ops; keeps the stream that every launch was given."""
+    """The emulated ops; keeps the stream that every call was given."""
 
     def __init__(self, ops):
         self._ops, self.streams = ops, {}
@@ -175,11 +224,11 @@ class Recorder:
     def __getattr__(self, name):
         found = getattr(self._ops, name)
         documented = found.__doc__ if callable(found) else ""
-        if "stream: " not in (documented or ""):
+        if "run: " not in (documented or ""):
             return found
 
         def call(*arguments):
-            self.streams[name] = arguments[-1]
+            self.streams[name], _allocate = arguments[-1]
             return found(*arguments)
 
         return call
@@ -199,10 +248,9 @@ def test_every_launch_goes_to_the_current_stream(module, monkeypatch):
     place = torch.zeros(1, dtype=torch.int64)
     functional.candidate_gradients(torch.randn(4, 32), torch.randn(4, 16), place, place, 16)
     functional.compact_blocks([layer.values], layer.pattern, torch.arange(150), torch.arange(70), layer.pattern)
-    functional.select_extreme(torch.randn(5), 2, True)
     assert set(recorder.streams) == {
-        *("pattern_from_csr", "pattern_from_places", "build_work_list", "linear_forward", "linear_backward"),
-        *("gradient_norms", "candidate_gradients", "compact_blocks", "select_scores"),
+        *("pattern_from_csr", "build_work_list", "linear_forward", "linear_backward"),
+        *("gradient_norms", "candidate_gradients", "compact_blocks"),
     }
     assert set(recorder.streams.values()) == {77}
 
@@ -295,7 +343,7 @@ def test_a_rewire_takes_neither_weights_nor_scores_to_the_host(module, monkeypat
     assert any(numel == 1 for _, numel, _ in taken), "nothing was watched"
     assert all(numel <= 2 for floating, numel, _ in taken if floating), taken  # a number, or the two extremes of scores
     assert all(numel <= max(layer.pattern.num_blocks for layer in model) for _, numel, _ in taken)
-    assert kernels_of(module) >= {"score_keys", "radix_scatter"}
+    assert kernels_of(module) >= {"read_columns", "transpose_index"}
 
 
 def test_survivors_keep_their_moments_bit_for_bit(module):

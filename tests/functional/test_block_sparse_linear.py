@@ -252,7 +252,7 @@ def test_gradients_nobody_wants_are_not_computed(wanted, monkeypatch):
             return getattr(functional.native._C, name)
 
         def linear_backward(self, *arguments):
-            calls.append([address != 0 for address in arguments[-4:-1]])
+            calls.append([address != 0 for address in arguments[-1]])
             functional.native._C.linear_backward(*arguments)
 
     monkeypatch.setattr(functional.native, "kernels_of", lambda device: Spy())
@@ -713,3 +713,20 @@ def test_library_backward_refuses_what_does_not_fit():
     ):
         with pytest.raises((ValueError, TypeError), match="block_sparse_linear"):
             op(*{**good, **change}.values(), *constants)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ((0, 0), (0, 3, 16, 16), (0, 0), (0, 0)),  # two numbers where three are due
+        ((0, 0, 1), (0, 3, 16), (0, 0), (0, 0)),
+        ((0, 0, 1), [0, 3, 16, 16], (0, 0), (0, 0)),  # a list
+        ((0, 0, 1.0), (0, 3, 16, 16), (0, 0), (0, 0)),
+        ((0, 0, 1), (1 << 64, 3, 16, 16), (0, 0), (0, 0)),
+    ],
+)
+def test_the_native_call_takes_whole_tuples_of_integers_only(call):
+    """What crosses into the native module is read strictly: nothing is guessed from a tuple that does not fit."""
+    pattern = sn.BlockPattern.random((8, 16), 1.0, 8)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        functional.native._C.linear_forward(pattern.index.native, *call)

@@ -147,6 +147,6 @@ def test_the_native_module_checks_indices_itself():
     pattern = BlockPattern.random((8, 8), 1.0, 4).index.native
     good, bad = np.arange(8, dtype=np.int32), np.full(8, 8, dtype=np.int32)
     with pytest.raises(ValueError, match=re.escape("compact_blocks: rows must lie in [0, 8), got 8 at 0")):
-        _C.compact_blocks(pattern, pattern, bad, good, [], [], [], 1)
+        _C.compact_blocks(pattern, pattern, (bad, good), [], 1)
     with pytest.raises(ValueError, match="rows and cols must have 8 and 8 entries, got 8 and 3"):
-        _C.compact_blocks(pattern, pattern, good, good[:3], [], [], [], 1)
+        _C.compact_blocks(pattern, pattern, (good, good[:3]), [], 1)

@@ -1,5 +1,5 @@
-// The host twin of csrc/cuda/device.cu: the device that the tests describe.
-#include "cuda/launch.h"
+// The host twin of csrc/cuda/host/device.cu: the device that the tests describe.
+#include "cuda/host/launch.h"
 
 namespace sparsenet::cuda {
 

@@ -276,24 +276,6 @@ void Emulator::check_matrix_row(uint32_t offset) {
   if (options.count_bank_conflicts) current_->log.push_back({offset, 16});
 }
 
-void Emulator::atomic_add_shared(uint32_t offset, int32_t value) {
-  check_shared_range(offset, 4, "atomic add");
-  // Atomics do not race with each other: recorded as a write of the current epoch by whoever wrote last.
-  Cell& cell = cells_[offset / 2];
-  if (cell.state == 0) fail(text("read of shared offset ", offset, " that nobody wrote"));
-  if (cell.write_block == epoch_ && cell.writer >= 0 && cell.writer != current_->index)
-    fail(text("race on shared offset ", offset, ": thread ", current_->index, " adds to what thread ", cell.writer,
-              " wrote with no barrier between"));
-  int32_t old;
-  std::memcpy(&old, shared_.data() + offset, 4);
-  old += value;
-  std::memcpy(shared_.data() + offset, &old, 4);
-  for (const uint32_t granule : {offset / 2, offset / 2 + 1}) {
-    cells_[granule].reader = kManyWarps; // a plain write needs a barrier after it
-    cells_[granule].read_block = epoch_;
-  }
-}
-
 // cp.async ----------------------------------------------------------------------------------------------------------
 
 void Emulator::async_copy(uint32_t offset, const void* source, int valid_bytes) {

@@ -102,9 +102,7 @@ public:
 
   // Called by the intrinsics, on a fiber ---------------------------------------------------------------------------
   int thread_index() const { return current_->index; }
-  int num_threads() const { return num_threads_; }
   int64_t block_index() const { return block_index_; }
-  int64_t num_ctas() const { return num_ctas_; }
 
   void sync_block(const std::source_location& where);
   void sync_warp(const std::source_location& where);
@@ -123,7 +121,6 @@ public:
   // A read by a given lane of the current warp (ldmatrix spreads one row over four lanes).
   uint16_t read_shared_as_lane(uint32_t offset, int lane);
   void check_matrix_row(uint32_t offset);
-  void atomic_add_shared(uint32_t offset, int32_t value);
 
   void async_copy(uint32_t offset, const void* source, int valid_bytes);
   void async_commit();

@@ -1,4 +1,4 @@
-// The host twin of csrc/cuda/intrinsics.cuh: the same names, run and checked by the emulator.
+// The host twin of csrc/cuda/device/intrinsics.cuh: the same names, run and checked by the emulator.
 #pragma once
 
 #include <cmath>
@@ -91,11 +91,9 @@ inline double error_function(double value) { return std::erf(value); }
 
 // Indices and barriers ------------------------------------------------------------------------------------------------
 inline int thread_index() { return emulated().thread_index(); }
-inline int num_threads() { return emulated().num_threads(); }
 inline int lane_index() { return emulated().thread_index() % 32; }
 inline int warp_index() { return emulated().thread_index() / 32; }
 inline int64_t block_index() { return emulated().block_index(); }
-inline int64_t num_ctas() { return emulated().num_ctas(); }
 
 inline void sync_block(const Where& where = Where::current()) { emulated().sync_block(where); }
 inline void sync_warp(const Where& where = Where::current()) { emulated().sync_warp(where); }
@@ -146,7 +144,6 @@ inline uint32_t ballot(bool predicate, const Where& where = Where::current()) {
       where);
   return static_cast<uint32_t>(mine.value);
 }
-inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 
 // Memory --------------------------------------------------------------------------------------------------------------
 template <typename T>
@@ -203,7 +200,6 @@ void store_global(T* pointer, T value) {
   std::memcpy(pointer, &value, sizeof(T));
 }
 
-inline void atomic_add(Shared<int32_t> pointer, int32_t value) { emulated().atomic_add_shared(pointer.offset, value); }
 inline void atomic_min_global(unsigned long long* pointer, unsigned long long value) {
   emulated().check_global(pointer, sizeof(value), true, true);
   if (value < *pointer) *pointer = value;

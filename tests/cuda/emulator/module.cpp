@@ -1,11 +1,12 @@
-// The test module: every CUDA op as in `_C.cuda`, run by the emulator, plus the emulator's own controls and the kernels
-// with planted bugs.
+// The test module: every CUDA op as in `_C.cuda`, run by the emulator, plus forward and backward with results whose
+// rows lie apart (as the C++ ops allow), the emulator's own controls and the kernels with planted bugs.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/bindings_cuda.h"
-#include "cuda/launch.h"
+#include "cuda/host/bindings.h"
+#include "cuda/host/boundary.h"
+#include "cuda/host/launch.h"
 #include "emulator.h"
 #include "planted.h"
 
@@ -13,9 +14,50 @@ namespace py = pybind11;
 using sparsenet::emulator::Emulator;
 using sparsenet::emulator::EmulatorError;
 
+namespace {
+
+using sparsenet::Address;
+using sparsenet::LinearCall;
+using sparsenet::Matrix;
+namespace cuda = sparsenet::cuda;
+
+void linear_forward_into(const cuda::Pattern& pattern, const LinearCall& call, const Matrix& x,
+                         const std::pair<Address, Address>& weight, const std::pair<Matrix, Matrix>& outputs,
+                         const py::tuple& run) {
+  const sparsenet::LinearForward op{.pattern = pattern.view,
+                                    .dtype = call.dtype,
+                                    .activation = call.activation,
+                                    .x = x,
+                                    .values = sparsenet::at(weight.first),
+                                    .bias = sparsenet::at(weight.second),
+                                    .y = outputs.first,
+                                    .pre_activation = outputs.second};
+  cuda::linear_forward(op, pattern.forward, cuda::run_of(run));
+}
+
+void linear_backward_into(const cuda::Pattern& pattern, const LinearCall& call, const Matrix& x, Address values,
+                          const std::pair<Matrix, Matrix>& upstream, const std::tuple<Matrix, Address, Address>& grads,
+                          const py::tuple& run) {
+  const sparsenet::LinearBackward op{.pattern = pattern.view,
+                                     .dtype = call.dtype,
+                                     .activation = call.activation,
+                                     .grad_y = upstream.first,
+                                     .saved = upstream.second,
+                                     .x = x,
+                                     .values = sparsenet::at(values),
+                                     .grad_x = std::get<0>(grads),
+                                     .grad_values = sparsenet::at(std::get<1>(grads)),
+                                     .grad_bias = sparsenet::at(std::get<2>(grads))};
+  cuda::linear_backward(op, pattern.transposed, cuda::run_of(run));
+}
+
+} // namespace
+
 PYBIND11_MODULE(MODULE_NAME, module) {
   py::register_exception<EmulatorError>(module, "EmulatorError", PyExc_RuntimeError);
   sparsenet::register_cuda(module);
+  module.def("linear_forward_into", linear_forward_into);
+  module.def("linear_backward_into", linear_backward_into);
 
   module.def(
       "configure",

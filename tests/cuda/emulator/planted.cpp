@@ -3,8 +3,8 @@
 #include <map>
 #include <stdexcept>
 
-#include "cuda/intrinsics.cuh"
-#include "cuda/launch.h"
+#include "cuda/device/intrinsics.cuh"
+#include "cuda/host/launch.h"
 
 namespace sparsenet::emulator {
 
@@ -13,6 +13,7 @@ namespace {
 using namespace sparsenet::cuda;
 
 // Kernels of 64 threads over `count` = 64 values (one CTA) unless they say otherwise. ------------------------------
+constexpr int kThreads = 64;
 
 // output = input reversed, through shared memory.
 template <bool kBarrier>
@@ -20,7 +21,7 @@ void reverse(const PlantedParams p) {
   const Shared<float> s = shared_array<float>(0);
   s[thread_index()] = load_global(p.input + thread_index());
   if (kBarrier) sync_block();
-  const float value = s[num_threads() - 1 - thread_index()];
+  const float value = s[kThreads - 1 - thread_index()];
   store_global(p.output + thread_index(), value);
 }
 
@@ -55,7 +56,7 @@ void reuse(const PlantedParams p) {
     if (kBarrier && round > 0) sync_block();
     s[thread_index()] = load_global(p.input + thread_index());
     sync_block();
-    const float value = s[(thread_index() + 1) % num_threads()];
+    const float value = s[(thread_index() + 1) % kThreads];
     sum += value;
   }
   store_global(p.output + thread_index(), sum);
@@ -65,9 +66,9 @@ void reuse(const PlantedParams p) {
 template <int kGlobalPast, int kSharedPast>
 void copy_tile(const PlantedParams p) {
   const Shared<float> s = shared_array<float>(0);
-  const int i = thread_index() + (thread_index() == num_threads() - 1 ? kGlobalPast : 0);
+  const int i = thread_index() + (thread_index() == kThreads - 1 ? kGlobalPast : 0);
   const float value = load_global(p.input + i);
-  s[thread_index() + (thread_index() == num_threads() - 1 ? kSharedPast : 0)] = value;
+  s[thread_index() + (thread_index() == kThreads - 1 ? kSharedPast : 0)] = value;
   sync_block();
   const float mine = s[thread_index()];
   store_global(p.output + thread_index(), mine);

@@ -1,4 +1,5 @@
-// The host twin of the CUDA runtime calls in csrc/cuda/launch.h: "device" memory is host memory, a launch runs at once.
+// The host twin of the CUDA runtime calls in csrc/cuda/host/launch.h: "device" memory is host memory, a launch runs at
+// once.
 #pragma once
 
 #include <cstring>

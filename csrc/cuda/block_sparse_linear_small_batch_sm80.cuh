@@ -11,10 +11,10 @@
 //     is then not the matrix's, but it is the same on both sides, and a sum does not mind.
 //
 //   The four warps' sums meet in shared memory and are added in warp order. Bytes: the weights once, x once per CTA
-//   (from L2). Nothing here has been timed on hardware yet.
+//   (from L2).
 #pragma once
 
-#include "block_sparse_linear_sm80.cuh"
+#include "block_sparse_linear_product_sm80.cuh"
 
 namespace sparsenet::cuda {
 
@@ -148,7 +148,7 @@ void launch_product_small_block(const Product<T>& product, Stream stream) {
 }
 
 template <typename T>
-void launch_product_small_sm80(const Product<T>& product, Stream stream) {
+void launch_product_small_batch_sm80(const Product<T>& product, Stream stream) {
   switch (product.block_size) {
   case 16:
     return launch_product_small_block<T, 16>(product, stream);

@@ -40,7 +40,6 @@ void force_variant(Variant variant) {
                   "force_variant: variant must be automatic, simt or sm80, got ", static_cast<int32_t>(variant));
   forced = variant;
 }
-Variant forced_variant() { return forced; }
 
 ProductKernel choose_product(DType dtype, int32_t block_size, int64_t batch, const Matrix& a, const void* values,
                              bool transposed) {
@@ -48,27 +47,29 @@ ProductKernel choose_product(DType dtype, int32_t block_size, int64_t batch, con
                     reinterpret_cast<uintptr_t>(values) % 16 == 0;
   if (forced == Variant::sm80 && !sm80) refuse_forced("block_sparse_linear");
   if (!sm80) return block_size < 16 ? ProductKernel::rows_simt : ProductKernel::simt;
-  return batch <= kSmallBatch && !transposed ? ProductKernel::small_sm80 : ProductKernel::sm80;
+  return batch <= kSmallBatch && !transposed ? ProductKernel::small_batch_sm80 : ProductKernel::sm80;
 }
 
-OuterKernel choose_outer(DType dtype, int32_t block_size, const Matrix& g, const Matrix& x) {
-  const bool sm80 = forced != Variant::simt && tensor_cores_serve(dtype, block_size) && rows_aligned(g, dtype) &&
+GradWeightKernel choose_grad_weight(DType dtype, int32_t block_size, const Matrix& grad_z, const Matrix& x) {
+  const bool sm80 = forced != Variant::simt && tensor_cores_serve(dtype, block_size) && rows_aligned(grad_z, dtype) &&
                     rows_aligned(x, dtype);
   if (forced == Variant::sm80 && !sm80) refuse_forced("block_gradient");
-  if (sm80) return OuterKernel::sm80;
-  return block_size < 16 ? OuterKernel::small_simt : OuterKernel::simt;
+  if (sm80) return GradWeightKernel::sm80;
+  return block_size < 16 ? GradWeightKernel::small_simt : GradWeightKernel::simt;
 }
 
-bool worth_aligning(DType dtype, int32_t block_size, const Matrix& matrix) {
-  return forced != Variant::simt && tensor_cores_serve(dtype, block_size) && !rows_aligned(matrix, dtype);
+Operand aligned_copy(DType dtype, const Matrix& matrix) {
+  const int64_t stride = round_up(matrix.cols, 16 / element_bytes(dtype));
+  return {.given = matrix,
+          .read = {nullptr, matrix.rows, matrix.cols, stride},
+          .copy_bytes = round_up(matrix.rows * stride * element_bytes(dtype), 256)};
 }
 
-Matrix aligned_copy(DType dtype, const Matrix& matrix, void* data) {
-  return {data, matrix.rows, matrix.cols, round_up(matrix.cols, 16 / element_bytes(dtype))};
-}
-
-int64_t aligned_copy_bytes(DType dtype, const Matrix& matrix) {
-  return round_up(matrix.rows * aligned_copy(dtype, matrix, nullptr).stride * element_bytes(dtype), 256);
+Operand operand(DType dtype, int32_t block_size, const Matrix& matrix) {
+  const bool worth_it =
+      forced != Variant::simt && tensor_cores_serve(dtype, block_size) && !rows_aligned(matrix, dtype);
+  if (worth_it) return aligned_copy(dtype, matrix);
+  return {.given = matrix, .read = matrix, .copy_bytes = 0};
 }
 
 int32_t rows_per_group(ProductKernel kernel, int32_t block_size) {
@@ -101,6 +102,11 @@ int32_t batch_splits(int64_t num_places, int32_t block_size, int64_t batch) {
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, batch / kSplitRows)));
 }
 
+int64_t split_bytes(int32_t splits, int64_t num_places, int32_t block_size, DType dtype) {
+  if (splits == 1) return 0;
+  return splits * num_places * block_size * block_size * (dtype == DType::float64 ? 8 : 4);
+}
+
 std::string name_of(ProductKernel kernel, DType dtype, bool transposed) {
   const std::string pass = transposed ? "grad_input" : "forward";
   const std::string type = dtype == kTf32 ? "_tf32" : "";
@@ -116,34 +122,15 @@ std::string name_of(ProductKernel kernel, DType dtype, bool transposed) {
   }
 }
 
-std::string name_of(OuterKernel kernel, DType dtype, const char* op) {
+std::string name_of(GradWeightKernel kernel, DType dtype) {
   switch (kernel) {
-  case OuterKernel::simt:
-    return std::string(op) + "_simt";
-  case OuterKernel::small_simt:
-    return std::string(op) + "_small_simt";
+  case GradWeightKernel::simt:
+    return "grad_weight_simt";
+  case GradWeightKernel::small_simt:
+    return "grad_weight_small_simt";
   default:
-    return std::string(op) + (dtype == kTf32 ? "_tf32_sm80" : "_sm80");
+    return dtype == kTf32 ? "grad_weight_tf32_sm80" : "grad_weight_sm80";
   }
-}
-
-void check_dtype(const char* op, DType dtype) {
-  SPARSENET_CHECK(dtype >= DType::float32 && dtype <= kTf32, op,
-                  ": dtype must be float32, bfloat16, float16, float64 or tf32, got code ",
-                  static_cast<int32_t>(dtype));
-}
-
-void check_address(const char* op, const char* name, DType dtype, const void* data) {
-  const auto past =
-      static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % static_cast<uint64_t>(element_bytes(dtype)));
-  SPARSENET_CHECK(past == 0, op, ": ", name, " must start at a multiple of its element's ", element_bytes(dtype),
-                  " bytes, got an address ", past, " past one");
-}
-
-void check_block_size(const char* op, int32_t block_size) {
-  for (const int32_t allowed : {1, 4, 8, 16, 32, 64, 128})
-    if (block_size == allowed) return;
-  fail(op, ": block_size must be 1, 4, 8, 16, 32, 64 or 128, got ", block_size);
 }
 
 } // namespace sparsenet::cuda

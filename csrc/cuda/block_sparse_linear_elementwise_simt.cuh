@@ -9,7 +9,9 @@
 // are added in warp order, so the bits do not depend on scheduling.
 #pragma once
 
-#include "block_sparse_linear.cuh"
+#include "device/activation.cuh"
+#include "device/elements.cuh"
+#include "host/launch.h"
 
 namespace sparsenet::cuda {
 

@@ -32,12 +32,9 @@ using float16 = __half;
 
 // Indices -------------------------------------------------------------------------------------------------------
 SPARSENET_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-SPARSENET_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
 SPARSENET_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31u); }
 SPARSENET_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
 SPARSENET_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
-SPARSENET_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
-SPARSENET_DEVICE int64_t num_ctas() { return static_cast<int64_t>(gridDim.x); }
 
 // Barriers and warp-wide exchange ----------------------------------------------------------------------------------
 SPARSENET_DEVICE void sync_block() { __syncthreads(); }
@@ -56,7 +53,6 @@ SPARSENET_DEVICE T shuffle_from(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 SPARSENET_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
-SPARSENET_DEVICE int count_bits(uint32_t word) { return __popc(word); }
 
 // Memory --------------------------------------------------------------------------------------------------------
 template <typename T>
@@ -86,7 +82,6 @@ SPARSENET_DEVICE void store_global(T* pointer, T value) {
   *pointer = value;
 }
 
-SPARSENET_DEVICE void atomic_add(Shared<int32_t> pointer, int32_t value) { atomicAdd(pointer, value); }
 SPARSENET_DEVICE void atomic_min_global(unsigned long long* pointer, unsigned long long value) {
   atomicMin(pointer, value);
 }

@@ -1,4 +1,5 @@
-#include "block_sparse_linear_simt.cuh"
+// forward and grad_input on any architecture: the instantiations.
+#include "block_sparse_linear_product_simt.cuh"
 
 namespace sparsenet::cuda {
 

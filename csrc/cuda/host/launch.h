@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../check.h"
 #include "ops.h"
 
 #ifdef __CUDACC__

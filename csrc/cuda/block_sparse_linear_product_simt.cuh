@@ -6,21 +6,18 @@
 //
 //             k: the line's blocks, kDepth columns at a time
 //            +------------------+        a_s [kDepth][kBatch + 1]     all threads load both tiles, coalesced along k
-//   kBatch   | a (gathered)     |        w_s [kDepth][kColumns + 1]   (forward) or n (grad_input); one barrier each
-//   way;
+//   kBatch   | a (gathered)     |        w_s [kDepth][kColumns + 1]   (forward) or n (grad_input); a barrier each way
 //            +------------------+        kThreadM x kThreadN sums a thread live in registers over the whole line
 //
-//   Bytes from L2 per block and batch tile: (kBatch b + b b) elements for 2 kBatch b b FLOP. Shared memory: 2 reads of
-//   kThreadM + kThreadN words per kThreadM kThreadN multiply-adds. The odd pitch keeps the transposing stores free of
-//   bank conflicts for 4-byte types.
+//   From L2 per block and batch tile of kBatch b outputs: kBatch b + b b elements for 2 kBatch b b FLOP. Shared memory:
+//   2 reads of kThreadM + kThreadN words per kThreadM kThreadN multiply-adds. The odd pitch keeps the transposing
+//   stores free of bank conflicts for 4-byte types.
 //
 // b < 16 (row kernel): a thread owns one output column and kRowBatch batch rows; lanes run along n so that y is written
 //   coalesced, and each weight read serves kRowBatch rows. Made to be right at every size, not to be fast.
-//
-// Nothing here has been timed on hardware yet.
 #pragma once
 
-#include "block_sparse_linear.cuh"
+#include "block_sparse_linear_product.cuh"
 
 namespace sparsenet::cuda {
 

@@ -20,15 +20,15 @@
 //   column numbers are fetched one step before they are compared.
 //   16-byte chunk c of row r lies at chunk c ^ (r % 8): ldmatrix and the copies meet no bank conflicts.
 //
-// Bytes from L2 per CTA: 2 (kBatch b u + b b s) for u union columns and s blocks; FLOP: 2 kBatch b b s.
+// Bytes from L2 per CTA, which makes kBatch * 128 outputs: e (kBatch b u + b b s) for u union columns, s blocks and e
+// bytes an element; FLOP: 2 kBatch b b s.
 // Long groups come in pieces (WorkItem), cut at columns of the group's longest line; pieces leave fp32 partial sums.
-// Nothing here has been timed on hardware yet; the stage count and tile sizes are untuned.
 #pragma once
 
 #include <cstring>
 
-#include "block_sparse_linear.cuh"
-#include "fragments_sm80.cuh"
+#include "block_sparse_linear_product.cuh"
+#include "device/fragments_sm80.cuh"
 
 namespace sparsenet::cuda {
 

@@ -1,5 +1,4 @@
-// grad_weight at a list of places, and the squared norms of every block of the dense weight gradient, on any
-// architecture, for every block size, matrix size and dtype.
+// grad_weight at a list of places on any architecture, for every block size, matrix size and dtype.
 //
 //   G[n, k] = sum_m g[m, n] x[m, k]
 //
@@ -11,18 +10,16 @@
 // grad_weight: kSide = min(b, 64), a CTA per block (four for b = 128) and batch split; with more than one split the
 //   fp32 sums go to a workspace [splits, places b b] and a second kernel adds them in order: the same bits every run.
 //   b < 16: a warp per block, lanes over its elements, or over the batch where there are fewer elements than lanes.
-// norms: kSide = 64; squares are added per block in shared memory in a fixed order, G is never stored; for b = 128 a
-//   CTA walks its four 64 x 64 quarters.
 //
-// Nothing here has been timed on hardware yet.
+// Bytes per output (an element of G) and row of the batch: 2 e / kSide from L2, e bytes an element; 2 FLOP.
 #pragma once
 
-#include "outer_product.cuh"
+#include "block_sparse_linear_grad_weight.cuh"
 
 namespace sparsenet::cuda {
 
 template <int kSide_>
-struct OuterTileConfig {
+struct GradWeightTileConfig {
   static constexpr int kThreads = 128;
   static constexpr int kSide = kSide_;
   static constexpr int kDepth = 16;
@@ -36,11 +33,11 @@ struct OuterTileConfig {
 
 // Sums of one tile: element (i, j) of a thread is row lane_n + i kLanesN, column lane_k + j kLanesK.
 template <typename T, typename Config>
-struct OuterTile {
+struct GradWeightTile {
   using A = Accumulator<T>;
   A sums[Config::kThreadN][Config::kThreadK] = {};
 
-  SPARSENET_DEVICE void accumulate(const OuterProduct<T>& p, int64_t n0, int64_t k0, BatchRange range) {
+  SPARSENET_DEVICE void accumulate(const GradientOperands<T>& p, int64_t n0, int64_t k0, BatchRange range) {
     const Shared<A> g_s = shared_array<A>(0);
     const Shared<A> x_s = shared_array<A>(sizeof(A) * Config::kDepth * Config::kSide);
     const int thread = thread_index();
@@ -76,7 +73,7 @@ struct OuterTile {
 
 template <typename T, typename Config>
 SPARSENET_KERNEL(Config::kThreads)
-grad_weight_simt_kernel(const OuterProduct<T> p) {
+grad_weight_simt_kernel(const GradWeight<T> p) {
   const int b = p.block_size;
   const uint32_t slabs = static_cast<uint32_t>(b) / Config::kSide, num_places = static_cast<uint32_t>(p.num_places);
   const auto cta = static_cast<uint32_t>(block_index());
@@ -85,7 +82,7 @@ grad_weight_simt_kernel(const OuterProduct<T> p) {
   const int64_t place = cta / slabs / slabs % num_places;
   const int split = static_cast<int>(cta / slabs / slabs / num_places);
 
-  OuterTile<T, Config> tile;
+  GradWeightTile<T, Config> tile;
   tile.accumulate(p, static_cast<int64_t>(load_global(p.place_rows + place)) * b + n_in_block,
                   static_cast<int64_t>(load_global(p.place_cols + place)) * b + k_in_block,
                   batch_range(p.batch, split, p.splits));
@@ -100,18 +97,18 @@ grad_weight_simt_kernel(const OuterProduct<T> p) {
   }
 }
 
-struct OuterSmallConfig {
+struct GradWeightSmallConfig {
   static constexpr int kThreads = 128;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMostElements = 2; // of an 8 x 8 block, per lane
 };
 
 template <typename T>
-SPARSENET_KERNEL(OuterSmallConfig::kThreads)
-grad_weight_small_simt_kernel(const OuterProduct<T> p) {
+SPARSENET_KERNEL(GradWeightSmallConfig::kThreads)
+grad_weight_small_simt_kernel(const GradWeight<T> p) {
   using A = Accumulator<T>;
   const int b = p.block_size, elements = b * b;
-  const int64_t warp = block_index() * OuterSmallConfig::kWarps + warp_index();
+  const int64_t warp = block_index() * GradWeightSmallConfig::kWarps + warp_index();
   if (warp >= p.num_places * p.splits) return; // whole warps: the shuffles below stay complete
   const int64_t place = warp % p.num_places;
   const int split = static_cast<int>(warp / p.num_places);
@@ -122,7 +119,7 @@ grad_weight_small_simt_kernel(const OuterProduct<T> p) {
   const int64_t row = load_global(p.place_rows + place), column = load_global(p.place_cols + place);
 
   SPARSENET_UNROLL
-  for (int part = 0; part < OuterSmallConfig::kMostElements; ++part) {
+  for (int part = 0; part < GradWeightSmallConfig::kMostElements; ++part) {
     const int e = element + part * 32;
     if (part * 32 >= elements) continue;
     const int64_t n = row * b + e / b, k = column * b + e % b;
@@ -137,8 +134,8 @@ grad_weight_small_simt_kernel(const OuterProduct<T> p) {
 }
 
 template <typename T, int kSide>
-void launch_grad_weight_tiles(const OuterProduct<T>& p, Stream stream) {
-  using Config = OuterTileConfig<kSide>;
+void launch_grad_weight_tiles(const GradWeight<T>& p, Stream stream) {
+  using Config = GradWeightTileConfig<kSide>;
   const int64_t slabs = p.block_size / kSide;
   launch("grad_weight_simt", grad_weight_simt_kernel<T, Config>,
          {.ctas = slabs * slabs * p.num_places * p.splits,
@@ -148,10 +145,11 @@ void launch_grad_weight_tiles(const OuterProduct<T>& p, Stream stream) {
 }
 
 template <typename T>
-void launch_grad_weight_simt(const OuterProduct<T>& p, Stream stream) {
+void launch_grad_weight_simt(const GradWeight<T>& p, Stream stream) {
   if (p.block_size < 16)
     launch("grad_weight_small_simt", grad_weight_small_simt_kernel<T>,
-           {.ctas = ceil_div(p.num_places * p.splits, OuterSmallConfig::kWarps), .threads = OuterSmallConfig::kThreads},
+           {.ctas = ceil_div(p.num_places * p.splits, GradWeightSmallConfig::kWarps),
+            .threads = GradWeightSmallConfig::kThreads},
            stream, p);
   else if (p.block_size == 16)
     launch_grad_weight_tiles<T, 16>(p, stream);
@@ -160,74 +158,6 @@ void launch_grad_weight_simt(const OuterProduct<T>& p, Stream stream) {
   else
     launch_grad_weight_tiles<T, 64>(p, stream);
   if (p.partials != nullptr) launch_reduce_splits(p, stream);
-}
-
-// Squared norms -----------------------------------------------------------------------------------------------------
-
-using NormsConfig = OuterTileConfig<64>;
-
-template <typename T>
-SPARSENET_KERNEL(NormsConfig::kThreads)
-gradient_norms_simt_kernel(const OuterProduct<T> p) {
-  constexpr int kSide = NormsConfig::kSide, kPitch = kSide + 1;
-  const int b = p.block_size;
-  const int quarters = b > kSide ? b / kSide : 1;    // per dimension; a 128-block is four tiles
-  const int tile_blocks = b > kSide ? 1 : kSide / b; // blocks per dimension of a tile
-  const int64_t block_cols = ceil_div(p.k_size, b);
-  const int64_t tiles_k = ceil_div(block_cols, tile_blocks);
-  const int64_t row0 = p.row_begin + block_index() / tiles_k * tile_blocks;
-  const int64_t col0 = block_index() % tiles_k * tile_blocks;
-
-  // The squares and their row sums are float: they lie behind the tiles, whose type may be double.
-  const int64_t tiles_bytes = 2 * sizeof(Accumulator<T>) * NormsConfig::kDepth * kSide;
-  const Shared<float> squares = shared_array<float>(tiles_bytes);                       // [64][65]
-  const Shared<float> row_sums = shared_array<float>(tiles_bytes + 4 * kSide * kPitch); // [64][tile_blocks]
-  const int thread = thread_index();
-  const int lane_k = thread % NormsConfig::kLanesK, lane_n = thread / NormsConfig::kLanesK;
-
-  float total = 0; // of a 128-block, in thread 0
-  for (int quarter = 0; quarter < quarters * quarters; ++quarter) {
-    OuterTile<T, NormsConfig> tile;
-    tile.accumulate(p, row0 * b + quarter / quarters * kSide, col0 * b + quarter % quarters * kSide, {0, p.batch});
-    SPARSENET_UNROLL
-    for (int i = 0; i < NormsConfig::kThreadN; ++i) {
-      SPARSENET_UNROLL
-      for (int j = 0; j < NormsConfig::kThreadK; ++j) {
-        const auto sum = static_cast<float>(tile.sums[i][j]);
-        squares[(lane_n + i * NormsConfig::kLanesN) * kPitch + lane_k + j * NormsConfig::kLanesK] = sum * sum;
-      }
-    }
-    sync_block();
-    const int width = b > kSide ? kSide : b;
-    for (int i = thread; i < kSide * tile_blocks; i += NormsConfig::kThreads) {
-      float sum = 0;
-      for (int j = 0; j < width; ++j) sum += squares[i / tile_blocks * kPitch + i % tile_blocks * width + j];
-      row_sums[i] = sum;
-    }
-    sync_block();
-    for (int i = thread; i < tile_blocks * tile_blocks; i += NormsConfig::kThreads) {
-      float sum = 0;
-      for (int j = 0; j < width; ++j) sum += row_sums[(i / tile_blocks * width + j) * tile_blocks + i % tile_blocks];
-      total += sum;
-      const int64_t row = row0 + i / tile_blocks, col = col0 + i % tile_blocks;
-      if (quarter == quarters * quarters - 1 && row < p.row_end && col < block_cols)
-        store_global(p.norms + (row - p.row_begin) * block_cols + col, quarters > 1 ? total : sum);
-    }
-    // The next quarter's first barrier keeps its squares behind these reads.
-  }
-}
-
-template <typename T>
-void launch_gradient_norms_simt(const OuterProduct<T>& p, Stream stream) {
-  constexpr int kSide = NormsConfig::kSide;
-  const int64_t tile_blocks = p.block_size > kSide ? 1 : kSide / p.block_size;
-  const int64_t block_cols = ceil_div(p.k_size, p.block_size);
-  const int64_t tiles_bytes = static_cast<int64_t>(2 * sizeof(Accumulator<T>)) * NormsConfig::kDepth * kSide;
-  launch("gradient_norms_simt", gradient_norms_simt_kernel<T>,
-         {.ctas = ceil_div(p.row_end - p.row_begin, tile_blocks) * ceil_div(block_cols, tile_blocks),
-          .threads = NormsConfig::kThreads,
-          .shared_bytes = tiles_bytes + 4 * kSide * (kSide + 1) + 4 * kSide * tile_blocks},
-         stream, p);
 }
 
 } // namespace sparsenet::cuda

@@ -1,10 +1,31 @@
-// What kernels of a thread per element share: their launch, the search in sorted indices, the widest word.
+// Element types: what a type is summed in, and the switch from a dtype code to a type. And what kernels of a thread per
+// element share: their launch, the search in sorted indices, the widest word.
 #pragma once
 
 #include "intrinsics.cuh"
-#include "launch.h"
+#include "../host/launch.h"
 
 namespace sparsenet::cuda {
+
+template <typename T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// Calls function(T{}) with the element type of dtype.
+template <typename Function>
+void with_dtype(DType dtype, const Function& function) {
+  if (dtype == DType::float32 || dtype == kTf32) return function(float{});
+  if (dtype == DType::float64) return function(double{});
+  if (dtype == DType::bfloat16) return function(bfloat16{});
+  return function(float16{});
+}
 
 struct ElementConfig {
   static constexpr int kThreads = 256;

@@ -1,4 +1,4 @@
-// grad_weight at a list of places, and the squared norms of all blocks, on tensor cores (sm_80 and later).
+// grad_weight at a list of places on tensor cores (sm_80 and later).
 //
 //   G[n, k] = sum_m g[m, n] x[m, k]       bfloat16, float16, or float32 as tf32 in, fp32 sums
 //
@@ -7,23 +7,22 @@
 //   kDepth rows | r0 | r1 | r2 | r3 |        | c0 | c1 | c2 | c3 |     cp.async by all threads, 16 bytes each,
 //               +----+----+----+----+        +----+----+----+----+     kStages stages, one barrier a stage
 //
-//   grad_weight: a CTA owns 128 / b places; their rows of g and columns of x are gathered side by side. b = 16: two
-//   places a warp; b = 32: one; b = 64: half of one; b = 128: a quarter. Both operands are stored [m][columns], so both
-//   fragments are read across rows (fragments_sm80.cuh). The batch may be split; the fp32 sums of the splits are added
-//   in order. norms: the columns are neighbours, a warp owns 64 x 64 of the dense gradient, squares it in registers and
-//   adds by shuffles within the warp in a fixed order. The gradient is never stored.
+//   A CTA owns 128 / b places; their rows of g and columns of x are gathered side by side. b = 16: two places a warp;
+//   b = 32: one; b = 64: half of one; b = 128: a quarter. Both operands are stored [m][columns], so both fragments are
+//   read across rows (device/fragments_sm80.cuh). The batch may be split; the fp32 sums of the splits are added in
+//   order.
 //
-// Bytes from L2 per CTA and row of the batch: 512; FLOP: 2 * 128 * b (grad_weight), 2 * 128 * 128 (norms).
-// Nothing here has been timed on hardware yet.
+// Per CTA and row of the batch: 256 elements from L2 for 2 * 128 * b FLOP; that is 2 e / b bytes per output, e bytes an
+// element.
 #pragma once
 
-#include "fragments_sm80.cuh"
-#include "outer_product.cuh"
+#include "device/fragments_sm80.cuh"
+#include "block_sparse_linear_grad_weight.cuh"
 
 namespace sparsenet::cuda {
 
 template <typename T, int kBlock_>
-struct Sm80OuterConfig {
+struct Sm80GradWeightConfig {
   static constexpr int kBlock = kBlock_;
   static constexpr int kThreads = 128;
   static constexpr int kColumns = 128;
@@ -56,8 +55,8 @@ struct Sm80OuterConfig {
 };
 
 template <typename T, typename Config>
-struct Sm80Outer {
-  const OuterProduct<T>& p;
+struct Sm80GradWeight {
+  const GradientOperands<T>& p;
   // This thread always copies the same chunk of columns of both tiles. Past the end: not read, zero.
   int64_t g_column;
   int64_t x_column;
@@ -131,7 +130,7 @@ struct Sm80Outer {
 
 template <typename T, typename Config>
 SPARSENET_KERNEL(Config::kThreads)
-grad_weight_sm80_kernel(const OuterProduct<T> p) {
+grad_weight_sm80_kernel(const GradWeight<T> p) {
   constexpr int kBlock = Config::kBlock;
   const auto cta = static_cast<uint32_t>(block_index());
   const auto place_groups = static_cast<uint32_t>(ceil_div(p.num_places, Config::kPlaces));
@@ -145,8 +144,8 @@ grad_weight_sm80_kernel(const OuterProduct<T> p) {
     g_column = static_cast<int64_t>(load_global(p.place_rows + place)) * kBlock + column % kBlock;
     x_column = static_cast<int64_t>(load_global(p.place_cols + place)) * kBlock + column % kBlock;
   }
-  Sm80Outer<T, Config> outer{p, g_column, x_column};
-  outer.run(batch_range(p.batch, split, p.splits));
+  Sm80GradWeight<T, Config> tile{p, g_column, x_column};
+  tile.run(batch_range(p.batch, split, p.splits));
 
   SPARSENET_UNROLL
   for (int part = 0; part < Config::kParts; ++part) {
@@ -161,66 +160,16 @@ grad_weight_sm80_kernel(const OuterProduct<T> p) {
         for (int e = 0; e < 4; ++e) {
           const int n = (n_part + i * 16 + e / 2 * 8 + lane_index() / 4) % kBlock;
           const int k = (k_part + j * 8 + lane_index() % 4 * 2 + e % 2) % kBlock;
-          write_gradient(p, split, (part_place * kBlock + n) * kBlock + k, outer.sums[part][i][j][e]);
+          write_gradient(p, split, (part_place * kBlock + n) * kBlock + k, tile.sums[part][i][j][e]);
         }
       }
     }
   }
 }
 
-// Norms: the tile of Sm80OuterConfig<T, 128>, whatever the block size is.
 template <typename T, int kBlock>
-SPARSENET_KERNEL(Sm80OuterConfig<T, 128>::kThreads)
-gradient_norms_sm80_kernel(const OuterProduct<T> p) {
-  using Config = Sm80OuterConfig<T, 128>;
-  constexpr int kTileBlocks = Config::kColumns / kBlock;
-  const int64_t block_cols = ceil_div(p.k_size, kBlock);
-  const int64_t tiles_k = ceil_div(block_cols, kTileBlocks);
-  const int64_t row0 = p.row_begin + block_index() / tiles_k * kTileBlocks;
-  const int64_t col0 = block_index() % tiles_k * kTileBlocks;
-  const int column = thread_index() % Config::kRowChunks * Config::kChunk;
-  Sm80Outer<T, Config> outer{p, row0 * kBlock + column, col0 * kBlock + column};
-  outer.run({0, p.batch});
-
-  constexpr int kSpan = kBlock < 64 ? kBlock : 64; // side of what one warp has of a block
-  const int n_part = Config::part_n(warp_index(), 0), k_part = Config::part_k(warp_index(), 0);
-  const Shared<float> quarters = shared_array<float>(Config::kSharedBytes); // of a 128-block, behind the pipeline
-  SPARSENET_UNROLL
-  for (int n = 0; n < 64; n += kSpan) {
-    SPARSENET_UNROLL
-    for (int k = 0; k < 64; k += kSpan) {
-      float sum = 0;
-      SPARSENET_UNROLL
-      for (int i = n / 16; i < (n + kSpan) / 16; ++i) {
-        SPARSENET_UNROLL
-        for (int j = k / 8; j < (k + kSpan) / 8; ++j) {
-          SPARSENET_UNROLL
-          for (int e = 0; e < 4; ++e) sum += outer.sums[0][i][j][e] * outer.sums[0][i][j][e];
-        }
-      }
-      SPARSENET_UNROLL
-      for (int distance = 16; distance >= 1; distance /= 2) sum += shuffle_xor(sum, distance);
-      if (lane_index() != 0) continue;
-      if constexpr (kBlock == 128) {
-        quarters[warp_index()] = sum;
-      } else {
-        const int64_t row = row0 + (n_part + n) / kBlock, col = col0 + (k_part + k) / kBlock;
-        if (row < p.row_end && col < block_cols) store_global(p.norms + (row - p.row_begin) * block_cols + col, sum);
-      }
-    }
-  }
-  if constexpr (kBlock == 128) {
-    sync_block();
-    if (thread_index() != 0) return;
-    float sum = 0;
-    for (int warp = 0; warp < 4; ++warp) sum += quarters[warp];
-    store_global(p.norms + (row0 - p.row_begin) * block_cols + col0, sum);
-  }
-}
-
-template <typename T, int kBlock>
-void launch_grad_weight_block(const OuterProduct<T>& p, Stream stream) {
-  using Config = Sm80OuterConfig<T, kBlock>;
+void launch_grad_weight_block(const GradWeight<T>& p, Stream stream) {
+  using Config = Sm80GradWeightConfig<T, kBlock>;
   launch(sizeof(T) == 4 ? "grad_weight_tf32_sm80" : "grad_weight_sm80", grad_weight_sm80_kernel<T, Config>,
          {.ctas = ceil_div(p.num_places, Config::kPlaces) * p.splits,
           .threads = Config::kThreads,
@@ -229,7 +178,7 @@ void launch_grad_weight_block(const OuterProduct<T>& p, Stream stream) {
 }
 
 template <typename T>
-void launch_grad_weight_sm80(const OuterProduct<T>& p, Stream stream) {
+void launch_grad_weight_sm80(const GradWeight<T>& p, Stream stream) {
   switch (p.block_size) {
   case 16:
     launch_grad_weight_block<T, 16>(p, stream);
@@ -245,31 +194,6 @@ void launch_grad_weight_sm80(const OuterProduct<T>& p, Stream stream) {
     break;
   }
   if (p.partials != nullptr) launch_reduce_splits(p, stream);
-}
-
-template <typename T, int kBlock>
-void launch_gradient_norms_block(const OuterProduct<T>& p, Stream stream) {
-  using Config = Sm80OuterConfig<T, 128>;
-  constexpr int kTileBlocks = Config::kColumns / kBlock;
-  launch(sizeof(T) == 4 ? "gradient_norms_tf32_sm80" : "gradient_norms_sm80", gradient_norms_sm80_kernel<T, kBlock>,
-         {.ctas = ceil_div(p.row_end - p.row_begin, kTileBlocks) * ceil_div(ceil_div(p.k_size, kBlock), kTileBlocks),
-          .threads = Config::kThreads,
-          .shared_bytes = Config::kSharedBytes + 16},
-         stream, p);
-}
-
-template <typename T>
-void launch_gradient_norms_sm80(const OuterProduct<T>& p, Stream stream) {
-  switch (p.block_size) {
-  case 16:
-    return launch_gradient_norms_block<T, 16>(p, stream);
-  case 32:
-    return launch_gradient_norms_block<T, 32>(p, stream);
-  case 64:
-    return launch_gradient_norms_block<T, 64>(p, stream);
-  default:
-    return launch_gradient_norms_block<T, 128>(p, stream);
-  }
 }
 
 } // namespace sparsenet::cuda

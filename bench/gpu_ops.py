@@ -48,12 +48,23 @@ def load(path: Path):
     return module
 
 
+def kernels_of(ops):
+    """The ops behind the package's own door to them, even where the rest of the package can't be imported."""
+    try:
+        from sparsenet.functional.cuda import CudaKernels
+    except Exception:  # its cases say why; the kernels are checked all the same
+        spec = importlib.util.spec_from_file_location("cuda_kernels", ROOT / "sparsenet" / "functional" / "cuda.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        CudaKernels = module.CudaKernels
+    return CudaKernels(ops, DEVICE)
+
+
 def serve(emulated) -> None:
     """The emulated kernels serve the package's CPU tensors from here on."""
     from sparsenet.functional import native
-    from sparsenet.functional.cuda import CudaKernels
 
-    kernels = CudaKernels(emulated, DEVICE)
+    kernels = kernels_of(emulated)
     _cpu_kernels.append(native.kernels_of)
     native.kernels_of = lambda device: kernels
 
@@ -120,9 +131,7 @@ class Pattern:
     """A pattern on the device. `split` overrides where long lines of blocks are cut, so that small ones are, too."""
 
     def __init__(self, ops, mask: torch.Tensor, rows: int, cols: int, block: int, split: int | None = None):
-        from sparsenet.functional.cuda import CudaKernels
-
-        self.kernels = CudaKernels(_Split(ops, split) if split else ops, DEVICE)
+        self.kernels = kernels_of(_Split(ops, split) if split else ops)
         self.rows, self.cols, self.block, self.shape = rows, cols, block, tuple(mask.shape)
         self.row, self.col = (places.contiguous() for places in mask.nonzero().T)  # int64, by row, then column
         crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)

@@ -39,6 +39,7 @@ PARTS = {"build": 90.0, "correct": 60.0, "sanitize": 60.0, "bench": 95.0}  # sec
 TOOLS = ("memcheck", "racecheck", "synccheck")
 GRACE = 5.0  # seconds that a part's last case may take beyond the part's end
 STUCK = 40.0  # seconds after which a single case of a part is given up
+SANITIZED = 0.85  # share of its time that a sanitized process begins cases in: ending takes it long
 HIDDEN = argparse.SUPPRESS
 
 
@@ -102,8 +103,9 @@ def work(options: argparse.Namespace, seconds: float) -> int:
             operations, python = operations[:5], [case for case in python if case.kind == "layer"][1:2]
         first = 2 * len(BLOCKS["sm80"]) * len(PASSES)  # the Python path comes right after these
         cases = [*operations[:first], *python, *operations[first:]]
-    alive = run_cases(journal, cases, end - time.monotonic(), gpu_ops.healthy)
-    return 0 if alive else CONTEXT_LOST
+    if not run_cases(journal, cases, end - time.monotonic(), gpu_ops.healthy):
+        os._exit(CONTEXT_LOST)  # torch's own way out would ask the lost device
+    return 0
 
 
 # --- what starts and watches them -------------------------------------------------------------------------------------
@@ -149,7 +151,8 @@ def run_part(options: argparse.Namespace, part: str, out: Path, seconds: float, 
     while (left := end - time.monotonic()) > 0:
         before, start = len(read(out)["parts"][part]["cases"]), time.monotonic()
         with log.open("ab") as stream:
-            line = [*prefix, *command(options, part, out, left)]
+            own = left * SANITIZED if prefix else left
+            line = [*prefix, *command(options, part, out, own)]
             child = subprocess.Popen(line, env=environment, stdout=stream, stderr=stream, start_new_session=True)
             killed = watch(child, out, part, end)
         if child.returncode == 0:
@@ -158,7 +161,7 @@ def run_part(options: argparse.Namespace, part: str, out: Path, seconds: float, 
         journal = Journal(out, part)
         journal.bury(f"its process ended: {reason}", time.monotonic() - start)
         if len(journal.cases) == before:
-            return f"{reason} before any case was finished: {log.read_text(errors='replace')[-1500:]}"
+            return f"{reason} before any case was finished: {text_of(log)[-1500:]}"
         if prefix and not killed and child.returncode != CONTEXT_LOST:
             return ""  # the sanitizer's own exit status: its log says what it found
     return f"{reason}; no time to go on"
@@ -188,7 +191,7 @@ def sanitize(options: argparse.Namespace, seconds: float) -> str:
         while pending:
             for future in wait(pending, timeout=2, return_when=FIRST_COMPLETED).done:
                 name = pending.pop(future)
-                log = (options.scratch / f"{name}.log").read_text(errors="replace")
+                log = text_of(options.scratch / f"{name}.log")
                 result = sanitized(name, read(outs[name])["parts"][name], future.result(), log)
                 journal.record(name, "sanitizer", time.monotonic() - start, result)
             journal.part["running"] = {name: read(outs[name])["parts"].get(name) for name in pending.values()} or None
@@ -209,6 +212,11 @@ def sanitized(name: str, part: dict, reason: str, log: str) -> dict:
         "summary": found[-3:],
     }
     return {**result, **({"error": "; ".join(wrong)[:3000], "report": log[:6000]} if wrong else {})}
+
+
+def text_of(log: Path) -> str:
+    """What a process wrote; nothing if it never started."""
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def fresh(out: Path, part: str) -> None:
@@ -238,6 +246,14 @@ def summary(options: argparse.Namespace, report: dict) -> list[str]:
     return lines
 
 
+def run_whole(options: argparse.Namespace, part: str, seconds: float) -> str:
+    """One part; what ended it early, or ''."""
+    if part == "build":
+        gpu_build.build(Journal(options.out, part), seconds, options.arch)
+        return ""
+    return sanitize(options, seconds) if part == "sanitize" else run_part(options, part, options.out, seconds)
+
+
 def run_parts(options: argparse.Namespace) -> bool:
     """The parts one after the other; whether everything that was asked for ran and passed."""
     passed = True
@@ -245,23 +261,17 @@ def run_parts(options: argparse.Namespace) -> bool:
         start, seconds = time.monotonic(), options.limits[part]
         fresh(options.out, part)
         given = part == "build" and options.module is not None
-        if given:
-            ended = f"not needed: {options.module.name} is given"
-        elif part == "build":
-            gpu_build.build(Journal(options.out, part), seconds, options.arch)
-            ended = ""
-        elif part == "sanitize":
-            ended = sanitize(options, seconds)
-        else:
-            ended = run_part(options, part, options.out, seconds)
+        try:
+            ended = f"not needed: {options.module.name} is given" if given else run_whole(options, part, seconds)
+        except (Exception, SystemExit) as error:  # recorded like everything else; the next part may still work
+            ended = f"{type(error).__name__}: {error}"
         report = read(options.out)
         entry = report["parts"][part]
         good = given or (bool(entry["cases"]) and not ended and not failures(entry))
         taken = round(time.monotonic() - start, 1)
         entry |= {"passed": good, "state": ended or "finished", "seconds": taken, "budget_s": seconds}
-        log = options.scratch / f"{part}.log"
-        if not good and log.exists():
-            entry["log"] = log.read_text(errors="replace")[-4000:]
+        if not good:
+            entry["log"] = text_of(options.scratch / f"{part}.log")[-4000:]
         passed = passed and good
         write(options.out, report)
         print(f"{part}: {'passed' if good else 'FAILED'} in {taken:.0f} s {ended[:1500]}", flush=True)

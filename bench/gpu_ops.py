@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -48,23 +49,24 @@ def load(path: Path):
     return module
 
 
-def kernels_of(ops):
-    """The ops behind the package's own door to them, even where the rest of the package can't be imported."""
+@lru_cache(maxsize=1)
+def kernels_class() -> type:
+    """The package's own door to the ops, even where the rest of the package can't be imported."""
     try:
         from sparsenet.functional.cuda import CudaKernels
     except Exception:  # its cases say why; the kernels are checked all the same
         spec = importlib.util.spec_from_file_location("cuda_kernels", ROOT / "sparsenet" / "functional" / "cuda.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        CudaKernels = module.CudaKernels
-    return CudaKernels(ops, DEVICE)
+        return module.CudaKernels
+    return CudaKernels
 
 
 def serve(emulated) -> None:
     """The emulated kernels serve the package's CPU tensors from here on."""
     from sparsenet.functional import native
 
-    kernels = kernels_of(emulated)
+    kernels = kernels_class()(emulated, DEVICE)
     _cpu_kernels.append(native.kernels_of)
     native.kernels_of = lambda device: kernels
 
@@ -131,7 +133,7 @@ class Pattern:
     """A pattern on the device. `split` overrides where long lines of blocks are cut, so that small ones are, too."""
 
     def __init__(self, ops, mask: torch.Tensor, rows: int, cols: int, block: int, split: int | None = None):
-        self.kernels = kernels_of(_Split(ops, split) if split else ops)
+        self.kernels = kernels_class()(_Split(ops, split) if split else ops, DEVICE)
         self.rows, self.cols, self.block, self.shape = rows, cols, block, tuple(mask.shape)
         self.row, self.col = (places.contiguous() for places in mask.nonzero().T)  # int64, by row, then column
         crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)

@@ -74,12 +74,11 @@ def synchronize(model: nn.Module) -> None:
     if not is_active():
         return
     for layer in sparse_layers(model).values():
-        index = layer.pattern.index
-        crow = index.crow.clone()
-        count = torch.tensor([index.num_blocks], device=crow.device)
+        crow, col = layer.pattern.crow_indices, layer.pattern.col_indices
+        count = torch.tensor([len(col)], device=crow.device)
         dist.broadcast(count, 0)
         dist.broadcast(crow, 0)
-        col = index.col.clone() if dist.get_rank() == 0 else crow.new_empty(int(count))
+        col = col if dist.get_rank() == 0 else crow.new_empty(int(count))
         dist.broadcast(col, 0)
         pattern = BlockPattern(crow, col, layer.pattern.shape, layer.block_size)
         if pattern.fingerprint != layer.pattern.fingerprint:

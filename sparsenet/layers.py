@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsenet import functional
 from sparsenet.densities import distribute
 from sparsenet.pattern import BlockPattern, carried_from
+from sparsenet.topology import Topology
 
 __all__ = ["SparseLinear", "densify_", "sparsify_"]
 
@@ -69,12 +69,13 @@ class SparseLinear(nn.Module):
         self.activation = _check_activation(activation)
         pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
         device = torch.device(device) if device is not None else torch.get_default_device()
-        self._pattern = pattern.to(device)
+        pattern = pattern.to(device)
         b, factory = pattern.block_size, {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(pattern.num_blocks, b, b, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
-        self._element_mask = None if element_mask is None else self._checked_mask(element_mask, self._pattern)
-        if element_mask is not None:
+        mask = None if element_mask is None else self._checked_mask(element_mask, pattern)
+        self.topology = Topology(pattern, mask)
+        if mask is not None:
             _keep_masked_zero(self)
         self.reset_parameters(generator)
 
@@ -87,18 +88,18 @@ class SparseLinear(nn.Module):
         bound = (gain / fan_in.clamp(min=1)).sqrt()
         b = self.block_size
         with torch.no_grad():
-            padded = nn.functional.pad(bound, (0, self._pattern.block_rows * b - self.out_features), value=1.0)
-            per_row = padded.reshape(-1, b)[self._pattern.row_indices.long()].to(self.values)
+            padded = nn.functional.pad(bound, (0, self.pattern.block_rows * b - self.out_features), value=1.0)
+            per_row = padded.reshape(-1, b)[self.pattern.row_indices.long()].to(self.values)
             _uniform_(self.values, generator).mul_(per_row.unsqueeze(2))
-            zero_outside(self.values, self._pattern)
-            if self._element_mask is not None:
-                self.values.mul_(self._element_mask)
+            zero_outside(self.values, self.pattern)
+            if self.element_mask is not None:
+                self.values.mul_(self.element_mask)
             if self.bias is not None:
                 _uniform_(self.bias, generator).mul_((fan_in > 0) / fan_in.clamp(min=1).sqrt())
 
     def active_fan_in(self) -> Tensor:
         """float32 [out_features]: how many inputs reach each output, masked elements not counted."""
-        pattern, mask = self._pattern, self._element_mask
+        pattern, mask = self.pattern, self.element_mask
         b = pattern.block_size
         if mask is not None:
             fan = torch.zeros(pattern.block_rows, b, device=pattern.device)
@@ -108,7 +109,7 @@ class SparseLinear(nn.Module):
         if pattern.block_cols:
             widths[-1] = self.in_features - (pattern.block_cols - 1) * b
         fan = torch.zeros(pattern.block_rows, device=pattern.device)
-        fan.index_add_(0, pattern.row_indices.long(), widths[pattern.index.col.long()])
+        fan.index_add_(0, pattern.row_indices.long(), widths[pattern.col.long()])
         return fan.repeat_interleave(b)[: self.out_features]
 
     # --- what it is ---
@@ -116,28 +117,28 @@ class SparseLinear(nn.Module):
     @property
     def pattern(self) -> BlockPattern:
         """The active blocks. Replaced, never changed, by a rewire."""
-        return self._pattern
+        return self.topology.pattern
 
     @property
     def block_size(self) -> int:
         """Side of a block."""
-        return self._pattern.block_size
+        return self.pattern.block_size
 
     @property
     def density(self) -> float:
         """Active blocks / all block places."""
-        return self._pattern.density
+        return self.pattern.density
 
     @property
     def element_mask(self) -> Tensor | None:
         """Bool [num_blocks, b, b] or None."""
-        return self._element_mask
+        return self.topology.element_mask
 
     @property
     def num_active(self) -> int:
         """Active weights inside the matrix: the part of edge blocks outside it and masked elements are not counted."""
-        if self._element_mask is not None:
-            return int(self._element_mask.sum())
+        if self.element_mask is not None:
+            return int(self.element_mask.sum())
         return int(self.active_fan_in().sum(dtype=torch.float64))  # float32 is exact to 2^24 only
 
     def extra_repr(self) -> str:
@@ -153,16 +154,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        while True:
-            pattern, mask = self._pattern, self._element_mask  # in the reverse of the order in which they are replaced
-            values, bias = self._fast("values"), self._fast("bias")
-            try:
-                if mask is not None:
-                    values = functional.native.snapshot(values) * mask
-                return functional.block_sparse_linear(x, values, pattern, bias, self.activation)
-            except (RuntimeError, ValueError, TypeError):  # half old, half new: another thread is rewiring
-                if not (pattern.index.retired and self._was_rewired(pattern)):
-                    raise
+        return functional.layer_linear(x, self._fast("values"), self.topology, self._fast("bias"), self.activation)
 
     def _fast(self, name: str) -> Tensor | None:
         """A parameter, or what torch.nn.utils put in its place, without nn.Module's slow look for attributes."""
@@ -170,13 +162,6 @@ class SparseLinear(nn.Module):
             return self._parameters[name]
         except KeyError:
             return getattr(self, name)
-
-    def _was_rewired(self, pattern: BlockPattern) -> bool:
-        """Whether another thread, which has begun to replace ``pattern``, is done; waits up to a second."""
-        until = time.monotonic() + 1.0
-        while self._pattern is pattern and time.monotonic() < until:
-            time.sleep(1e-5)
-        return self._pattern is not pattern
 
     # --- changing the pattern ---
 
@@ -201,7 +186,7 @@ class SparseLinear(nn.Module):
         thread may run forward, or backward by ``torch.autograd.grad``; one that adds to ``.grad`` has to wait, as torch
         itself does not guard that.
         """
-        carried = carried_from(self._pattern, pattern)
+        carried = carried_from(self.pattern, pattern)
         fresh = pattern.copy().to(self.values.device)
         if values is None:
             values = take_blocks(self.values, carried, 0.0)
@@ -212,8 +197,8 @@ class SparseLinear(nn.Module):
             )
         else:
             values = values.detach().to(self.values, copy=True, memory_format=torch.contiguous_format)
-        if element_mask is None and self._element_mask is not None:
-            element_mask = take_blocks(self._element_mask, carried, True)
+        if element_mask is None and self.element_mask is not None:
+            element_mask = take_blocks(self.element_mask, carried, True)
         self._install(fresh, values, element_mask)
         return carried
 
@@ -223,11 +208,7 @@ class SparseLinear(nn.Module):
             element_mask = self._checked_mask(element_mask, pattern)
             values = values * element_mask
         zero_outside(values, pattern)
-        pattern.index.label = self._pattern.index.label
-        self._pattern.index.retire()  # first: whoever reads the new values with the old pattern will notice
-        replace_data(self.values, values)
-        self._element_mask = element_mask
-        self._pattern = pattern  # last: whoever reads it before the others reads nothing older
+        self.topology.replace(pattern, element_mask, self.values, values)
         self.values.grad = None
         if element_mask is not None:
             _keep_masked_zero(self)
@@ -245,8 +226,8 @@ class SparseLinear(nn.Module):
 
     def weight_dense(self) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, differentiable. Allocates all of it."""
-        p, b = self._pattern, self.block_size
-        values = self.values if self._element_mask is None else self.values * self._element_mask
+        p, b, mask = self.pattern, self.block_size, self.element_mask
+        values = self.values if mask is None else self.values * mask
         dense = values.new_zeros(p.block_rows, p.block_cols, b, b)
         dense = dense.index_put((p.row_indices.long(), p.col_indices.long()), values)
         dense = dense.permute(0, 2, 1, 3).reshape(p.block_rows * b, p.block_cols * b)
@@ -297,12 +278,8 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self._pattern.device != self.values.device and self.values.device.type != "meta":
-            moved = self._pattern.to(self.values.device)
-            moved.index.label, moved.index.observer = self._pattern.index.label, self._pattern.index.observer
-            self._pattern = moved
-        if self._element_mask is not None:
-            self._element_mask = self._element_mask.to(self.values.device)
+        if self.values.device.type != "meta":
+            self.topology.move(self.values.device)
         return self
 
     def __deepcopy__(self, memo):
@@ -311,21 +288,21 @@ class SparseLinear(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
-        if twin._element_mask is not None:
+        if twin.element_mask is not None:
             _keep_masked_zero(twin)
         return twin
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if self._element_mask is not None:
+        if self.element_mask is not None:
             _keep_masked_zero(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "crow_indices"] = self._pattern.crow_indices
-        destination[prefix + "col_indices"] = self._pattern.col_indices
-        if self._element_mask is not None:
-            destination[prefix + "element_mask"] = self._element_mask.clone()
+        destination[prefix + "crow_indices"] = self.pattern.crow_indices
+        destination[prefix + "col_indices"] = self.pattern.col_indices
+        if self.element_mask is not None:
+            destination[prefix + "element_mask"] = self.element_mask.clone()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         keys = [prefix + k for k in ("crow_indices", "col_indices", "values")]
@@ -412,19 +389,6 @@ def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
     )
 
 
-def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Gives a Parameter new memory, perhaps of another size; the only place that does.
-
-    Autograd's gradient accumulator remembers the old size for as long as an old loss is alive. Assigning data of
-    another dtype first makes autograd drop it (it checks the dtype, not the size).
-    """
-    with functional.native.storage_lock:
-        if parameter.shape != data.shape:
-            other = torch.float64 if data.dtype != torch.float64 else torch.float32
-            parameter.data = torch.empty(0, dtype=other, device=data.device)
-        parameter.data = data
-
-
 def zero_outside(blocks: Tensor, pattern: BlockPattern) -> None:
     """Zeroes, in ``blocks`` [num_blocks, b, b], the parts of edge blocks that lie outside the matrix."""
     b = pattern.block_size
@@ -432,7 +396,7 @@ def zero_outside(blocks: Tensor, pattern: BlockPattern) -> None:
     if out_features % b:
         blocks[pattern.row_indices.long() == pattern.block_rows - 1, out_features % b :] = 0
     if in_features % b:
-        blocks[pattern.index.col.long() == pattern.block_cols - 1, :, in_features % b :] = 0
+        blocks[pattern.col.long() == pattern.block_cols - 1, :, in_features % b :] = 0
 
 
 def take_blocks(blocks: Tensor, carried: Tensor, fill) -> Tensor:
@@ -465,8 +429,8 @@ def _keep_masked_zero(layer: SparseLinear) -> None:
 def _zero_masked_elements(*_) -> None:
     with torch.no_grad():
         for layer in _masked_layers:
-            if layer._element_mask is not None:
-                layer.values.mul_(layer._element_mask)
+            if layer.element_mask is not None:
+                layer.values.mul_(layer.element_mask)
 
 
 def refuse_unfit_state(model: nn.Module, state_dict, prefix: str, *_) -> None:
@@ -532,7 +496,7 @@ def sparsify_(
         places = math.prod(-(-n // block_size) for n in shape)
         pattern = BlockPattern.from_dense(linear.weight, count / max(places, 1), block_size)
         layer = SparseLinear.from_linear(linear, pattern=pattern)
-        layer.pattern.index.label = f"block_sparse_linear ({name})"
+        layer.topology.label = f"block_sparse_linear ({name})"
         swapped[linear] = layer
     model = _swap(model, swapped)
     if swapped and not isinstance(model, SparseLinear):

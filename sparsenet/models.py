@@ -80,7 +80,7 @@ class SparseMLP(nn.Sequential):
                     generator=generator,
                 )
             )
-            layers[-1].pattern.index.label = f"block_sparse_linear ({i})"
+            layers[-1].topology.label = f"block_sparse_linear ({i})"
         super().__init__(*layers)
         self.register_load_state_dict_pre_hook(refuse_unfit_state)
 

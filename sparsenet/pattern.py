@@ -9,8 +9,7 @@ import operator
 import torch
 from torch import Tensor
 
-from sparsenet.functional import BLOCK_SIZES, row_order
-from sparsenet.functional.autograd import PatternIndex
+from sparsenet.functional import BLOCK_SIZES, native, registry, row_order
 
 __all__ = ["BLOCK_SIZES", "BlockPattern"]
 
@@ -64,6 +63,12 @@ class BlockPattern:
         shape: ``(out, in)`` in elements.
         block_size: 1, 4, 8, 16, 32, 64 or 128.
 
+    Attributes:
+        shape, block_size, num_blocks: as given; ``(out, in)``, the side of a block, how many blocks are active.
+        device: where the index tensors are.
+        crow, col: int32, the index memory itself, which nobody may write to; ``crow_indices``, ``col_indices``: copies.
+        kernels, native: what serves the device, and the checked index that its kernels read.
+
     Raises:
         ValueError: an index out of range, duplicated or unsorted, contradictory pointers, an unknown block size.
         TypeError: indices that are not integers.
@@ -75,26 +80,40 @@ class BlockPattern:
         (2, 0.5)
     """
 
-    __slots__ = ("__weakref__", "_fingerprint", "index")
+    __slots__ = (
+        "__weakref__", "_fingerprint", "bias_shape", "block_size", "col", "crow", "device", "kernels", "native",
+        "num_blocks", "shape", "values_shape",
+    )  # fmt: skip
 
     def __init__(self, crow_indices, col_indices, shape: tuple[int, int], block_size: int = 32):
         shape = _check_shape(shape, block_size)
-        crow = _as_int32("crow_indices", crow_indices)
-        col = _as_int32("col_indices", col_indices)
-        self._set(PatternIndex(crow, col, shape, block_size))
+        crow, col = _as_int32("crow_indices", crow_indices), _as_int32("col_indices", col_indices)
+        self._fill(crow, col, shape, block_size)
 
-    def _set(self, index: PatternIndex) -> None:
-        object.__setattr__(self, "index", index)
-        object.__setattr__(self, "_fingerprint", None)
+    def _fill(self, crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int, checked=None) -> None:
+        """Takes ``crow`` and ``col`` as its own; ``checked``: what the native module made of them before."""
+        kernels = native.kernels_of(crow.device)
+        if checked is None:
+            checked = kernels.Pattern(native.handed(crow), native.handed(col), *shape, block_size)
+        count = col.numel()
+        for name, value in (
+            ("shape", shape),
+            ("block_size", block_size),
+            ("num_blocks", count),
+            ("crow", crow),  # the memory itself: nobody may write to it
+            ("col", col),
+            ("device", col.device),
+            ("kernels", kernels),
+            ("native", checked),
+            ("values_shape", (count, block_size, block_size)),
+            ("bias_shape", shape[:1]),
+            ("_fingerprint", None),
+        ):
+            object.__setattr__(self, name, value)
+        registry.remember(self)
 
     def __setattr__(self, name, value):
         raise AttributeError(f"BlockPattern: is immutable, {name} cannot be set")
-
-    @classmethod
-    def _from_index(cls, index: PatternIndex) -> BlockPattern:
-        pattern = cls.__new__(cls)
-        pattern._set(index)
-        return pattern
 
     # --- ways to make one ---
 
@@ -169,35 +188,26 @@ class BlockPattern:
 
     def to_mask(self) -> Tensor:
         """Bool [ceil(out / b), ceil(in / b)]: which blocks are active."""
-        mask = torch.zeros(self.block_rows, self.block_cols, dtype=torch.bool, device=self.index.col.device)
-        mask[self.index.row_indices().long(), self.index.col.long()] = True
+        mask = torch.zeros(self.block_rows, self.block_cols, dtype=torch.bool, device=self.device)
+        mask[self.row_indices.long(), self.col.long()] = True
         return mask
 
     def to(self, device: torch.device | str) -> BlockPattern:
-        """The same pattern with its index tensors on ``device``."""
-        index = self.index.to(device)
-        return self if index is self.index else BlockPattern._from_index(index)
+        """The same pattern with its index tensors on ``device``; itself where they are there already, or on meta."""
+        device = torch.device(device)
+        if self.device == device or (self.device.type == device.type and device.index is None) or device.type == "meta":
+            return self  # layers without data keep their indices
+        moved = BlockPattern.__new__(BlockPattern)
+        moved._fill(self.crow.to(device), self.col.to(device), self.shape, self.block_size)
+        return moved
 
     def copy(self) -> BlockPattern:
-        """An equal pattern with index memory of its own."""
-        return BlockPattern._from_index(self.index.copy())
+        """An equal pattern with index memory of its own; what was checked is not checked again."""
+        twin = BlockPattern.__new__(BlockPattern)
+        twin._fill(self.crow.clone(), self.col.clone(), self.shape, self.block_size, self.native)
+        return twin
 
     # --- what it says ---
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)`` in elements."""
-        return self.index.shape
-
-    @property
-    def block_size(self) -> int:
-        """Side of a block."""
-        return self.index.block_size
-
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks are active."""
-        return self.index.num_blocks
 
     @property
     def block_rows(self) -> int:
@@ -218,34 +228,29 @@ class BlockPattern:
     @property
     def crow_indices(self) -> Tensor:
         """int32 [block_rows + 1], a copy."""
-        return self.index.crow.clone()
+        return self.crow.clone()
 
     @property
     def col_indices(self) -> Tensor:
         """int32 [num_blocks], a copy."""
-        return self.index.col.clone()
+        return self.col.clone()
 
     @property
     def row_indices(self) -> Tensor:
-        """int32 [num_blocks], a copy."""
-        return self.index.row_indices()
+        """int32 [num_blocks], a copy: the block row of each block."""
+        return torch.as_tensor(self.native.row, device=self.device)
 
     def linear_places(self) -> Tensor:
         """int64 [num_blocks], ascending: block row * block_cols + block column."""
-        return self.index.row_indices().long() * self.block_cols + self.index.col.long()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the index tensors are."""
-        return self.index.col.device
+        return self.row_indices.long() * self.block_cols + self.col.long()
 
     @property
     def fingerprint(self) -> str:
         """Hexadecimal digest of shape, block size and indices: equal patterns have equal fingerprints."""
         if self._fingerprint is None:
             digest = hashlib.sha256(repr((self.shape, self.block_size)).encode())
-            digest.update(self.index.crow.numpy(force=True).tobytes())
-            digest.update(self.index.col.numpy(force=True).tobytes())
+            digest.update(self.crow.numpy(force=True).tobytes())
+            digest.update(self.col.numpy(force=True).tobytes())
             object.__setattr__(self, "_fingerprint", digest.hexdigest()[:32])
         return self._fingerprint
 
@@ -326,3 +331,6 @@ def carried_from(old: BlockPattern, new: BlockPattern) -> Tensor:
         return torch.full_like(new_keys, -1)
     at = torch.searchsorted(old_keys, new_keys).clamp(max=len(old_keys) - 1)
     return torch.where(old_keys[at] == new_keys, at, -1)
+
+
+registry.patterns_are_made_by(BlockPattern)

@@ -279,7 +279,7 @@ class Sparsifier:
     def _arm(self) -> None:
         """If the next step rewires, settles how many blocks move and has backward score the growth."""
         for layer in self.layers.values():
-            layer.pattern.index.observer = None
+            layer.topology.observer = None
         self._growth, self._quotas = {}, {}
         step = self.steps + 1
         if not self._rewires_at(step):
@@ -291,7 +291,7 @@ class Sparsifier:
             growth = _Growth(_View(name, layer, layer_key(self.seed, step, name)), self.policy, quota.grow)
             self._growth[name] = growth
             if self.policy.needs_gradient and quota.grow:
-                layer.pattern.index.observer = growth.observe
+                layer.topology.observer = growth.observe
 
     def _targets(self, step: int) -> dict[str, int]:
         if self.density is None:
@@ -512,5 +512,5 @@ def _distinct_layers(model: nn.Module) -> dict[str, SparseLinear]:
         other = owners.setdefault(id(layer.values), name)
         if other != name:
             raise ValueError(f"Sparsifier: one Parameter must not serve two layers, got {other!r} and {name!r}")
-        layer.pattern.index.label = f"block_sparse_linear ({name})"
+        layer.topology.label = f"block_sparse_linear ({name})"
     return layers

@@ -19,7 +19,8 @@ from torch import nn
 import sparsenet as sn
 from sparsenet import BlockPattern, SparseLinear, densify_, sparsify_
 from sparsenet.functional import StaleTopologyError
-from sparsenet.layers import dense_blocks, replace_data, take_blocks
+from sparsenet.layers import dense_blocks, take_blocks
+from sparsenet.topology import replace_data
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import sparsenet as sn
 from sparsenet import BlockPattern
+from sparsenet.functional import registry
 from sparsenet.pattern import BLOCK_SIZES, blocks_for, carried_from
 
 INT32_MAX = 2**31 - 1
@@ -354,7 +355,7 @@ def test_round_trips(pattern):
     ):
         assert twin == pattern and hash(twin) == hash(pattern) and twin.fingerprint == pattern.fingerprint
         assert places_of(twin) == places_of(pattern)
-    assert pattern.copy() is not pattern and pattern.copy().index is not pattern.index
+    assert pattern.copy() is not pattern and pattern.copy().col is not pattern.col
 
 
 @given(patterns(20), patterns(20))
@@ -402,12 +403,12 @@ def test_carried_from_refuses_another_matrix():
 def test_dropped_patterns_leave_nothing_behind():
     """The registry that finds indices by tensor forgets what is gone; a tensor that lives on finds no stale index."""
     gc.collect()
-    before = len(sn.functional.autograd._INDEX_OF_COL)
-    kept = [BlockPattern.random((64, 64), 0.5, 8).index.col for _ in range(50)]
-    assert len(sn.functional.autograd._INDEX_OF_COL) - before == 50
-    found = sn.functional.autograd.index_from(torch.zeros(9, dtype=torch.int32), kept[0][:0], (64, 64), 8)
+    before = len(registry._patterns)
+    kept = [BlockPattern.random((64, 64), 0.5, 8).col for _ in range(50)]
+    assert len(registry._patterns) - before == 50
+    found = registry.pattern_behind(torch.zeros(9, dtype=torch.int32), kept[0][:0], (64, 64), 8)
     assert found.num_blocks == 0
     kept.clear()
     del found
     gc.collect()
-    assert len(sn.functional.autograd._INDEX_OF_COL) == before
+    assert len(registry._patterns) == before

@@ -395,10 +395,10 @@ def test_graphs_do_not_keep_old_patterns_alive():
 
     layer = sn.SparseLinear(64, 64, density=0.5, block_size=8)
     y = layer(torch.randn(3, 64))
-    old = weakref.ref(layer.pattern.index)
+    old = weakref.ref(layer.pattern)
     layer.set_pattern(sn.BlockPattern.random((64, 64), 0.5, 8))
     gc.collect()
     assert old() is not None
     del y
     gc.collect()
-    assert old() is None and len(sn.functional.autograd._RETIRED_COL) == 0
+    assert old() is None and len(sn.functional.registry._retired) == 0

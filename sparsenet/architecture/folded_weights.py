@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from sparsenet.layers import SparseLinear, replace_data
+from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern
+from sparsenet.topology import replace_data
 
 __all__ = ["FoldedWeight", "fold_weights", "replace_parameter"]
 

@@ -15,7 +15,8 @@ from sparsenet.compaction.graph import CompactionError, Stage, UnitGraph
 from sparsenet.compaction.modules import CompactLayerNorm
 from sparsenet.compaction.orders import UnitOrders
 from sparsenet.compaction.weights import BlockWeights
-from sparsenet.layers import SparseLinear, replace_data
+from sparsenet.layers import SparseLinear
+from sparsenet.topology import replace_data
 
 __all__ = ["StageMoves", "gathered_state", "model_bytes", "prepare_stage"]
 

@@ -13,8 +13,9 @@ from sparsenet.checkpoint.saving import FileContents, describe
 from sparsenet.compaction.compacting import plain_model
 from sparsenet.compaction.modules import CompactLayerNorm
 from sparsenet.compaction.moves import set_sizes
-from sparsenet.layers import SparseLinear, replace_data
+from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern
+from sparsenet.topology import replace_data
 
 __all__ = ["resize_to"]
 

@@ -155,7 +155,7 @@ class BlockWeights:
 
     def _index(self) -> tuple[Tensor, Tensor]:
         pattern = self.module.pattern
-        return pattern.row_indices.long(), pattern.index.col.long()
+        return pattern.row_indices.long(), pattern.col.long()
 
     def line_squares(self, rows: bool) -> Tensor:
         """float64 [rows] (or [columns]): sums of squares."""

@@ -1,7 +1,7 @@
 """The operations on block-sparse matrices, differentiable and compilable; only this package calls the native module."""
 
 from sparsenet.functional import library
-from sparsenet.functional.autograd import StaleTopologyError, block_sparse_linear
+from sparsenet.functional.autograd import block_sparse_linear, layer_linear
 from sparsenet.functional.blocks import compact_blocks, row_order, select_extreme
 from sparsenet.functional.checks import BLOCK_SIZES
 from sparsenet.functional.gradients import block_gradient_squared_norms, candidate_gradients
@@ -13,6 +13,7 @@ from sparsenet.functional.native import (
     trim_workspace,
     workspace_bytes,
 )
+from sparsenet.functional.registry import StaleTopologyError
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,6 +23,7 @@ __all__ = [
     "block_sparse_linear",
     "candidate_gradients",
     "compact_blocks",
+    "layer_linear",
     "library",
     "linear_workspace",
     "native_build_info",

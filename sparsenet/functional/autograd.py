@@ -7,127 +7,37 @@ Eager calls on plain tensors go straight to the kernels through one ``autograd.F
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsenet.functional import native as native_module
+from sparsenet.functional import registry
 from sparsenet.functional.checks import check_linear, fits
 from sparsenet.functional.native import (
     ACTIVATIONS,
     DTYPES,
     NEEDS_PRE_ACTIVATION,
-    held,
     packed,
     rows_of,
+    storage_lock,
 )
 
-__all__ = ["block_sparse_linear"]
+__all__ = ["block_sparse_linear", "layer_linear"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NOT_TWICE = "block_sparse_linear: cannot be differentiated twice; sparsenet.reference.block_sparse_linear can"
 
-Observer = Callable[[Tensor, Tensor], None]
 
-
-class StaleTopologyError(RuntimeError):
-    """The pattern was replaced by a rewire: values and indices no longer belong together."""
-
-
-class PatternIndex:
-    """The validated indices of one pattern, as the operations read them.
-
-    Args:
-        crow: int32 [block rows + 1], row pointers. Copied.
-        col: int32 [num_blocks], block columns, ascending in a row. Copied.
-        shape: ``(out, in)``, elements.
-        block_size: 1, 4, 8, 16, 32, 64 or 128.
-        native: what the native module made of the same indices before; default: they are checked now.
-
-    Raises:
-        ValueError: an index is out of range, unsorted or duplicated, or the pointers contradict each other.
-
-    Attributes:
-        retired: set when a rewire replaced this pattern; a backward that still needs it raises.
-        observer: called in backward with ``(x, grad_output before the activation)``, both 2-D; see the Sparsifier.
-    """
-
-    def __init__(self, crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int, native=None):
-        self.kernels = native_module.kernels_of(crow.device)
-        if native is None:
-            native = self.kernels.Pattern(native_module.handed(crow), native_module.handed(col), *shape, block_size)
-        self.native = native
-        self.device = col.device
-        self.shape = shape
-        self.block_size = block_size
-        self.num_blocks = col.numel()
-        self.values_shape = (self.num_blocks, block_size, block_size)
-        self.bias_shape = shape[:1]
-        self.crow = crow.clone()
-        self.col = col.clone()
-        self.retired = False
-        self.observer: Observer | None = None
-        self.label = "block_sparse_linear"
-        _INDEX_OF_COL[self.col] = weakref.ref(self)
-
-    def to(self, device: torch.device | str) -> PatternIndex:
-        """The same indices with tensors on ``device``; itself when they are there already."""
-        device = torch.device(device)
-        if self.device == device or (self.device.type == device.type and device.index is None):
-            return self
-        if device.type == "meta":  # layers without data keep their indices
-            return self
-        return PatternIndex(self.crow.to(device), self.col.to(device), self.shape, self.block_size)
-
-    def copy(self) -> PatternIndex:
-        """The same pattern with a life and public tensors of its own; the checked indices are shared."""
-        return PatternIndex(self.crow, self.col, self.shape, self.block_size, self.native)
-
-    def row_indices(self) -> Tensor:
-        """int32 [num_blocks]: the block row of each block."""
-        return torch.as_tensor(self.native.row, device=self.col.device)
-
-    def retire(self) -> None:
-        """Marks the pattern as replaced: calls that still use it, or only ``col`` as compiled graphs do, raise."""
-        self.retired = True
-        _RETIRED_COL[self.col] = self.label
-
-    def raise_retired(self) -> None:
-        """Raises the error of a stale forward or backward."""
-        raise StaleTopologyError(_STALE.format(self.label))
-
-
-_STALE = "{}: the layer was rewired since this forward; run the forward again"
-# Finds the index behind the tensors that a compiled graph passes; the tensors are private to their PatternIndex.
-_INDEX_OF_COL = WeakTensorKeyDictionary()
-_RETIRED_COL = WeakTensorKeyDictionary()  # col -> label: outlives the index, as long as a graph keeps col
-
-
-def index_from(crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int) -> PatternIndex:
-    """The PatternIndex that owns ``col``, else a new, validated one (exported programs, direct callers).
-
-    Raises:
-        StaleTopologyError: a rewire replaced the pattern, even if its index is gone.
-    """
-    label = _RETIRED_COL.get(col)
-    if label is not None:
-        raise StaleTopologyError(_STALE.format(label))
-    found = _INDEX_OF_COL.get(col)
-    index = found() if found is not None else None
-    if index is None or index.shape != shape or index.block_size != block_size:
-        index = PatternIndex(crow, col, shape, block_size)
-    return index
+# --- the kernels' calls ---------------------------------------------------------------------------------------------
 
 
 def forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: PatternIndex, activation: str, keep: bool
+    x: Tensor, values: Tensor, bias: Tensor | None, pattern, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Output [..., out] and, where ``keep`` and the activation needs it, the pre-activation of the same shape."""
-    out_features, in_features = index.shape
+    out_features, in_features = pattern.shape
     rows = rows_of(x, in_features)
     batch = rows.shape[0]
     values = packed(values)
@@ -135,8 +45,8 @@ def forward(
     y = rows.new_empty((batch, out_features) if x.dim() == 2 else (*x.shape[:-1], out_features))
     pre = torch.empty_like(y) if keep and activation in NEEDS_PRE_ACTIVATION else None
     if batch and out_features:
-        index.kernels.linear_forward(
-            index.native,
+        pattern.kernels.linear_forward(
+            pattern.native,
             (DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
             (rows.data_ptr(), batch, in_features, rows.stride(0)),
             (values.data_ptr(), 0 if bias is None else bias.data_ptr()),
@@ -160,32 +70,30 @@ def backward(
     saved: Tensor | None,
     x: Tensor,
     values: Tensor,
-    index: PatternIndex,
+    pattern,
+    topology,
     activation: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, values and bias; None where not wanted. Tells the observer, if one watches."""
-    values = held(values)
-    if index.retired:
-        index.raise_retired()
-    out_features, in_features = index.shape
+    """Gradients of x, values and bias; None where not wanted. Tells the topology's observer, if one watches."""
+    out_features, in_features = pattern.shape
     need_x, need_values, need_bias = wanted[:3]
     g = rows_of(grad_y, out_features)
     rows = rows_of(x, in_features)
-    if index.observer is not None:
+    if topology is not None and topology.observer is not None:
         g = rows_of(
             _grad_before_activation(g, None if saved is None else saved.reshape(g.shape), activation), out_features
         )
         activation, saved = "none", None
-        index.observer(rows, g)
+        topology.observer(rows, g)
     values = packed(values)
     saved = None if saved is None else packed(saved)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     grad_values = torch.empty_like(values) if need_values else None  # values are contiguous by now
     grad_bias = rows.new_empty(out_features) if need_bias else None
     batch = rows.shape[0]
-    index.kernels.linear_backward(
-        index.native,
+    pattern.kernels.linear_backward(
+        pattern.native,
         (DTYPES[x.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
         (rows.data_ptr(), batch, in_features, rows.stride(0)),
         values.data_ptr(),
@@ -200,31 +108,29 @@ def backward(
 
 
 class _BlockSparseLinear(torch.autograd.Function):
-    """Eager door. Parameters: x [..., in], values [num_blocks, b, b], bias [out] or None, index, activation."""
+    """Eager door. ``values`` is what gets the gradient, ``data`` its memory, taken together with ``pattern``."""
 
     @staticmethod
-    def forward(ctx, x, values, bias, index, activation):
+    def forward(ctx, x, values, bias, data, pattern, topology, activation):
         """Y [..., out]."""
-        data = held(values)
-        if index.retired:
-            index.raise_retired()
-        y, pre = forward(x, data, bias, index, activation, keep=True)
-        ctx.index, ctx.activation = index, activation
-        ctx.save_for_backward(x, values, y if activation == "relu" else pre)
+        y, pre = forward(x, data, bias, pattern, activation, keep=True)
+        ctx.pattern, ctx.topology, ctx.activation = pattern, topology, activation
+        ctx.save_for_backward(x, data, y if activation == "relu" else pre)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         """Gradients of x, values and bias."""
-        if ctx.index.retired:
-            ctx.index.raise_retired()
-        x, values, saved = ctx.saved_tensors
-        operands = (grad_y, saved, x, values, ctx.index, ctx.activation, ctx.needs_input_grad)
+        pattern, topology = ctx.pattern, ctx.topology
+        if topology is not None and topology.pattern is not pattern:
+            raise registry.stale(topology.label)
+        x, data, saved = ctx.saved_tensors
+        operands = (grad_y, saved, x, data, pattern, topology, ctx.activation, ctx.needs_input_grad)
         if not torch.is_grad_enabled():
-            return (*backward(*operands), None, None)
+            return (*backward(*operands), None, None, None, None)
         with torch.no_grad():  # create_graph=True
             grads = backward(*operands)
-        return (*_refuse_second_derivatives(grads), None, None)
+        return (*_refuse_second_derivatives(grads), None, None, None, None)
 
 
 # Function.apply looks for functorch transforms and dead functorch wrappers first; here both are known to be absent, and
@@ -343,19 +249,59 @@ def block_sparse_linear(
         >>> sn.functional.block_sparse_linear(torch.randn(8, 96), values, pattern).shape
         torch.Size([8, 64])
     """
-    index = pattern.index
-    if torch.compiler.is_compiling() or _may_autocast():
+    if not hasattr(pattern, "native"):
+        raise TypeError(f"block_sparse_linear: pattern must be a BlockPattern, got {type(pattern).__name__}")
+    if torch.compiler.is_compiling():
+        return _traced(*_autocast(x, values, bias), pattern, activation)
+    topology = registry.topology_of(pattern)
+    if topology is None:
+        registry.refuse_retired(pattern.col)
+    with storage_lock:
+        data = values.detach()
+        current = pattern if topology is None else topology.pattern
+    if current is not pattern:
+        raise registry.stale(topology.label)
+    return _eager(x, values, bias, data, pattern, topology, activation)
+
+
+def layer_linear(x: Tensor, values: Tensor, topology, bias: Tensor | None, activation: str) -> Tensor:
+    """The same for a layer: with the pattern, values and mask that its topology has at one moment.
+
+    Another thread may rewire the layer meanwhile: pattern, mask and memory are exchanged together, and are taken
+    together here.
+    """
+    if torch.compiler.is_compiling():
+        values = values if topology.element_mask is None else values * topology.element_mask
+        return _traced(*_autocast(x, values, bias), topology.pattern, activation)
+    with storage_lock:
+        pattern, mask = topology.pattern, topology.element_mask
+        data = values.detach()
+        if mask is not None or _may_autocast():
+            values = values.view_as(values)  # differentiable, and keeps this memory whatever happens to the Parameter
+    if mask is not None:
+        values = values * mask
+        data = values.detach()
+    return _eager(x, values, bias, data, pattern, topology, activation)
+
+
+def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str) -> Tensor:
+    """Straight to the kernels where plain tensors allow it, else as a traced call."""
+    if _may_autocast():
+        plain = values
         x, values, bias = _autocast(x, values, bias)
-    eager = _is_eager(x, values)
-    if not eager or not fits(x, values, index, bias, activation):
-        check_linear(x, values, index, bias, activation)
-    if not eager:
-        transformed = torch._C._are_functorch_transforms_active()
-        op = _Transformed.apply if transformed else torch.ops.sparsenet.block_sparse_linear
-        return op(x, values, bias, index.crow, index.col, *index.shape, index.block_size, activation)[0]
+        data = data if values is plain else values.detach()
+    if not _is_eager(x, values):
+        return _traced(x, values, bias, pattern, activation)
+    if not fits(x, data, pattern, bias, activation):
+        check_linear(x, data, pattern, bias, activation)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        data = held(values)
-        if index.retired:
-            index.raise_retired()
-        return forward(x, data, bias, index, activation, keep=False)[0]
-    return _apply(x, values, bias, index, activation)
+        return forward(x, data, bias, pattern, activation, keep=False)[0]
+    return _apply(x, values, bias, data, pattern, topology, activation)
+
+
+def _traced(x, values, bias, pattern, activation: str) -> Tensor:
+    """The operation of torch.library, for whoever traces: compilers, fake tensors, functorch transforms."""
+    check_linear(x, values, pattern, bias, activation)
+    transformed = torch._C._are_functorch_transforms_active()
+    op = _Transformed.apply if transformed else torch.ops.sparsenet.block_sparse_linear
+    return op(x, values, bias, pattern.crow, pattern.col, *pattern.shape, pattern.block_size, activation)[0]

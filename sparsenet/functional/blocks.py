@@ -40,31 +40,30 @@ def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tenso
         >>> sn.functional.compact_blocks([values], old, torch.arange(4), torch.arange(4, 8), new)[0].equal(values[:1])
         True
     """
-    name, index = "compact_blocks", pattern.index
-    new_index = new_pattern.index.to(index.col.device)
-    if index.block_size != new_index.block_size:
-        raise ValueError(f"{name}: block_size must stay {index.block_size}, got {new_index.block_size}")
-    b = index.block_size
+    name, new_pattern = "compact_blocks", new_pattern.to(pattern.device)
+    if pattern.block_size != new_pattern.block_size:
+        raise ValueError(f"{name}: block_size must stay {pattern.block_size}, got {new_pattern.block_size}")
+    b = pattern.block_size
     for t in tensors:
-        if list(t.shape) != [index.num_blocks, b, b]:
-            raise ValueError(f"{name}: tensors must have shape {[index.num_blocks, b, b]}, got {list(t.shape)}")
-        if t.device != index.col.device:
-            raise ValueError(f"{name}: tensors must be on the device of pattern, {index.col.device}, got {t.device}")
+        if list(t.shape) != [pattern.num_blocks, b, b]:
+            raise ValueError(f"{name}: tensors must have shape {[pattern.num_blocks, b, b]}, got {list(t.shape)}")
+        if t.device != pattern.device:
+            raise ValueError(f"{name}: tensors must be on the device of pattern, {pattern.device}, got {t.device}")
     picked = []
-    for label, chosen, new, old in zip(("rows", "cols"), (rows, cols), new_index.shape, index.shape, strict=True):
+    for label, chosen, new, old in zip(("rows", "cols"), (rows, cols), new_pattern.shape, pattern.shape, strict=True):
         if chosen.dtype.is_floating_point or chosen.dtype == torch.bool or chosen.dtype.is_complex:
             raise TypeError(f"{name}: {label} must be integers, got {chosen.dtype}")
         if list(chosen.shape) != [new]:
             raise ValueError(f"{name}: {label} must have shape [{new}], got {list(chosen.shape)}")
         if new and (int(chosen.min()) < 0 or int(chosen.max()) >= old):
             raise ValueError(f"{name}: {label} must lie in [0, {old}), got {int(chosen.min())} to {int(chosen.max())}")
-        picked.append(as_int32(chosen.to(index.col.device)))
+        picked.append(as_int32(chosen.to(pattern.device)))
     sources = [t.detach().contiguous() for t in tensors]
-    targets = [torch.empty(new_index.num_blocks, b, b, dtype=t.dtype, device=t.device) for t in tensors]
-    if new_index.num_blocks and sources:
+    targets = [torch.empty(new_pattern.num_blocks, b, b, dtype=t.dtype, device=t.device) for t in tensors]
+    if new_pattern.num_blocks and sources:
         moved = [(s.data_ptr(), t.data_ptr(), s.element_size()) for s, t in zip(sources, targets, strict=True)]
-        kernels = native.kernels_of(index.col.device)
-        kernels.compact_blocks(index.native, new_index.native, tuple(picked), moved, torch.get_num_threads())
+        kernels = native.kernels_of(pattern.device)
+        kernels.compact_blocks(pattern.native, new_pattern.native, tuple(picked), moved, torch.get_num_threads())
     return targets
 
 

@@ -15,39 +15,39 @@ def check_dtype(name: str, argument: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: {argument} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
-def fits(x: Tensor, values: Tensor, index, bias: Tensor | None, activation: str) -> bool:
+def fits(x: Tensor, values: Tensor, pattern, bias: Tensor | None, activation: str) -> bool:
     """Whether eager operands are as :func:`check_linear` demands, at a fraction of its time."""
-    dtype, device = x.dtype, index.device
+    dtype, device = x.dtype, pattern.device
     return (
         x.dim() > 0
-        and x.shape[-1] == index.shape[1]
-        and values.shape == index.values_shape
+        and x.shape[-1] == pattern.shape[1]
+        and values.shape == pattern.values_shape
         and dtype in DTYPES
         and values.dtype is dtype
         and x.device == device
         and values.device == device
-        and (bias is None or (bias.shape == index.bias_shape and bias.dtype is dtype and bias.device == device))
+        and (bias is None or (bias.shape == pattern.bias_shape and bias.dtype is dtype and bias.device == device))
         and activation in ACTIVATIONS
     )
 
 
-def check_linear(x: Tensor, values: Tensor, index, bias: Tensor | None, activation: str) -> None:
+def check_linear(x: Tensor, values: Tensor, pattern, bias: Tensor | None, activation: str) -> None:
     """Raises what is wrong with the operands of block_sparse_linear; traceable."""
     name = "block_sparse_linear"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
     check_dtype(name, "x", x)
-    out_features, in_features = index.shape
-    b = index.block_size
+    out_features, in_features = pattern.shape
+    b = pattern.block_size
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"{name}: x must have {in_features} columns, got {list(x.shape)}")
-    n = index.col.shape[0]  # not num_blocks: torch.compile takes a tensor's size as dynamic, an attribute as constant
+    n = pattern.col.shape[0]  # not num_blocks: torch.compile takes a tensor's size as dynamic, an attribute as constant
     if values.dim() != 3 or values.shape[0] != n or values.shape[1] != b or values.shape[2] != b:
         raise ValueError(f"{name}: values must have shape {[n, b, b]}, got {list(values.shape)}")
     if values.dtype != x.dtype:
         raise TypeError(f"{name}: values must have the dtype of x, {x.dtype}, got {values.dtype}")
-    if values.device != x.device or (index.col.device != x.device and not x.is_meta):
-        other = values.device if values.device != x.device else index.col.device
+    if values.device != x.device or (pattern.col.device != x.device and not x.is_meta):
+        other = values.device if values.device != x.device else pattern.col.device
         raise ValueError(f"{name}: values and pattern must be on the device of x, {x.device}, got {other}")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != out_features:

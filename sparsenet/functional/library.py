@@ -1,7 +1,7 @@
 """The operations registered with ``torch.library``: torch.compile, torch.export, fake tensors and functorch see these.
 
-The kernels are those of :mod:`sparsenet.functional`. Index tensors that no :class:`PatternIndex` owns (an exported
-program's constants, a direct caller's) are validated at every call.
+The kernels are those of :mod:`sparsenet.functional`. Index tensors that no BlockPattern owns (an
+exported program's constants, a direct caller's) are validated at every call.
 """
 
 from __future__ import annotations
@@ -9,9 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsenet.functional.autograd import backward, forward, index_from, library_backward, save_for_library_backward
+from sparsenet.functional import registry
+from sparsenet.functional.autograd import backward, forward, library_backward, save_for_library_backward
 from sparsenet.functional.checks import check_linear
-from sparsenet.functional.native import NEEDS_PRE_ACTIVATION, held
+from sparsenet.functional.native import NEEDS_PRE_ACTIVATION, storage_lock
+
+
+def _together(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int):
+    """The memory of ``values`` and the pattern behind the indices, unless a rewire has separated them."""
+    with storage_lock:
+        data = values.detach()
+        registry.refuse_retired(col)
+    return data, registry.pattern_behind(crow, col, shape, block_size)
 
 
 @torch.library.custom_op("sparsenet::block_sparse_linear", mutates_args=())
@@ -26,12 +35,9 @@ def _linear_op(
     block_size: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    index = index_from(crow, col, (out_features, in_features), block_size)
-    values = held(values)
-    if index.retired:
-        index.raise_retired()
-    check_linear(x, values, index, bias, activation)
-    y, pre = forward(x, values, bias, index, activation, keep=True)
+    values, pattern = _together(values, crow, col, (out_features, in_features), block_size)
+    check_linear(x, values, pattern, bias, activation)
+    y, pre = forward(x, values, bias, pattern, activation, keep=True)
     return y, x.new_empty(0) if pre is None else pre
 
 
@@ -57,11 +63,8 @@ def _linear_backward_op(
     need_values: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    index = index_from(crow, col, (out_features, in_features), block_size)
-    values = held(values)
-    if index.retired:
-        index.raise_retired()
-    check_linear(x, values, index, None, activation)
+    values, pattern = _together(values, crow, col, (out_features, in_features), block_size)
+    check_linear(x, values, pattern, None, activation)
     kept = None if activation == "none" else saved
     for name, tensor in (("grad_y", grad_y), ("saved", kept)):
         expected = (*x.shape[:-1], out_features)
@@ -70,7 +73,8 @@ def _linear_backward_op(
                 f"block_sparse_linear: {name} must be {x.dtype} {list(expected)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
-    grads = backward(grad_y, kept, x, values, index, activation, (need_x, need_values, need_bias))
+    wanted = (need_x, need_values, need_bias)
+    grads = backward(grad_y, kept, x, values, pattern, registry.topology_of(pattern), activation, wanted)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
@@ -132,5 +136,5 @@ def _(info, in_dims, grad_y, saved, x, values, *rest):
 # The number of blocks changes with the density: torch.compile must take it as dynamic from the start, though values is
 # a Parameter, whose sizes it takes as constant.
 if hasattr(torch.compiler.config, "dynamic_sources"):
-    _names = [torch.compiler.config.dynamic_sources, r".*\._parameters\['values'\]:0", r".*\._pattern\.index\.col:0"]
+    _names = [torch.compiler.config.dynamic_sources, r".*\._parameters\['values'\]:0", r".*\.topology\.pattern\.col:0"]
     torch.compiler.config.dynamic_sources = ",".join(filter(None, _names))

@@ -74,25 +74,11 @@ def rows_of(t: Tensor, columns: int) -> Tensor:
     return t if t.stride(1) == 1 or columns == 1 else t.contiguous()
 
 
-# Torch reads a tensor's storage without the GIL: another thread may not swap it (see layers.replace_data) meanwhile.
+# Torch reads a tensor's storage without the GIL: another thread may not swap it (see sparsenet.topology) meanwhile.
 storage_lock = threading.Lock()
 os.register_at_fork(
     before=storage_lock.acquire, after_in_parent=storage_lock.release, after_in_child=storage_lock.release
 )
-
-
-def snapshot(values: Tensor) -> Tensor:
-    """A differentiable alias of ``values``: it keeps the memory that ``values`` has now, whatever other threads do."""
-    if torch.compiler.is_compiling():
-        return values
-    with storage_lock:
-        return values.view_as(values)
-
-
-def held(values: Tensor) -> Tensor:
-    """The same, detached. Take it before looking whether the pattern was retired, then both belong together."""
-    with storage_lock:
-        return values.detach()
 
 
 def matrix(t: Tensor) -> tuple[int, int, int, int]:

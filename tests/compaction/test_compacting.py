@@ -605,7 +605,7 @@ def test_nothing_changes_when_it_fails_half_way(monkeypatch):
         return replace_data(parameter, data)
 
     from sparsenet.compaction import moves as compaction_moves
-    from sparsenet.layers import replace_data
+    from sparsenet.topology import replace_data
 
     monkeypatch.setattr(compaction_moves, "replace_data", failing)
     with pytest.raises(MemoryError):

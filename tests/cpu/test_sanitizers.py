@@ -181,7 +181,7 @@ def test_the_sanitizers_see(run_sanitized):
         pattern = sn.BlockPattern.random((8, 16), 1.0, 8)
         x, values, y = torch.randn(3, 16), torch.randn(2, 8, 8), torch.empty(3 * 8 - 1)
         _C.linear_forward(
-            pattern.index.native, (0, 0, 1), (x.data_ptr(), 3, 16, 16), (values.data_ptr(), 0), (y.data_ptr(), 0)
+            pattern.native, (0, 0, 1), (x.data_ptr(), 3, 16, 16), (values.data_ptr(), 0), (y.data_ptr(), 0)
         )
         """,
         check=False,

@@ -273,7 +273,7 @@ def test_backward_refusals(module):
     refused("saved must be given where there is an activation, got null", saved=0)
     refused("grad_values must start at a multiple of its element's 4 bytes", grads=(0, 1, 0))
     refused("grad_bias must start at a multiple of its element's 4 bytes", grads=(0, 0, 2))
-    refused(r"x must have shape \[4, 32\], got \[5, 32\]", grads=(0, address, 0), x=(address, 5, 32, 32))
+    refused(r"saved must have shape \[4, 32\], got \[5, 32\]", grads=(0, address, 0), x=(address, 5, 32, 32))
 
 
 def test_the_choice_follows_arch_dtype_batch_and_alignment(module):

@@ -108,7 +108,7 @@ def test_observed_backward_gives_the_same_gradients(module):
 
     def run():
         layer = mlp(torch.float64)[0]
-        layer.pattern.index.observer = lambda x, g: seen.append((x, g))
+        layer.topology.observer = lambda x, g: seen.append((x, g))
         layer(torch.linspace(-1, 1, 9 * 70, dtype=torch.float64).view(9, 70)).square().sum().backward()
         return layer.values.grad
 
@@ -129,7 +129,7 @@ def test_patterns_are_equal_and_refused_alike(module):
             made.row_indices[shuffled], made.col_indices[shuffled].long(), made.shape, made.block_size
         )
         scores = torch.randn(500, generator=generator).round(decimals=1)
-        native = made.copy().index.native
+        native = made.copy().native
         return (
             made.fingerprint,
             again.fingerprint,
@@ -142,7 +142,7 @@ def test_patterns_are_equal_and_refused_alike(module):
     assert ours == theirs and ours[0] == ours[1]
     with emulated.serving():
         with pytest.raises(TypeError, match=r"BlockPattern: col_indices must be int32, got torch\.int64"):
-            functional.autograd.PatternIndex(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), (4, 4), 4)
+            functional.registry.pattern_behind(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), (4, 4), 4)
         with pytest.raises(ValueError, match=r"BlockPattern: places must differ, got \(1, 2\) twice"):
             functional.row_order(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 2]))
 
@@ -203,16 +203,16 @@ def test_work_lists_are_made_once_and_not_while_capturing(module, monkeypatch):
         x = torch.randn(70, 256).bfloat16()
         monkeypatch.setattr(CudaKernels, "_capturing", lambda self: True)
         captured = layer(x)
-        assert "work_list" not in kernels_of(module) and not layer.pattern.index.native.lists
+        assert "work_list" not in kernels_of(module) and not layer.pattern.native.lists
         monkeypatch.undo()
         with_list = layer(x)
         assert "work_list" in kernels_of(module)
         torch.testing.assert_close(captured, with_list, rtol=2**-7, atol=2**-7)
         layer(x)
         layer(x[:66])  # another batch of the same power of two
-        assert "work_list" not in kernels_of(module) and len(layer.pattern.index.native.lists) == 1
+        assert "work_list" not in kernels_of(module) and len(layer.pattern.native.lists) == 1
         layer(x.float().to(torch.bfloat16)).sum().backward()  # its transposed twin
-        assert len(layer.pattern.index.native.lists) == 2
+        assert len(layer.pattern.native.lists) == 2
 
 
 class Recorder:
@@ -264,7 +264,7 @@ def test_memory_used_on_another_stream_is_recorded(module, monkeypatch):
         layer = mlp()[0]
         layer(torch.randn(4, 70))
         assert recorded == []
-        native = layer.pattern.index.native
+        native = layer.pattern.native
         native.stream = 5
         layer(torch.randn(4, 70))
         addresses = {t.data_ptr() for t in (*native.arrays, *(kept for _, kept in native.lists.values()))}
@@ -542,13 +542,13 @@ def test_build_info_tells_what_cuda_there_is():
 def test_moving_a_layer_keeps_its_observer_and_its_name(monkeypatch):
     """A Sparsifier armed it before .to(): growth must still be seen, and errors still name the layer."""
     layer = mlp()[0]
-    layer.pattern.index.observer, layer.pattern.index.label = print, "block_sparse_linear (encoder)"
+    layer.topology.observer, layer.topology.label = print, "block_sparse_linear (encoder)"
     moved = layer.pattern.copy()
-    monkeypatch.setattr(sn.BlockPattern, "device", property(lambda self: torch.device("cuda", 0)))
     monkeypatch.setattr(sn.BlockPattern, "to", lambda self, device: moved)
     layer._apply(lambda t: t)
     assert layer.pattern is moved
-    assert moved.index.observer is print and moved.index.label == "block_sparse_linear (encoder)"
+    assert layer.topology.observer is print and layer.topology.label == "block_sparse_linear (encoder)"
+    assert sn.functional.registry.topology_of(moved) is layer.topology
 
 
 # --- the CPU's own tests --------------------------------------------------------------------------------------------

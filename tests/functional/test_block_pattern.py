@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import sparsenet as sn
 from sparsenet import _C, functional
-from sparsenet.functional import row_order, select_extreme
-from sparsenet.functional.autograd import PatternIndex
+from sparsenet.functional import registry, row_order, select_extreme
 
 MASKS = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 2**32), st.floats(0, 1))
 
@@ -31,7 +30,7 @@ def test_transposed_index(drawn):
     pattern = sn.BlockPattern.from_mask(torch.from_numpy(mask), 4)
     row, col = mask.nonzero()
     by_column = np.lexsort((row, col))
-    native = pattern.index.native
+    native = pattern.native
     assert native.row.tolist() == row.tolist()
     assert native.t_crow.tolist() == [0, *mask.sum(0).cumsum().tolist()]
     assert native.t_row.tolist() == row[by_column].tolist()
@@ -43,15 +42,15 @@ def test_what_python_gets_are_copies():
     pattern = sn.BlockPattern([0, 2, 3], [0, 1, 1], (8, 8), 4)
     values, x = torch.randn(3, 4, 4), torch.randn(5, 8)
     expected = sn.functional.block_sparse_linear(x, values, pattern)
-    native = pattern.index.native
+    native = pattern.native
     for array in (native.row, native.t_crow, native.t_row, native.t_block):
         array[:] = 10**9
     for tensor in (
         pattern.crow_indices,
         pattern.col_indices,
         pattern.row_indices,
-        pattern.index.crow,
-        pattern.index.col,
+        pattern.crow,
+        pattern.col,
     ):
         tensor.fill_(10**9)
     assert torch.equal(sn.functional.block_sparse_linear(x, values, pattern), expected)
@@ -71,7 +70,7 @@ def test_bad_indices_are_refused(crow, col, message):
     with pytest.raises(ValueError, match="^BlockPattern: " + message):
         _C.Pattern(*arrays, 8, 12, 4)
     with pytest.raises(ValueError, match="^BlockPattern: " + message):
-        PatternIndex(*(torch.from_numpy(a) for a in arrays), (8, 12), 4)
+        registry.pattern_behind(*(torch.from_numpy(a) for a in arrays), (8, 12), 4)
     with pytest.raises(ValueError, match="^BlockPattern: " + message):
         sn.BlockPattern(crow, col, (8, 12), 4)
 

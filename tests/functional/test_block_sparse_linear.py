@@ -307,7 +307,7 @@ def test_reference_is_differentiable_twice():
 def test_opcheck(activation, index):
     x, values, pattern, bias, grad_y = operands()
     crow, col = (
-        (pattern.index.crow, pattern.index.col)
+        (pattern.crow, pattern.col)
         if index == "owned"
         else (
             pattern.crow_indices,
@@ -327,8 +327,7 @@ def test_opcheck(activation, index):
 
 
 def through_library(x, values, pattern, bias, activation="none"):
-    index = pattern.index
-    constants = (index.crow, index.col, *index.shape, index.block_size, activation)
+    constants = (pattern.crow, pattern.col, *pattern.shape, pattern.block_size, activation)
     return getattr(torch.ops.sparsenet, OP)(x, values, bias, *constants)[0]
 
 
@@ -694,8 +693,8 @@ def test_library_backward_refuses_what_does_not_fit():
     """torch.ops is public: no shape may reach a kernel unchecked."""
     x, values, pattern, _, grad_y = operands()
     x, values = x.detach(), values.detach()
-    op, index = getattr(torch.ops.sparsenet, BACKWARD_OP), pattern.index
-    constants = (index.crow, index.col, 33, 70, 16, "relu", True, True, True)
+    op = getattr(torch.ops.sparsenet, BACKWARD_OP)
+    constants = (pattern.crow, pattern.col, 33, 70, 16, "relu", True, True, True)
     good = {"grad_y": grad_y, "saved": grad_y, "x": x, "values": values}
     op(*good.values(), *constants)
     for change in (
@@ -729,4 +728,4 @@ def test_the_native_call_takes_whole_tuples_of_integers_only(call):
     """What crosses into the native module is read strictly: nothing is guessed from a tuple that does not fit."""
     pattern = sn.BlockPattern.random((8, 16), 1.0, 8)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        functional.native._C.linear_forward(pattern.index.native, *call)
+        functional.native._C.linear_forward(pattern.native, *call)

@@ -144,7 +144,7 @@ def test_the_native_module_checks_indices_itself():
 
     from sparsenet import _C
 
-    pattern = BlockPattern.random((8, 8), 1.0, 4).index.native
+    pattern = BlockPattern.random((8, 8), 1.0, 4).native
     good, bad = np.arange(8, dtype=np.int32), np.full(8, 8, dtype=np.int32)
     with pytest.raises(ValueError, match=re.escape("compact_blocks: rows must lie in [0, 8), got 8 at 0")):
         _C.compact_blocks(pattern, pattern, (bad, good), [], 1)

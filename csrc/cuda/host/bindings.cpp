@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -17,18 +16,12 @@ namespace sparsenet::cuda {
 
 namespace {
 
+using Address = int64_t;
+
 template <typename T>
 T* as(Address address) {
   return static_cast<T*>(at(address));
 }
-
-struct Indices {
-  const int32_t* data = nullptr;
-  int64_t count = 0;
-};
-Indices indices(const std::pair<Address, int64_t>& array) { return {as<int32_t>(array.first), array.second}; }
-
-using ArrayAddresses = std::array<Address, 6>; // crow, col, row, t_crow, t_row, t_block
 
 Pattern make_pattern(const ArrayAddresses& arrays, int64_t rows, int64_t cols, int64_t num_blocks, int32_t block_size) {
   return {.view = {.crow = as<int32_t>(arrays[0]),
@@ -49,72 +42,39 @@ WorkList work_list(Address items, int32_t num_items, int32_t num_slots, int32_t 
   return {as<WorkItem>(items), num_items, num_slots, rows_per_group};
 }
 
-// block_sparse_linear: (values, bias), (y, pre_activation), (grad_y, saved), (grad_x, grad_values, grad_bias).
-using Addresses2 = std::pair<Address, Address>;
-using Upstream = std::pair<Matrix, Address>;
-using Addresses3 = std::tuple<Address, Address, Address>;
-
-LinearForward forward_op(const Pattern& pattern, const LinearCall& call, const Matrix& x, const Addresses2& weight,
-                         const Addresses2& outputs) {
-  const PatternView& p = pattern.view;
-  return {.pattern = p,
-          .dtype = call.dtype,
-          .activation = call.activation,
-          .x = x,
-          .values = at(weight.first),
-          .bias = at(weight.second),
-          .y = {at(outputs.first), x.rows, p.rows, p.rows},
-          .pre_activation = {at(outputs.second), x.rows, p.rows, p.rows}};
-}
-
-LinearBackward backward_op(const Pattern& pattern, const LinearCall& call, const Matrix& x, Address values,
-                           const Upstream& upstream, const Addresses3& grads) {
-  const PatternView& p = pattern.view;
-  const auto& [grad_y, saved] = upstream;
-  const auto& [grad_x, grad_values, grad_bias] = grads;
-  return {.pattern = p,
-          .dtype = call.dtype,
-          .activation = call.activation,
-          .grad_y = grad_y,
-          .saved = {at(saved), grad_y.rows, p.rows, p.rows},
-          .x = x,
-          .values = at(values),
-          .grad_x = {at(grad_x), grad_y.rows, p.cols, p.cols},
-          .grad_values = at(grad_values),
-          .grad_bias = at(grad_bias)};
-}
-
 void register_linear(py::module_& module) {
   module.def(
       "linear_forward",
-      [](const Pattern& pattern, const LinearCall& call, const Matrix& x, const Addresses2& weight,
-         const Addresses2& outputs, const py::tuple& run) {
+      [](const Pattern& pattern, const LinearCall& call, const Matrix& x, const Weight& weight, const Outputs& outputs,
+         const py::tuple& run) {
         const Run where = run_of(run);
         const py::gil_scoped_release release;
-        linear_forward(forward_op(pattern, call, x, weight, outputs), pattern.forward, where);
+        linear_forward(linear_forward_op(pattern.view, call, x, weight, outputs), pattern.forward, where);
       },
       py::arg("pattern"), py::arg("call"), py::arg("x"), py::arg("weight"), py::arg("outputs"), py::arg("run"));
   module.def(
       "linear_backward",
       [](const Pattern& pattern, const LinearCall& call, const Matrix& x, Address values, const Upstream& upstream,
-         const Addresses3& grads, const py::tuple& run) {
+         const Gradients& grads, const py::tuple& run) {
         const Run where = run_of(run);
         const py::gil_scoped_release release;
-        linear_backward(backward_op(pattern, call, x, values, upstream, grads), pattern.transposed, where);
+        linear_backward(linear_backward_op(pattern.view, call, x, at(values), upstream, grads), pattern.transposed,
+                        where);
       },
       py::arg("pattern"), py::arg("call"), py::arg("x"), py::arg("values"), py::arg("upstream"), py::arg("grads"),
       py::arg("run"));
   module.def(
       "choose_linear_forward",
-      [](const Pattern& pattern, const LinearCall& call, const Matrix& x, const Addresses2& weight) {
-        return choose_linear_forward(forward_op(pattern, call, x, weight, {}));
+      [](const Pattern& pattern, const LinearCall& call, const Matrix& x, const Weight& weight) {
+        return choose_linear_forward(linear_forward_op(pattern.view, call, x, weight, {}));
       },
       py::arg("pattern"), py::arg("call"), py::arg("x"), py::arg("weight"));
   module.def(
       "choose_linear_backward",
       [](const Pattern& pattern, const LinearCall& call, const Matrix& x, Address values, const Upstream& upstream,
-         const Addresses3& grads) {
-        BackwardNames names = choose_linear_backward(backward_op(pattern, call, x, values, upstream, grads));
+         const Gradients& grads) {
+        const LinearBackward op = linear_backward_op(pattern.view, call, x, at(values), upstream, grads);
+        const BackwardNames names = choose_linear_backward(op);
         return py::make_tuple(names.grad_input, names.grad_weight);
       },
       py::arg("pattern"), py::arg("call"), py::arg("x"), py::arg("values"), py::arg("upstream"), py::arg("grads"),
@@ -124,34 +84,27 @@ void register_linear(py::module_& module) {
 void register_gradients(py::module_& module) {
   module.def(
       "gradient_norms",
-      [](const GradientCall& call, const Matrix& x, const Matrix& grad_z, const std::pair<int64_t, int64_t>& block_rows,
-         Address norms, const py::tuple& run) {
-        const GradientNorms op{.dtype = call.dtype,
-                               .block_size = static_cast<int32_t>(call.block_size),
-                               .x = x,
-                               .grad_z = grad_z,
-                               .block_row_begin = block_rows.first,
-                               .block_row_end = block_rows.second,
-                               .norms = as<float>(norms)};
+      [](const GradientCall& call, const Matrix& x, const Matrix& grad_z, const Interval& block_rows, Address norms,
+         const py::tuple& run) {
         const Run where = run_of(run);
         const py::gil_scoped_release release;
-        gradient_norms(op, where);
+        gradient_norms(gradient_norms_op(call, x, grad_z, block_rows, at(norms)), where);
       },
       py::arg("call"), py::arg("x"), py::arg("grad_z"), py::arg("block_rows"), py::arg("norms"), py::arg("run"));
   module.def(
       "candidate_gradients",
       [](const GradientCall& call, const Matrix& x, const Matrix& grad_z,
-         const std::array<std::pair<Address, int64_t>, 2>& places, Address grads, const py::tuple& run) {
-        const Indices rows = indices(places[0]), cols = indices(places[1]);
-        SPARSENET_CHECK(rows.count == cols.count, "candidate_gradients: rows and cols must be of one length, got ",
-                        rows.count, " and ", cols.count);
+         const std::pair<IndexArray, IndexArray>& places, Address grads, const py::tuple& run) {
+        const auto& [rows, cols] = places;
+        SPARSENET_CHECK(rows.second == cols.second, "candidate_gradients: rows and cols must be of one length, got ",
+                        rows.second, " and ", cols.second);
         const PlaceGradients op{.dtype = call.dtype,
-                                .block_size = static_cast<int32_t>(call.block_size),
+                                .block_size = call.block_size,
                                 .x = x,
                                 .grad_z = grad_z,
-                                .place_rows = rows.data,
-                                .place_cols = cols.data,
-                                .num_places = rows.count,
+                                .place_rows = indices_at(rows),
+                                .place_cols = indices_at(cols),
+                                .num_places = rows.second,
                                 .grads = at(grads)};
         const Run where = run_of(run);
         const py::gil_scoped_release release;
@@ -178,11 +131,11 @@ void register_pattern(py::module_& module) {
           py::arg("items"), py::arg("num_items"), py::arg("num_slots"), py::arg("rows_per_group"));
   module.def(
       "pattern_from_csr",
-      [](const std::pair<Address, int64_t>& crow, const std::pair<Address, int64_t>& col, Address order,
+      [](const IndexArray& crow, const IndexArray& col, Address order,
          const std::tuple<int64_t, int64_t, int64_t>& shape, const ArrayAddresses& arrays, const py::tuple& run) {
         const auto& [rows, cols, block_size] = shape;
-        const CsrSource source{.crow = as<int32_t>(crow.first),
-                               .col = as<int32_t>(col.first),
+        const CsrSource source{.crow = indices_at(crow),
+                               .col = indices_at(col),
                                .order = as<int64_t>(order),
                                .crow_length = crow.second,
                                .num_blocks = col.second,
@@ -198,19 +151,16 @@ void register_pattern(py::module_& module) {
       py::arg("crow"), py::arg("col"), py::arg("order"), py::arg("shape"), py::arg("arrays"), py::arg("run"));
   module.def(
       "compact_blocks",
-      [](const Pattern& from, const Pattern& to, const std::array<std::pair<Address, int64_t>, 2>& gathered,
-         const std::vector<std::tuple<Address, Address, int32_t>>& addresses, const py::tuple& run) {
-        std::vector<GatheredBlocks> tensors;
-        tensors.reserve(addresses.size());
-        for (const auto& [source, target, bytes] : addresses) tensors.push_back({at(source), at(target), bytes});
-        const Indices rows = indices(gathered[0]), cols = indices(gathered[1]);
+      [](const Pattern& from, const Pattern& to, const std::pair<IndexArray, IndexArray>& gathered,
+         const std::vector<GatheredBlocks>& tensors, const py::tuple& run) {
+        const auto& [rows, cols] = gathered;
         const CompactBlocks op{.from = from.view,
                                .to = to.view,
-                               .rows = rows.data,
-                               .cols = cols.data,
+                               .rows = indices_at(rows),
+                               .cols = indices_at(cols),
                                .tensors = tensors.data(),
                                .num_tensors = static_cast<int64_t>(tensors.size())};
-        check_gathered_sizes(op, rows.count, cols.count);
+        check_gathered_sizes(op, rows.second, cols.second);
         const Run where = run_of(run);
         const py::gil_scoped_release release;
         compact_blocks(op, where);

@@ -16,27 +16,26 @@ using sparsenet::emulator::EmulatorError;
 
 namespace {
 
-using sparsenet::Address;
 using sparsenet::LinearCall;
 using sparsenet::Matrix;
 namespace cuda = sparsenet::cuda;
 
 void linear_forward_into(const cuda::Pattern& pattern, const LinearCall& call, const Matrix& x,
-                         const std::pair<Address, Address>& weight, const std::pair<Matrix, Matrix>& outputs,
+                         const sparsenet::Weight& weight, const std::pair<Matrix, Matrix>& outputs,
                          const py::tuple& run) {
   const sparsenet::LinearForward op{.pattern = pattern.view,
                                     .dtype = call.dtype,
                                     .activation = call.activation,
                                     .x = x,
-                                    .values = sparsenet::at(weight.first),
-                                    .bias = sparsenet::at(weight.second),
+                                    .values = weight.values,
+                                    .bias = weight.bias,
                                     .y = outputs.first,
                                     .pre_activation = outputs.second};
   cuda::linear_forward(op, pattern.forward, cuda::run_of(run));
 }
 
-void linear_backward_into(const cuda::Pattern& pattern, const LinearCall& call, const Matrix& x, Address values,
-                          const std::pair<Matrix, Matrix>& upstream, const std::tuple<Matrix, Address, Address>& grads,
+void linear_backward_into(const cuda::Pattern& pattern, const LinearCall& call, const Matrix& x, int64_t values,
+                          const std::pair<Matrix, Matrix>& upstream, const std::tuple<Matrix, int64_t, int64_t>& grads,
                           const py::tuple& run) {
   const sparsenet::LinearBackward op{.pattern = pattern.view,
                                      .dtype = call.dtype,

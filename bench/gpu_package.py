@@ -145,10 +145,10 @@ def pattern_ops() -> dict:
             wrong += [] if torch.equal(picked, best) else [f"select_extreme of {count}, largest={largest}"]
         pattern = BlockPattern.from_places(keys // cols, keys % cols, (rows, cols), 1)
         wrong += [] if torch.equal(pattern.linear_places(), keys.sort().values) else [f"from_places of {count}"]
-        index = [torch.as_tensor(t, device=DEVICE).long() for t in (pattern.index.native.t_row,)]
+        rows_by_column = torch.as_tensor(pattern.native.t_row, device=DEVICE).long()
         by_column = torch.argsort(keys.sort().values % cols, stable=True)
         expected = (keys.sort().values // cols)[by_column]
-        wrong += [] if torch.equal(index[0], expected) else [f"transposed index of {count}"]
+        wrong += [] if torch.equal(rows_by_column, expected) else [f"transposed index of {count}"]
     for places in ([1, 0, 1], [2, 0, 2]), ([0], [0]):
         try:
             functional.row_order(*(torch.tensor(t, device=DEVICE) for t in places))

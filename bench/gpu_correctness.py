@@ -82,11 +82,19 @@ def grad_weight_errors(layer: Layer) -> dict[str, float]:
 
 
 def norms_errors(layer: Layer) -> dict[str, float]:
-    """Squared norms of the dense gradient's blocks."""
-    expected = layer.pattern.all_blocks(layer.grad_y.double().T @ layer.x.double()).square().sum((2, 3))
-    relative = ((layer.norms.double() - expected).abs() / (expected + 1e-6 * expected.mean())).max().item()
-    allowed = 1e-2 if layer.code == TF32 else 1e-4
-    return {"norms": relative / allowed if relative == relative else float("inf")}
+    """Squared norms of the dense gradient's blocks.
+
+    Entries g that err by e change a squared norm by at most 2 |g| |e| + |e|^2.
+    """
+    p, code = layer.pattern, layer.code
+    g, x = layer.grad_y.double(), layer.x.double()
+    unit = UNIT[3 if code == 3 else 0]  # norms are float32, but float64 operands are multiplied as such
+    per_entry = unit * (min(layer.batch, 6 * layer.batch**0.5) + 4) + (2 * UNIT[TF32] if code == TF32 else 0.0)
+    size = p.all_blocks(g.abs().T @ x.abs()).square().sum((2, 3)).sqrt()
+    exact, wrong = p.all_blocks(g.T @ x).square().sum((2, 3)), per_entry * size
+    bound = 2 * exact.sqrt() * wrong + wrong.square() + exact * UNIT[0] * (p.block + 4)
+    ratio = ((layer.norms.double() - exact).abs() / bound.clamp(min=2.0**-126)).max().item()
+    return {"norms": ratio if ratio == ratio else float("inf")}
 
 
 def candidates_errors(layer: Layer) -> dict[str, float]:

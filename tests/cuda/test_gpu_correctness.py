@@ -123,6 +123,17 @@ def test_a_wrong_kernel_is_seen(ops, fault, monkeypatch):
     assert not found["passed"] and expected[fault] in found["error"]
 
 
+@pytest.mark.parametrize(("dtype", "off"), [("float32", 1e-4), ("tf32", 2e-2), ("float64", 1e-5)])
+def test_a_wrong_norm_is_seen(ops, dtype, off):
+    import gpu_correctness
+    from gpu_ops import Layer, make_pattern
+
+    layer = Layer(make_pattern(ops, "random", 40, 56, 1 if dtype == "float64" else 16, 0.5), 33, dtype)
+    assert gpu_correctness.check_pass(layer, "gradient_norms")["passed"]
+    layer.norms[1, 2] *= 1 + off
+    assert gpu_correctness.norms_errors(layer)["norms"] > 1
+
+
 def python_cases(chosen) -> dict:
     from gpu_package import package_cases
 

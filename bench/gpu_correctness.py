@@ -1,11 +1,26 @@
-"""Correctness of every CUDA op and variant against float64, on random and adversarial patterns."""
+"""The cases of the parts ``correct`` and ``sanitize``: every op, dtype, block size and variant against float64.
+
+Sizes are odd, patterns random and adversarial, inputs random, outputs NaN beforehand and between guards. Each pass of
+each configuration is a case of its own, so that a kernel which faults does not hide what the others do. Every pass runs
+twice and must give the same bits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
-from gpu_ops import ACTIVATIONS, DEVICE, DTYPES, TF32, VARIANTS, Layer, address, indices, make_pattern, matrix, run
+from gpu_cases import Case
+from gpu_ops import ACTIVATIONS, CODES, DEVICE, TF32, Layer, force_variant, make_pattern, synchronize
 
 UNIT = {0: 2.0**-24, 1: 2.0**-8, 2: 2.0**-11, 3: 2.0**-53, TF32: 2.0**-11}  # by dtype code
+BLOCKS = {"sm80": (32, 64, 128, 16), "simt": (32, 64, 128, 16, 8, 4, 1)}
+DTYPES = {"sm80": ("bfloat16", "tf32", "float16"), "simt": ("float32", "bfloat16", "float64", "float16")}
+KINDS = ("random", "full_row", "power_law", "empty_rows", "none", "dense")
+BATCHES = (130, 8, 33, 517)  # several tiles, the small-batch kernel, one row past it, many tiles
+PASSES = ("forward", "grad_input", "grad_weight", "gradient_norms", "candidate_gradients")
 
 
 def excess(got: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, code: int, reduction: int) -> float:
@@ -27,134 +42,169 @@ def derivative(saved: torch.Tensor, activation: str) -> torch.Tensor:
     return saved.grad
 
 
-def check_layer(layer: Layer) -> dict:
-    """Errors of forward and backward in units of the rounding bound, and whether a second run gives the same bits."""
-    p, dtype, code = layer.pattern, layer.dtype, layer.code
-    outputs = (layer.y, layer.pre, layer.grad_x, layer.grad_values, layer.grad_bias)
-
-    def once():
-        for tensor in outputs:
-            tensor.fill_(float("nan"))
-        layer.forward(pre=True)
-        layer.backward()
-        return [tensor.clone() for tensor in outputs]
-
-    first, second = once(), once()
+def forward_errors(layer: Layer) -> dict[str, float]:
+    """Output and pre-activation, in units of their rounding bounds."""
+    p = layer.pattern
     x, weight = layer.x.double(), p.dense(layer.values)
     shift = layer.bias.double() if layer.bias is not None else torch.zeros(p.rows, dtype=torch.float64, device=DEVICE)
     z, size = x @ weight.T + shift, x.abs() @ weight.abs().T + shift.abs()
-    apply = {
-        "none": lambda t: t,
-        "relu": torch.relu,
-        "gelu": torch.nn.functional.gelu,
-        "silu": torch.nn.functional.silu,
+    apply = {"none": lambda t: t} | {n: getattr(torch.nn.functional, n) for n in ("relu", "gelu", "silu")}
+    return {
+        "pre_activation": excess(layer.pre, z, size, layer.code, p.cols),
+        "y": excess(layer.y, apply[layer.activation](z), 1.2 * size, layer.code, p.cols),
     }
+
+
+def before_activation(layer: Layer) -> tuple[torch.Tensor, float]:
+    """The exact gradient before the activation, and how much wider bounds are because a kernel rounds it once."""
     exact = layer.grad_y.double() * derivative(layer.saved.double(), layer.activation)
-    grad_z = exact if layer.activation == "none" else exact.to(dtype).double()
-    loose = 1.0 if layer.activation == "none" else 4.0  # grad_z itself is rounded once
-    errors = {
-        "pre_activation": excess(first[1], z, size, code, p.cols),
-        "y": excess(first[0], apply[layer.activation](z), 1.2 * size, code, p.cols),
-        "grad_x": excess(first[2], grad_z @ weight, loose * (grad_z.abs() @ weight.abs()), code, p.rows),
-        "grad_bias": excess(first[4], grad_z.sum(0), loose * grad_z.abs().sum(0), code, layer.batch),
+    plain = layer.activation == "none"
+    return (exact, 1.0) if plain else (exact.to(layer.dtype).double(), 4.0)
+
+
+def grad_input_errors(layer: Layer) -> dict[str, float]:
+    """The gradient of x."""
+    p, (grad_z, loose) = layer.pattern, before_activation(layer)
+    weight = p.dense(layer.values)
+    size = loose * (grad_z.abs() @ weight.abs())
+    return {"grad_x": excess(layer.grad_x, grad_z @ weight, size, layer.code, p.rows)}
+
+
+def grad_weight_errors(layer: Layer) -> dict[str, float]:
+    """The gradients of the blocks and of the bias."""
+    p, (grad_z, loose), x = layer.pattern, before_activation(layer), layer.x.double()
+    exact, size = p.blocks_of(grad_z.T @ x), loose * p.blocks_of(grad_z.abs().T @ x.abs())
+    sums = grad_z.sum(0), loose * grad_z.abs().sum(0)
+    return {
+        "grad_values": excess(layer.grad_values, exact, size, layer.code, layer.batch),
+        "grad_bias": excess(layer.grad_bias, *sums, layer.code, layer.batch),
     }
-    if p.num_blocks:
-        errors["grad_values"] = excess(
-            first[3], p.blocks_of(grad_z.T @ x), loose * p.blocks_of(grad_z.abs().T @ x.abs()), code, layer.batch
-        )
-    same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True))
-    return {"errors": errors, "repeats": same}
 
 
-def check_norms(ops, layer: Layer) -> dict:
-    """Squared norms of the dense gradient's blocks, and candidate gradients at the pattern's own places."""
+def norms_errors(layer: Layer) -> dict[str, float]:
+    """Squared norms of the dense gradient's blocks.
+
+    Entries g that err by e change a squared norm by at most 2 |g| |e| + |e|^2.
+    """
     p, code = layer.pattern, layer.code
-    norms = torch.full(p.shape, float("nan"), device=DEVICE)
-    call, operands = (code, p.block, 1), (matrix(layer.x), matrix(layer.grad_y))
-    ops.gradient_norms(call, *operands, (0, p.shape[0]), address(norms), run())
-    gradient = layer.grad_y.double().T @ layer.x.double()
-    b = p.block
-    full = torch.zeros(p.shape[0] * b, p.shape[1] * b, dtype=torch.float64, device=DEVICE)
-    full[: p.rows, : p.cols] = gradient
-    expected = full.view(p.shape[0], b, p.shape[1], b).square().sum((1, 3))
-    relative = ((norms.double() - expected).abs() / (expected + 1e-6 * expected.mean())).max().item()
-    errors = {"norms": relative / (1e-2 if code == TF32 else 1e-4) if relative == relative else float("inf")}
-    if p.num_blocks:
-        grads = torch.full((p.num_blocks, b, b), float("nan"), dtype=layer.dtype, device=DEVICE)
-        places = indices(p.arrays[2], p.num_blocks), indices(p.arrays[1], p.num_blocks)
-        ops.candidate_gradients(call, *operands, places, address(grads), run())
-        size = p.blocks_of(layer.grad_y.double().abs().T @ layer.x.double().abs())
-        errors["candidates"] = excess(grads, p.blocks_of(gradient), size, code, layer.batch)
-    return {"errors": errors, "repeats": True}
+    g, x = layer.grad_y.double(), layer.x.double()
+    unit = UNIT[3 if code == 3 else 0]  # norms are float32, but float64 operands are multiplied as such
+    per_entry = unit * (min(layer.batch, 6 * layer.batch**0.5) + 4) + (2 * UNIT[TF32] if code == TF32 else 0.0)
+    size = p.all_blocks(g.abs().T @ x.abs()).square().sum((2, 3)).sqrt()
+    exact, wrong = p.all_blocks(g.T @ x).square().sum((2, 3)), per_entry * size
+    bound = 2 * exact.sqrt() * wrong + wrong.square() + exact * UNIT[0] * (p.block + 4)
+    ratio = ((layer.norms.double() - exact).abs() / bound.clamp(min=2.0**-126)).max().item()
+    return {"norms": ratio if ratio == ratio else float("inf")}
 
 
-def check_pattern(ops, shape: tuple, density: float) -> dict:
-    """Canonical indices and the transpose against torch."""
-    p = make_pattern(ops, "random", *shape, 1, density, DTYPES[torch.float32], 1)
-    crow, col, row, _, t_row, t_block = p.arrays
-    n, key = p.num_blocks, row.long() * shape[1] + col.long()
-    transposed = torch.argsort(col[:n].long() * shape[0] + row[:n].long())
-    wrong = {
-        "sorted": not bool((key[: n - 1] < key[1:n]).all()),
-        "pointers": not torch.equal(
-            crow.long(), torch.searchsorted(row[:n].long(), torch.arange(shape[0] + 1, device=DEVICE))
-        ),
-        "transpose": not (torch.equal(t_block[:n].long(), transposed) and torch.equal(t_row[:n], row[:n][transposed])),
-    }
-    return {"errors": {name: float("inf") if bad else 0.0 for name, bad in wrong.items()}, "repeats": True}
+def candidates_errors(layer: Layer) -> dict[str, float]:
+    """The dense gradient's blocks at the pattern's places, in reverse."""
+    p, g, x = layer.pattern, layer.grad_y.double(), layer.x.double()
+    exact, size = p.blocks_of(g.T @ x).flip(0), p.blocks_of(g.abs().T @ x.abs()).flip(0)
+    return {"candidates": excess(layer.candidates, exact, size, layer.code, layer.batch)}
 
 
-def correctness(ops, small: bool) -> dict:
-    """Every op, variant, dtype and block size on random and adversarial patterns."""
-    cases, worst, failures = 0, {}, []
+RUNS = {
+    "forward": (lambda layer: layer.forward(pre=True), forward_errors, ("y", "pre")),
+    "grad_input": (lambda layer: layer.backward("x"), grad_input_errors, ("grad_x",)),
+    "grad_weight": (lambda layer: layer.backward("wb"), grad_weight_errors, ("grad_values", "grad_bias")),
+    "gradient_norms": (Layer.gradient_norms, norms_errors, ("norms",)),
+    "candidate_gradients": (Layer.candidate_gradients, candidates_errors, ("candidates",)),
+}
 
-    def record(name: str, result: dict) -> None:
-        nonlocal cases
-        cases += 1
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        for output, error in result["errors"].items():
-            variant = name.split()[0]
-            worst[f"{variant} {output}"] = max(worst.get(f"{variant} {output}", 0.0), error)
-            if not error <= 1:
-                failures.append(f"{name}: {output} is {error:.3g} times its rounding bound")
-        if not result["repeats"]:
-            failures.append(f"{name}: two runs differ in their bits")
 
-    kinds = ("random", "full_row") if small else ("random", "power_law", "empty_rows", "full_row", "none", "dense")
-    for variant in ("simt", "sm80"):
-        ops.force_variant(VARIANTS[variant])
-        blocks = (4, 16, 32, 64, 128) if variant == "simt" else (16, 32, 64, 128)
-        codes = (0, 1, 3) if variant == "simt" else (1, TF32, 2)
-        for number, (block, kind) in enumerate(
-            (b, k) for b in ((1, 8, *blocks) if variant == "simt" and not small else blocks) for k in kinds
-        ):
-            dtypes = {code: dtype for dtype, code in DTYPES.items()} | {TF32: torch.float32}
-            for code in codes[: 3 - small]:
-                dtype = dtypes[code]
-                batch = (8, 33, 130, 517)[number % (3 if small else 4)]
-                if small:
-                    rows, cols = 2 * block + 19, 3 * block + 8
-                else:
-                    rows, cols = max(8 * block + 21, 150), max(9 * block + 13, 170)
-                pattern = make_pattern(
-                    ops, kind, rows, cols, block, 0.3, code, batch, seed=number, split=(None, 3)[number % 2]
-                )
-                layer = Layer(
-                    pattern,
-                    batch,
-                    dtype,
-                    list(ACTIVATIONS)[number % 4],
-                    number % 2 == 0,
-                    (-cols % 8, -rows % 8) if number % 5 else (0, 0),
-                    seed=number,
-                    tf32=code == TF32,
-                )
-                type_name = "tf32" if code == TF32 else str(dtype)[6:]
-                name = f"{variant} {kind} b={block} batch={batch} {rows}x{cols} {type_name}"
-                record(name, check_layer(layer))
-                record(name, check_norms(ops, layer))
-    ops.force_variant(0)
-    for shape, density in (((70, 90), 0.5),) if small else (((70, 90), 0.5), ((1500, 1700), 0.3), ((3, 4000), 0.9)):
-        record(f"pattern {shape}", check_pattern(ops, shape, density))
-    return {"cases": cases, "failures": failures, "worst_over_bound": worst, "passed": not failures}
+def check_pass(layer: Layer, name: str) -> dict:
+    """Errors of one pass in units of their rounding bounds; whether it repeats bit for bit and stays in its outputs."""
+    run, errors_of, outputs = RUNS[name]
+    bits = []
+    for _ in range(2):
+        layer.clear()
+        run(layer)
+        synchronize()
+        bits.append([getattr(layer, output).clone().view(torch.uint8) for output in outputs])
+    errors = {key: round(error, 4) for key, error in errors_of(layer).items()}
+    wrong = [f"{key} is {error:.3g} times its rounding bound" for key, error in errors.items() if not error <= 1]
+    if not all(torch.equal(a, b) for a, b in zip(*bits, strict=True)):
+        wrong.append("two runs differ in their bits")
+    if not layer.guards_hold():
+        wrong.append("it wrote beside its outputs")
+    return {"passed": not wrong, "errors": errors, **({"error": "; ".join(wrong)} if wrong else {})}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One layer to check. `number` varies what is not named: activation, bias, alignment, where lines are cut."""
+
+    variant: str
+    dtype: str
+    block: int
+    kind: str
+    batch: int
+    shape: tuple[int, int]
+    number: int
+
+    @property
+    def name(self) -> str:
+        """As the report shows it."""
+        rows, cols = self.shape
+        return f"{self.variant} {self.dtype} b={self.block} {self.kind} batch={self.batch} {rows}x{cols}"
+
+    @lru_cache(maxsize=2)  # noqa: B019 - the passes of one configuration follow each other
+    def layer(self, ops) -> Layer:
+        """Its tensors. The two forced variants need rows that start on 16 bytes, automatic does not."""
+        rows, cols = self.shape
+        n = self.number
+        pattern = make_pattern(ops, self.kind, rows, cols, self.block, 0.3, seed=n, split=(None, 2)[n % 2])
+        pads = (0, 0) if self.variant == "automatic" else (-cols % 8, -rows % 8)
+        return Layer(pattern, self.batch, self.dtype, list(ACTIVATIONS)[n % 4], n % 3 != 1, pads, seed=n)
+
+
+def configurations(small: bool) -> Iterator[Configuration]:
+    """The most important first: bfloat16 on the tensor cores, then what else a default call reaches, then the rest."""
+    number = 0
+
+    def make(variant: str, dtype: str, block: int, kind: str, batch: int) -> Configuration:
+        nonlocal number
+        number += 1
+        shape = (block + 19, 2 * block + 8) if small else (max(8 * block + 21, 150), max(9 * block + 13, 170))
+        return Configuration(variant, dtype, block, kind, batch, shape, number)
+
+    batches = BATCHES[:3] if small else BATCHES
+    for batch in batches[:2]:
+        yield from (make("sm80", "bfloat16", block, "random", batch) for block in BLOCKS["sm80"])
+    yield from (make("simt", "float32", block, "random", batches[0]) for block in BLOCKS["simt"])
+    for dtype in ("tf32", "float16"):
+        yield from (make("sm80", dtype, block, "random", batches[i % 2]) for i, block in enumerate(BLOCKS["sm80"]))
+    for dtype in ("bfloat16", "float32", "float16", "tf32"):  # as users call it: what must be copied to be aligned, too
+        yield from (make("automatic", dtype, block, "full_row", batches[block % 3]) for block in (32, 16, 8))
+    yield from (make("simt", "float64", block, "random", batches[2]) for block in BLOCKS["simt"])
+    if small:
+        return
+    for kind in KINDS:
+        for variant in ("sm80", "simt"):
+            for dtype in DTYPES[variant]:
+                for i, block in enumerate(BLOCKS[variant]):
+                    yield make(variant, dtype, block, kind, BATCHES[(number + i // 2) % 4])
+
+
+def op_cases(ops, small: bool = False) -> Iterator[Case]:
+    """The passes of every configuration."""
+    seen: set[str] = set()
+    for configuration in configurations(small):
+        if configuration.name in seen:
+            continue
+        seen.add(configuration.name)
+        for name in PASSES:
+
+            def run(configuration: Configuration = configuration, name: str = name) -> dict:
+                force_variant(ops, configuration.variant)
+                try:
+                    return check_pass(configuration.layer(ops), name)
+                finally:
+                    force_variant(ops, "automatic")
+
+            kind = f"{name} {configuration.variant} {configuration.dtype}"
+            yield Case(f"{name} {configuration.name}", kind, run)
+
+
+assert all(name in CODES for names in DTYPES.values() for name in names)

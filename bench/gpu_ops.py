@@ -1,154 +1,180 @@
-"""The CUDA ops of a built ``_C`` on torch tensors, without the Python package: what gpu_check checks and times.
+"""The CUDA ops as gpu_check runs them: every call of the native CUDA module that this check makes is in this file.
 
-Where there is no GPU the same code drives the emulated module on CPU tensors (tests/cuda/test_gpu_check.py).
+``load`` makes the built module serve the package of this checkout. The calls go through the same ``CudaKernels`` as
+those of ``sparsenet.functional``. Where there is no GPU the emulated module of ``tests/cuda`` can stand in, on CPU
+tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "gpu_check"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-TF32 = 4  # float32 tensors whose products tensor cores may take
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+TF32 = 4  # dtype code: float32 tensors whose products tensor cores may take
+CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3, "tf32": TF32}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 VARIANTS = {"automatic": 0, "simt": 1, "sm80": 2}
+GUARD = 256  # elements on both sides of an output that nobody may write
+
+_cpu_kernels: list = []  # what the emulated device displaced
 
 
-def build(arch: str) -> Path:
-    """Configure and build ``_C`` with the CUDA kernels for one architecture; returns the module's path."""
-    import pybind11
-
-    environment = dict(os.environ, SPARSENET_CUDA_ARCHS=arch)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    for command in (
-        [
-            "cmake",
-            "-G",
-            "Ninja",
-            "-S",
-            str(ROOT),
-            "-B",
-            str(BUILD),
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DSPARSENET_CUDA_ARCHS={arch}",
-        ],
-        ["cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count() or 2)],
-    ):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(f"the build failed:\n{(done.stdout + done.stderr)[-6000:]}")
-    return next(iter(BUILD.glob("_C*.so")))
+def torch_dtype(name: str) -> torch.dtype:
+    """Of the tensors; tf32 has float32's."""
+    return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
 def load(path: Path):
-    """The CUDA ops of a built module."""
-    spec = importlib.util.spec_from_file_location("_C", path)
+    """Import the built module, or the emulated one, make it serve ``sparsenet``, and return its CUDA ops."""
+    emulated = path.name.startswith("cuda_emulated")
+    spec = importlib.util.spec_from_file_location(path.name.split(".")[0] if emulated else "sparsenet._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.cuda
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # the package of this checkout, installed or not
+    if not emulated:
+        sys.modules["sparsenet._C"] = module
+        return module.cuda
+    module.configure(seed=0)
+    module.set_device()
+    serve(module)
+    return module
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """The address of a tensor's data, 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+@lru_cache(maxsize=1)
+def kernels_class() -> type:
+    """The package's own door to the ops, even where the rest of the package can't be imported."""
+    try:
+        from sparsenet.functional.cuda import CudaKernels
+    except Exception:  # its cases say why; the kernels are checked all the same
+        spec = importlib.util.spec_from_file_location("cuda_kernels", ROOT / "sparsenet" / "functional" / "cuda.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.CudaKernels
+    return CudaKernels
 
 
-def stream() -> int:
-    """torch's current stream."""
-    return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
+def serve(emulated) -> None:
+    """The emulated kernels serve the package's CPU tensors from here on."""
+    from sparsenet.functional import native
+
+    kernels = kernels_class()(emulated, DEVICE)
+    _cpu_kernels.append(native.kernels_of)
+    native.kernels_of = lambda device: kernels
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[torch.device]:
+    """Inside the block the CPU's own kernels serve the CPU, the emulated device or not."""
+    from sparsenet.functional import native
+
+    serving = native.kernels_of
+    native.kernels_of = _cpu_kernels[0] if _cpu_kernels else serving
+    try:
+        yield torch.device("cpu")
+    finally:
+        native.kernels_of = serving
+
+
+def synchronize() -> None:
+    """Waits for the device; an error of an earlier launch surfaces here."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def healthy() -> bool:
+    """Whether the device still computes for this process: after a faulting kernel it never does again."""
+    try:
+        synchronize()
+        return torch.ones(4, device=DEVICE).sum().item() == 4.0
+    except RuntimeError:
+        return False
+
+
+def force_variant(ops, name: str) -> None:
+    """Which kernels may run, process-wide: automatic, simt or sm80."""
+    ops.force_variant(VARIANTS[name])
+
+
+def device_info(ops) -> dict:
+    """Name, architecture and sizes of the current device."""
+    return dict(ops.device_info())
 
 
 def matrix(tensor: torch.Tensor) -> tuple[int, int, int, int]:
-    """A matrix as the native ops take it: address, rows, columns, stride."""
+    """A matrix as the ops take it: address, rows, columns, stride."""
     return tensor.data_ptr(), *tensor.shape, tensor.stride(0)
 
 
-def indices(tensor: torch.Tensor, count: int | None = None) -> tuple[int, int]:
-    """An index array as the native ops take it: address and length."""
-    return tensor.data_ptr(), tensor.numel() if count is None else count
+class _Split:
+    """The ops, with work lists that cut a line of blocks after `split` of them."""
 
+    def __init__(self, ops, split: int):
+        self._ops, self._split = ops, split
 
-def run():
-    """``(stream, allocate)``, the last argument of every op; scratch memory is torch's, kept until the call is over."""
-    kept = []
+    def __getattr__(self, name: str):
+        return getattr(self._ops, name)
 
-    def allocate(nbytes: int) -> int:
-        kept.append(torch.empty(nbytes, dtype=torch.uint8, device=DEVICE))
-        return kept[-1].data_ptr()
-
-    return stream(), allocate
+    def preferred_work(self, *call):
+        """The number of lines that a CTA shares, and where longer ones are cut; 0 stays: no list is read."""
+        group, split = self._ops.preferred_work(*call)
+        return group, split and self._split
 
 
 class Pattern:
-    """A pattern made on the device from a list of places, with its work lists."""
+    """A pattern on the device. `split` overrides where long lines of blocks are cut, so that small ones are, too."""
 
-    def __init__(self, ops, place_rows, place_cols, rows, cols, block, code: int, batch: int, split=None) -> None:
-        self.split = split
-        self.ops, self.rows, self.cols, self.block = ops, rows, cols, block
-        shape, count = (-(-rows // block), -(-cols // block)), len(place_rows)
-        self.shape, self.num_blocks = shape, count
-        sizes = (shape[0] + 1, count, count, shape[1] + 1, count, count)
-        self.arrays = [torch.full((max(n, 1),), -1, dtype=torch.int32, device=DEVICE) for n in sizes]
-        self.order = torch.argsort(place_rows.long() * shape[1] + place_cols.long())  # of the places, by block number
-        row, col = place_rows[self.order], place_cols[self.order]
-        starts = torch.arange(shape[0] + 1, dtype=torch.int32, device=DEVICE)
-        crow, by_column = torch.searchsorted(row, starts, out_int32=True), col.sort(stable=True).indices
-        addresses = tuple(map(address, self.arrays))
-        ops.pattern_from_csr(indices(crow), indices(col), address(by_column), (rows, cols, block), addresses, run())
-        self.handle = ops.Pattern(addresses, rows, cols, count, block)
-        self.items = [
-            self.work(False, code, batch, self.handle.set_forward_work),
-            self.work(True, code, batch, self.handle.set_transposed_work),
-        ]
+    def __init__(self, ops, mask: torch.Tensor, rows: int, cols: int, block: int, split: int | None = None):
+        self.kernels = kernels_class()(_Split(ops, split) if split else ops, DEVICE)
+        self.rows, self.cols, self.block, self.shape = rows, cols, block, tuple(mask.shape)
+        self.row, self.col = (places.contiguous() for places in mask.nonzero().T)  # int64, by row, then column
+        crow = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+        crow[1:] = mask.sum(1).cumsum(0)
+        self.native = self.kernels.Pattern(crow, self.col.int(), rows, cols, block)
 
-    def work(self, transposed: bool, code: int, batch: int, install) -> torch.Tensor:
-        """One direction's work list, as the product builds it; `split` overrides where long groups are cut."""
-        pointers, num_lines = self.arrays[3 if transposed else 0], self.shape[transposed]
-        group, split = self.ops.preferred_work(self.handle, code, batch, transposed)
-        lines, shape = (address(pointers), num_lines, self.num_blocks), (group, self.split or max(split, 1))
-        capacity = self.ops.work_list_capacity(lines, shape)
-        items = torch.empty(max(capacity, 1) * self.ops.work_item_bytes, dtype=torch.uint8, device=DEVICE)
-        counts = self.ops.build_work_list(lines, shape, address(items), run())
-        install(address(items), *counts, group)
-        return items
+    @property
+    def num_blocks(self) -> int:
+        """Active blocks."""
+        return len(self.row)
 
     def dense(self, values: torch.Tensor) -> torch.Tensor:
-        """The matrix, float64."""
-        b, row, col = self.block, self.arrays[2][: self.num_blocks].long(), self.arrays[1][: self.num_blocks].long()
+        """[rows, cols], float64."""
+        b = self.block
         full = torch.zeros(*self.shape, b, b, dtype=torch.float64, device=DEVICE)
-        full[row, col] = values.double()
+        full[self.row, self.col] = values.double()
         return full.permute(0, 2, 1, 3).reshape(self.shape[0] * b, self.shape[1] * b)[: self.rows, : self.cols]
 
-    def blocks_of(self, dense: torch.Tensor) -> torch.Tensor:
-        """The pattern's blocks of a matrix, zeros outside it."""
-        b, row, col = self.block, self.arrays[2][: self.num_blocks].long(), self.arrays[1][: self.num_blocks].long()
+    def all_blocks(self, dense: torch.Tensor) -> torch.Tensor:
+        """[block rows, block cols, b, b] of a [rows, cols] matrix, zeros outside it."""
+        b = self.block
         full = torch.zeros(self.shape[0] * b, self.shape[1] * b, dtype=dense.dtype, device=DEVICE)
         full[: self.rows, : self.cols] = dense
-        return full.view(self.shape[0], b, self.shape[1], b).permute(0, 2, 1, 3)[row, col]
+        return full.view(self.shape[0], b, self.shape[1], b).permute(0, 2, 1, 3)
+
+    def blocks_of(self, dense: torch.Tensor) -> torch.Tensor:
+        """The pattern's blocks of a matrix."""
+        return self.all_blocks(dense)[self.row, self.col]
 
 
 def make_pattern(
-    ops, kind: str, rows: int, cols: int, block: int, density: float, code: int, batch: int, seed: int = 0, split=None
+    ops, kind: str, rows: int, cols: int, block: int, density: float, seed: int = 0, split: int | None = None
 ) -> Pattern:
-    """random, power_law, empty_rows, full_row, none or dense, for operands of that dtype code and batch.
-
-    The places are handed over in random order.
-    """
+    """Of kind random, power_law, empty_rows, full_row, none or dense."""
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
     shape = (-(-rows // block), -(-cols // block))
-    mask = torch.rand(shape, device=DEVICE, generator=generator) < density
+    chance = torch.rand(shape, device=DEVICE, generator=generator)
+    mask = chance < density
     if kind == "power_law":
         keep = shape[1] / (1 + torch.arange(shape[0], device=DEVICE, dtype=torch.float64))
-        mask = torch.rand(shape, device=DEVICE, generator=generator) < (keep / shape[1]).clamp(max=1)[:, None]
+        mask = chance < (keep / shape[1]).clamp(max=1)[:, None]
     elif kind == "empty_rows":
         mask[::2] = False
     elif kind == "full_row":
@@ -156,57 +182,86 @@ def make_pattern(
         mask[:, shape[1] // 2] = True
     elif kind in ("none", "dense"):
         mask[:] = kind == "dense"
-    places = mask.nonzero().to(torch.int32)
-    places = places[torch.randperm(len(places), device=DEVICE, generator=generator)]
-    return Pattern(ops, places[:, 0].contiguous(), places[:, 1].contiguous(), rows, cols, block, code, batch, split)
+    return Pattern(ops, mask, rows, cols, block, split)
 
 
 class Layer:
-    """One call's tensors: x, values, bias, gradients; runs the ops."""
+    """One call's tensors: x, values, bias and gradients; runs the ops. `dtype` is a key of CODES."""
 
-    def __init__(
-        self, pattern: Pattern, batch: int, dtype, activation="none", bias=True, pads=(0, 0), seed=0, tf32=False
-    ) -> None:
+    def __init__(self, pattern: Pattern, batch: int, dtype: str, activation="none", bias=True, pads=(0, 0), seed=0):
         generator = torch.Generator(device=DEVICE).manual_seed(seed)
+        self.pattern, self.batch, self.activation = pattern, batch, activation
+        self.dtype, self.code = torch_dtype(dtype), CODES[dtype]
 
         def draw(*shape, pad=0):
-            full = torch.full((*shape[:-1], shape[-1] + pad), float("nan"), dtype=dtype, device=DEVICE)
+            full = torch.full((*shape[:-1], shape[-1] + pad), float("nan"), dtype=self.dtype, device=DEVICE)
             full[..., : shape[-1]] = torch.randn(shape, device=DEVICE, generator=generator)
             return full[..., : shape[-1]]
 
-        self.pattern, self.batch, self.dtype, self.activation = pattern, batch, dtype, activation
-        b = pattern.block
+        b, count = pattern.block, pattern.num_blocks
         self.x, self.grad_y = draw(batch, pattern.cols, pad=pads[0]), draw(batch, pattern.rows, pad=pads[1])
-        self.saved = draw(batch, pattern.rows)
-        self.bias = draw(pattern.rows) if bias else None
+        self.saved, self.bias = draw(batch, pattern.rows), draw(pattern.rows) if bias else None
         inside = pattern.blocks_of(torch.ones(pattern.rows, pattern.cols, device=DEVICE))
-        self.values = (draw(max(pattern.num_blocks, 1), b, b)[: pattern.num_blocks] * inside).to(dtype)
+        self.values = (draw(count, b, b) * inside).to(self.dtype)
+        self._whole: list[torch.Tensor] = []
         self.y, self.pre = self.blank(batch, pattern.rows), self.blank(batch, pattern.rows)
         self.grad_x, self.grad_bias = self.blank(batch, pattern.cols), self.blank(pattern.rows)
-        self.grad_values = self.blank(max(pattern.num_blocks, 1), b, b)
-        self.code = TF32 if tf32 else DTYPES[dtype]
-        self.call = (self.code, ACTIVATIONS[activation], 1)
+        self.grad_values = self.blank(count, b, b)
+        self.norms, self.candidates = self.blank(*pattern.shape, dtype=torch.float32), self.blank(count, b, b)
 
-    def blank(self, *shape) -> torch.Tensor:
-        """An output that nobody wrote."""
-        return torch.full(shape, float("nan"), dtype=self.dtype, device=DEVICE)
+    def blank(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An output that nobody wrote, between two guards."""
+        size = torch.Size(shape).numel()
+        whole = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype or self.dtype, device=DEVICE)
+        self._whole.append(whole)
+        return whole[GUARD : GUARD + size].view(shape)
 
-    def forward_call(self) -> tuple:
-        """Arguments shared by the op and its choice."""
-        return self.pattern.handle, self.call, matrix(self.x), (address(self.values), address(self.bias))
+    def clear(self) -> None:
+        """Makes every output NaN again."""
+        for whole in self._whole:
+            whole.fill_(float("nan"))
+
+    def guards_hold(self) -> bool:
+        """Whether nobody wrote beside an output."""
+        return all(bool(w[:GUARD].isnan().all() and w[-GUARD:].isnan().all()) for w in self._whole)
+
+    @property
+    def _call(self) -> tuple:
+        return self.code, ACTIVATIONS[self.activation], 1
 
     def forward(self, pre: bool = False) -> None:
         """Y, and the pre-activation on request."""
-        outputs = address(self.y), address(self.pre if pre else None)
-        self.pattern.ops.linear_forward(*self.forward_call(), outputs, run())
-
-    def backward_call(self, wanted: str) -> tuple:
-        """Arguments shared by the op and its choice."""
-        tensors = {"x": self.grad_x, "w": self.grad_values, "b": self.grad_bias}
-        grads = tuple(address(tensor if name in wanted else None) for name, tensor in tensors.items())
-        upstream = matrix(self.grad_y), address(self.saved)
-        return self.pattern.handle, self.call, matrix(self.x), address(self.values), upstream, grads
+        outputs = self.y.data_ptr(), self.pre.data_ptr() if pre else 0
+        self.pattern.kernels.linear_forward(self.pattern.native, *self._operands(), outputs)
 
     def backward(self, wanted: str = "xwb") -> None:
-        """The wanted gradients."""
-        self.pattern.ops.linear_backward(*self.backward_call(wanted), run())
+        """The wanted gradients: of x, of the weights (w), of the bias."""
+        self.pattern.kernels.linear_backward(self.pattern.native, *self._backward_call(wanted))
+
+    def _operands(self) -> tuple:
+        weight = self.values.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
+        return self._call, matrix(self.x), weight
+
+    def _backward_call(self, wanted: str) -> tuple:
+        tensors = {"x": self.grad_x, "w": self.grad_values, "b": self.grad_bias}
+        grads = tuple(tensor.data_ptr() if name in wanted else 0 for name, tensor in tensors.items())
+        upstream = matrix(self.grad_y), self.saved.data_ptr()
+        return self._call, matrix(self.x), self.values.data_ptr(), upstream, grads
+
+    def gradient_norms(self) -> None:
+        """Squared norms of all blocks of the dense gradient of the weights; the activation is not asked for."""
+        call, rows = (self.code, self.pattern.block, 1), (0, self.pattern.shape[0])
+        self.pattern.kernels.gradient_norms(call, matrix(self.x), matrix(self.grad_y), rows, self.norms.data_ptr())
+
+    def candidate_gradients(self) -> None:
+        """The dense gradient's blocks at the pattern's own places, last place first."""
+        p, call = self.pattern, (self.code, self.pattern.block, 1)
+        at = tuple(places.flip(0).int() for places in (p.row, p.col))
+        p.kernels.candidate_gradients(call, matrix(self.x), matrix(self.grad_y), at, self.candidates.data_ptr())
+
+    def kernel_names(self) -> dict[str, str]:
+        """Which kernel serves each pass."""
+        ops, handle = self.pattern.kernels.ops, self.pattern.native.handle
+        grad_input, grad_weight = ops.choose_linear_backward(handle, *self._backward_call("xw"))
+        forward = ops.choose_linear_forward(handle, *self._operands())
+        return {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}

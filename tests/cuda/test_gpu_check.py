@@ -1,119 +1,278 @@
-"""The correctness stage of bench/gpu_check.py, on the emulated kernels, before the script meets a GPU."""
+"""bench/gpu_check.py before it meets a GPU: budgets, the JSON, its processes, its parts on the emulated device."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import stat
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import cuda_emulated as emulated
 import pytest
 import torch
 
+from sparsenet.functional import native
+
+CHECK = emulated.ROOT / "bench" / "gpu_check.py"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, run bench/gpu_check.py itself")
+
+
+@pytest.fixture(autouse=True)
+def bench_folder(monkeypatch):
+    monkeypatch.syspath_prepend(str(emulated.ROOT / "bench"))
+
+
+def start(out: Path, *arguments: str, **variables: str) -> subprocess.Popen:
+    """gpu_check.py on the emulated device."""
+    line = [sys.executable, str(CHECK), "--module", str(emulated.build()), "--tiny", "--out", str(out), *arguments]
+    package = str(Path(native.__file__).resolve().parents[2])
+    environment = dict(os.environ, PYTHONPATH=package, **variables)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def test_all_parts_run_in_order_and_a_stop_in_the_middle_loses_one_case(tmp_path):
+    """A complete run beside one that is killed during its first cases."""
+    out, stopped = tmp_path / "report.json", tmp_path / "stopped.json"
+    whole = start(out, "--parts", "build,correct,bench", "--seconds", "correct=300,bench=300")
+    killed = start(stopped, "--parts", "correct", "--seconds", "correct=300")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        report = json.loads(stopped.read_text()) if stopped.exists() else {"parts": {}}
+        if len(report["parts"].get("correct", {"cases": []})["cases"]) >= 2:
+            break
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    left = json.loads(stopped.read_text())["parts"]["correct"]
+    assert len(left["cases"]) >= 2 and all(case["passed"] for case in left["cases"]) and "state" not in left
+
+    output, _ = whole.communicate(timeout=300)
+    report = json.loads(out.read_text())
+    assert whole.returncode == 0 and output.strip().endswith("PASSED"), output
+    assert list(report["parts"]) == ["build", "correct", "bench"]
+    assert [line.split(":")[0] for line in output.splitlines()[:3]] == ["build", "correct", "bench"]
+    assert "is given" in report["parts"]["build"]["state"]
+    for part in ("correct", "bench"):
+        entry = report["parts"][part]
+        assert entry["state"] == "finished" and entry["passed"] and entry["machine"]["device"]["name"] == "emulated"
+        assert entry["running"] is None and not entry["left_out"] and len(entry["cases"]) >= 6
+    assert report["parts"]["correct"]["cases"][0]["name"].startswith("forward sm80 bfloat16 b=32")
+    benches = report["parts"]["bench"]["cases"]
+    assert benches[0]["name"] == "ceilings" and {c["kind"] for c in benches} >= {"linear", "step", "overhead", "rivals"}
+    linear = [case for case in benches if case["kind"] == "linear"]
+    assert [case["kernels"] for case in linear] == [
+        {name: f"{name}_{kind}" for name in ("forward", "grad_input", "grad_weight")}
+        for kind in ("sm80", "simt", "tf32_sm80")
+    ]
+    assert all(case["of_roofline"][name] > 0 for case in linear for name in case["times"])
+    assert output.count("| 96x64 | 40 | 50% | 32 |") == 3
+    assert left["cases"][0]["name"] == report["parts"]["correct"]["cases"][0]["name"]
+
+
+STUB = """
+import os, sys, time
+sys.path.insert(0, {bench!r})
+from pathlib import Path
+from gpu_cases import Case, Journal, run_cases
+def crash(): os.kill(os.getpid(), 11)
+def wait(): time.sleep(60)
+runs = {{"good": dict, "crash": crash, "wait": wait, "wrong": lambda: {{"passed": False, "error": "off by one"}}}}
+cases = [Case(f"{{i}} {{what}}", what, runs[what]) for i, what in enumerate({whats!r}.split())]
+sys.exit("no cases") if not cases else run_cases(Journal(Path({out!r}), {part!r}), cases, {seconds!r})
+"""
+
 
 @pytest.fixture
-def stage(monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU, run bench/gpu_check.py itself")
-    monkeypatch.syspath_prepend(str(emulated.ROOT / "bench"))
-    import gpu_correctness
+def check(monkeypatch, tmp_path):
+    """``check(whats, seconds)``: gpu_check.py's main with processes that do what the words say; (status, part)."""
+    import gpu_check
 
-    module = emulated.load()
-    module.configure(seed=0)
-    module.set_device()
-    yield gpu_correctness
-    module.force_variant(0)
-    module.launches()
+    def run(whats: str, seconds: float, part: str = "correct") -> tuple[int, dict]:
+        def command(options, part: str, out: Path, left: float) -> list[str]:
+            stub = STUB.format(bench=str(CHECK.parent), whats=whats, out=str(out), part=part, seconds=left)
+            return [sys.executable, "-c", stub]
 
+        out = tmp_path / "report.json"
+        monkeypatch.setattr(gpu_check, "command", command)
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--parts", part, "--out", str(out)])
+        monkeypatch.setitem(gpu_check.PARTS, part, seconds)
+        return gpu_check.main(), json.loads(out.read_text())["parts"][part]
 
-def test_the_small_stage_passes_and_reaches_every_variant(stage):
-    module = emulated.load()
-    module.launches()
-    report = stage.correctness(module, small=True)
-    assert report["passed"] and report["cases"] > 30, report["failures"]
-    kernels = {launch["kernel"] for launch in module.launches()}
-    assert kernels >= {
-        "forward_simt",
-        "forward_rows_simt",
-        "forward_sm80",
-        "forward_small_sm80",
-        "forward_tf32_sm80",
-        "forward_small_tf32_sm80",
-        "grad_input_tf32_sm80",
-        "grad_weight_tf32_sm80",
-        "gradient_norms_tf32_sm80",
-        "copy_rows",
-        "grad_input_simt",
-        "grad_input_rows_simt",
-        "grad_input_sm80",
-        "grad_weight_simt",
-        "grad_weight_small_simt",
-        "grad_weight_sm80",
-        "gradient_norms_simt",
-        "gradient_norms_sm80",
-        "activation_gradient",
-        "column_sums",
-        "add_partials",
-        "transpose_index",
-        "work_list",
-    }
+    return run
 
 
-def test_an_error_is_measured_against_its_rounding_bound(stage):
-    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    near, far = (exact + 2.0**-9).bfloat16(), (exact + 0.1).bfloat16()
-    assert stage.excess(near, exact, exact, 1, 4) <= 1 < stage.excess(far, exact, exact, 1, 4)
-    assert stage.excess(exact * float("nan"), exact, exact, 3, 4) == float("inf")
-
-
-def test_the_benches_run_on_small_shapes(stage, monkeypatch):
-    """What a GPU machine will time, once each and with a clock that stands still."""
-    import gpu_timing
-
-    monkeypatch.setattr(gpu_timing, "time_us", lambda run, **_: (run(0), {"median_us": 2.0})[1])
-    module = emulated.load()
-    ceiling = {"copy_gb_per_s": 1.0, "l2_copy_gb_per_s": 4.0, "dense_tflop_per_s": dict.fromkeys(gpu_timing.TYPES, 0.1)}
-    dense: dict = {}
-    results = [
-        gpu_timing.bench_case(module, (96, 64, 40, 0.5, 32, name, "random", True), ceiling, dense)
-        for name in gpu_timing.TYPES
+def test_a_process_that_dies_costs_the_case_it_ran(check, capsys):
+    status, part = check("good crash good crash crash wrong good", 60.0)
+    assert status == 1 and not part["passed"] and part["state"] == "finished"
+    assert [(c["name"], c.get("passed", True)) for c in part["cases"]] == [
+        *[("0 good", True), ("1 crash", False), ("2 good", True), ("3 crash", False), ("5 wrong", False)],
+        ("6 good", True),
     ]
-    kernels = [r["kernels"] for r in results]
-    assert kernels[0] == ["forward_sm80", "grad_input_sm80", "grad_weight_sm80"]
-    assert kernels[1] == ["forward_simt", "grad_input_simt", "grad_weight_simt"]
-    assert kernels[2] == ["forward_tf32_sm80", "grad_input_tf32_sm80", "grad_weight_tf32_sm80"]
-    assert all(r["of_roofline"][n] == r["of_roofline"][n] > 0 for r in results for n in r["times"])
-    assert gpu_timing.table(results).count("| 96x64 | 40 | 50% | 32 |") == 3
-    rewire = gpu_timing.bench_rewire(module, side=640, batch=8)
-    assert rewire["rewire_over_step"] == 1.0 and rewire["side"] == 640
-    assert {launch["kernel"] for launch in module.launches()} >= {"transpose_index", "work_list"}
-    cases = list(gpu_timing.bench_cases())
-    assert len(cases) == len(set(cases)) and {case[5] for case in cases} == set(gpu_timing.TYPES)
+    assert part["cases"][1]["error"] == "its process ended: exit status -11" and part["cases"][1]["fatal"]
+    assert part["left_out"] == [{"name": "4 crash", "reason": "others of its kind cost their process"}]
+    output = capsys.readouterr().out
+    assert "correct: finished after" in output and "5 wrong: off by one" in output and "FAILED" in output
 
 
-def test_the_roofline_is_the_largest_of_three_bounds(stage):
-    """Two block rows of 64 share a CTA: three blocks in two columns, counted by hand."""
-    import gpu_ops
-    import gpu_timing
+def test_a_case_that_hangs_is_given_up(check, monkeypatch):
+    import gpu_check
 
-    places = (torch.tensor(t, dtype=torch.int32) for t in ([0, 0, 1], [0, 1, 1]))
-    p = gpu_ops.Pattern(emulated.load(), *places, 128, 128, 64, 1, 256)
-    free = {"copy_gb_per_s": 1e12, "l2_copy_gb_per_s": 1e12, "dense_tflop_per_s": {"bfloat16": 1e12}}
-    blocks, matrix = 3 * 64 * 64 * 2, 256 * 128 * 2
-    flop = {**free, "dense_tflop_per_s": {"bfloat16": 1.0}}
-    assert gpu_timing.roofline_us(p, 256, "bfloat16", flop)["forward"] == 2 * 256 * 3 * 64 * 64 / 1e6
-    memory = {**free, "copy_gb_per_s": 1.0}
-    assert gpu_timing.roofline_us(p, 256, "bfloat16", memory)["grad_input"] == (2 * matrix + blocks) / 1e3
-    assert gpu_timing.roofline_us(p, 256, "bfloat16", memory)["gradient_norms"] == 2 * matrix / 1e3
-    cached = gpu_timing.roofline_us(p, 256, "bfloat16", {**free, "l2_copy_gb_per_s": 1.0})
-    assert cached["forward"] == cached["grad_input"] == (2 * blocks + 2 * 256 * 64 * 2) / 1e3  # two tiles; two columns
-    assert cached["grad_weight"] == 3 * 256 * 2 * 64 * 2 / 1e3
-    assert cached["gradient_norms"] == 2 * 256 * 128 * 2 / 1e3
+    monkeypatch.setattr(gpu_check, "STUCK", 0.6)
+    status, part = check("good wait good", 60.0)
+    assert status == 1 and part["state"] == "finished" and part["seconds"] < 30
+    assert [c["name"] for c in part["cases"]] == ["0 good", "1 wait", "2 good"]
+    assert part["cases"][1]["error"] == "its process ended: stuck for 1 s"
 
 
-def test_without_a_gpu_the_script_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = subprocess.run(
-        [sys.executable, str(emulated.ROOT / "bench" / "gpu_check.py")], capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "needs a CUDA GPU that torch can use, found none" in done.stderr
+def test_a_part_ends_when_its_seconds_are_over(check, monkeypatch):
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    status, part = check("good wait good", 2.0)
+    assert status == 1 and part["seconds"] < 15 and part["budget_s"] == 2.0
+    assert [c["name"] for c in part["cases"]] == ["0 good", "1 wait"]
+    assert part["state"] == "still running at the end of the part; no time to go on"
+
+
+def test_a_process_that_runs_no_case_fails_its_part(check):
+    status, part = check("", 60.0)
+    assert status == 1 and not part["passed"] and not part["cases"]
+    assert part["state"].startswith("exit status 1 before any case was finished") and "no cases" in part["state"]
+
+
+SANITIZER = """#!/bin/sh
+# A stand-in: runs the program behind its own options, and finds nothing or what its name says.
+while [ "$1" != "{python}" ]; do [ "$1" = --tool ] && tool=$2; shift; done
+"$@" || exit $?
+[ $tool = racecheck ] && echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)" && exit 99
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.fixture
+def sanitizer(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(SANITIZER.format(python=sys.executable))
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+
+def test_what_a_sanitizer_reports_is_the_result(check, sanitizer):
+    status, part = check("good good", 60.0, part="sanitize")
+    results = {case["name"]: case for case in part["cases"]}
+    assert set(results) == {"memcheck", "racecheck", "synccheck"} and status == 1
+    assert all(case["cases"] == 2 for case in results.values())
+    assert [name for name, case in results.items() if not case["passed"]] == ["racecheck"]
+    assert "1 hazard" in results["racecheck"]["error"] and "1 hazard" in results["racecheck"]["report"]
+
+
+def test_a_sanitizer_that_says_nothing_did_not_pass():
+    from gpu_check import sanitized
+
+    part = {"cases": [{"name": "a", "passed": True}], "left_out": []}
+    clean = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+    assert sanitized("racecheck", part, "", clean)["passed"]
+    assert not sanitized("racecheck", part, "", "")["passed"]
+    assert not sanitized("racecheck", {**part, "cases": []}, "", clean)["passed"]
+    assert not sanitized("memcheck", part, "", "========= ERROR SUMMARY: 10 errors")["passed"]
+    assert not sanitized("memcheck", part, "exit status 1", "========= ERROR SUMMARY: 0 errors")["passed"]
+    assert not sanitized("memcheck", {**part, "cases": [{"name": "a", "passed": False}]}, "", clean)["passed"]
+
+
+def test_the_sanitizers_run_the_small_cases(sanitizer, monkeypatch, tmp_path):
+    import gpu_check
+
+    out = tmp_path / "report.json"
+    monkeypatch.setattr(gpu_check, "TOOLS", ("memcheck",))
+    monkeypatch.setenv("PYTHONPATH", str(Path(native.__file__).resolve().parents[2]))
+    line = ["--parts", "sanitize", "--out", str(out), "--tiny", "--module", str(emulated.build())]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *line, "--seconds", "sanitize=200"])
+    assert gpu_check.main() == 0
+    (result,) = json.loads(out.read_text())["parts"]["sanitize"]["cases"]
+    assert result["passed"] and result["cases"] == 5 and result["summary"] == ["========= ERROR SUMMARY: 0 errors"]
+
+
+def test_without_a_gpu_the_script_says_so(tmp_path):
+    line = [sys.executable, str(CHECK), "--parts", "correct", "--out", str(tmp_path / "report.json")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1 and "needs a CUDA GPU that torch can use, found none" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (("--parts", "correct,speed"), "parts are build, correct, sanitize, bench, got speed"),
+        (("--seconds", "bench"), "--seconds must be like bench=60,correct=30, got bench"),
+    ],
+)
+def test_wrong_arguments_are_refused(argument, message):
+    done = subprocess.run([sys.executable, str(CHECK), *argument], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr
+
+
+# --- the build --------------------------------------------------------------------------------------------------------
+
+
+def test_objects_are_named_by_everything_they_depend_on(tmp_path, monkeypatch):
+    import gpu_build
+
+    monkeypatch.setattr(gpu_build, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_build, "CSRC", tmp_path / "csrc")
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    source, header = folder / "a.cu", folder / "a.cuh"
+    source.write_text('#include "a.cuh"\n#include <vector>\n')
+    header.write_text('#include "../types.h"\n')
+    (tmp_path / "csrc" / "types.h").write_text("int a;\n")
+    names = [gpu_build.object_path(source, "nvcc -O3")]
+    assert gpu_build.object_path(source, "nvcc -O3") == names[0]
+    names.append(gpu_build.object_path(source, "nvcc -O2"))
+    (tmp_path / "csrc" / "types.h").write_text("int b;\n")
+    names.append(gpu_build.object_path(source, "nvcc -O3"))
+    assert len(set(names)) == 3
+
+
+COMPILER = """#!/bin/sh
+# A stand-in for nvcc and g++: writes the file it is asked for, fails where the source says so.
+[ "$1" = --version ] && echo "release 13.0" && exit 0
+for last in "$@"; do case $last in *choose.cu) [ -n "$BROKEN" ] && echo "no such type" >&2 && exit 2;; esac; done
+echo compiled > "$last"
+"""
+
+
+def test_a_build_keeps_what_is_there_and_names_what_failed(tmp_path, monkeypatch):
+    import gpu_build
+    from gpu_cases import Journal, failures, read
+
+    for name in ("nvcc", "g++"):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(COMPILER)
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(gpu_build, "BUILD", emulated.ROOT / "build" / f"gpu_check_test_{os.getpid()}")
+    try:
+        out = tmp_path / "report.json"
+        monkeypatch.setenv("BROKEN", "1")
+        assert not gpu_build.build(Journal(out, "build"), 60.0, "90a")
+        (failure,) = failures(read(out)["parts"]["build"])
+        assert failure.endswith("choose.cu: no such type\n")
+        monkeypatch.delenv("BROKEN")
+        assert gpu_build.build(Journal(out, "again"), 60.0, "90a") and gpu_build.module_path().exists()
+        cases = {case["name"]: case for case in read(out)["parts"]["again"]["cases"]}
+        made = [name for name, case in cases.items() if not case.get("kept")]
+        assert len(cases) > 15 and sorted(Path(name).name for name in made) == ["choose.cu", "link"]
+        sources = {path.name for path in (emulated.ROOT / "csrc" / "cuda").rglob("*.cu")}
+        assert sources <= {Path(name).name for name in cases} and "bindings.cpp" in {Path(n).name for n in cases}
+    finally:
+        shutil.rmtree(gpu_build.BUILD, ignore_errors=True)

@@ -135,7 +135,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
 
 def test_a_trainer_sets_nothing_for_the_process(run_child):
     """Neither the allocator, nor random numbers, nor the number of threads; the job of the command line does."""
-    run_child("""
+    code = """
         import os, torch, sparsenet as sn
         from sparsenet.memory import budget
         from sparsenet.training import job
@@ -156,7 +156,8 @@ def test_a_trainer_sets_nothing_for_the_process(run_child):
         job._prepare_process(config)
         assert torch.get_num_threads() == before[0] + 1 and called
         assert torch.initial_seed() == 5
-    """)
+    """
+    run_child(code, THP_MEM_ALLOC_ENABLE=None)  # which a job in the process of the tests has set
 
 
 def test_threads_hold_while_fitting(one_thread):

@@ -211,7 +211,7 @@ def bench_cases(ops, tiny: bool = False) -> Iterator[Case]:
         yield Case(f"rivals {label(shape)}", "rivals", partial(benches.rivals, shape))
     for shape in rest[8:]:
         yield linear(shape)
-    yield Case("training step 8192 b=32 5%", "step", partial(benches.step, 8192, 2048, 32, 0.05))
+    yield Case("training step 16384 b=32 5%", "large step", partial(benches.step, 16384, 2048, 32, 0.05))
 
 
 def table(results: list[dict]) -> str:

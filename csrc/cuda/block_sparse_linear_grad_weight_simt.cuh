@@ -8,7 +8,8 @@
 //   (kSide)  +-----------+     CTA's share of the batch.
 //
 // grad_weight: kSide = min(b, 64), a CTA per block (four for b = 128) and batch split; with more than one split the
-//   fp32 sums go to scratch memory [splits, places b b] and a second kernel adds them in order: the same bits every run.
+//   sums of each split go to scratch memory [splits, places b b] and a second kernel adds them in order: the same bits
+//   every run.
 //   b < 16: a warp per block, lanes over its elements, or over the batch where there are fewer elements than lanes.
 //
 // Bytes per output (an element of G) and row of the batch: 2 e / kSide from L2, e bytes an element; 2 FLOP.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsenet.architecture.folded_weights import FoldedWeight, fold_weights, replace_parameter
-from sparsenet.architecture.gates import HardConcreteGate, TriStateReLU
+from sparsenet.architecture.gate_kinds import HardConcreteGate
+from sparsenet.architecture.gates import TriStateReLU
 from sparsenet.compaction.compacting import as_optimizers, plain_model
 from sparsenet.compaction.graph import UnitGraph
 from sparsenet.compaction.modules import ConstantBranch

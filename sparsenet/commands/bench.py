@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from sparsenet.benchmark import linear, operations, training
+from sparsenet.benchmark import linear, operations, plot, training
 from sparsenet.benchmark.cases import PATTERNS, Case
 from sparsenet.benchmark.results import Results, compare, crossover, crossovers, read, table
 from sparsenet.benchmark.rivals import RIVALS
 from sparsenet.benchmark.trial import OURS, Row, Trial
+from sparsenet.plotting.style import load_pyplot
 
 __all__ = ["OPS", "add_arguments", "run"]
 
@@ -73,9 +74,6 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     path = options.json or Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     if options.plot is not None:
-        from sparsenet.benchmark import plot
-        from sparsenet.plotting.style import load_pyplot
-
         load_pyplot()  # before minutes of measuring, not after
     rows: list[Row] = []
     try:

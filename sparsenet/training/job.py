@@ -21,6 +21,7 @@ from sparsenet.memory.budget import format_bytes, release_freed_memory
 from sparsenet.memory.planning import MemoryPlan
 from sparsenet.training.comparison import Comparison, compare_in_child
 from sparsenet.training.config import TrainConfig
+from sparsenet.training.plots import draw_run
 from sparsenet.training.trainer import CHECKPOINT, FitResult, Trainer
 
 __all__ = ["Interrupted", "report", "run"]
@@ -195,10 +196,8 @@ def _save_model(folder: Path, trainer: Trainer, summary: dict[str, Any]) -> None
 
 
 def _draw(folder: Path) -> list[str]:
-    from sparsenet.training import plots  # after the measurement: importing matplotlib takes memory
-
     try:
-        return [str(path) for path in plots.draw_run(folder)]
+        return [str(path) for path in draw_run(folder)]  # imports matplotlib, which takes memory: not earlier
     except ModuleNotFoundError as error:
         warnings.warn(str(error), stacklevel=2)
         return []

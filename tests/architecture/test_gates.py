@@ -11,9 +11,8 @@ from torch import nn
 
 import sparsenet as sn
 from sparsenet import after_step
+from sparsenet.architecture.gate_kinds import GATES, HardConcreteGate
 from sparsenet.architecture.gates import (
-    GATES,
-    HardConcreteGate,
     TriStateReLU,
     architecture_penalty,
     clip_gates_,

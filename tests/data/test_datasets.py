@@ -25,18 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsenet.data import datasets as data
-from sparsenet.data.datasets import (
-    Dataset,
-    Normalization,
-    batches,
-    load,
-    read_cifar,
-    read_csv,
-    read_idx,
-    read_npz,
-    split,
-    validate_labels,
-)
+from sparsenet.data import readers
+from sparsenet.data.datasets import Dataset, Normalization, batches, load, split
+from sparsenet.data.readers import read_cifar, read_csv, read_idx, read_npz, validate_labels
 
 IDX_CODES = {"u1": 8, "i1": 9, ">i2": 11, ">i4": 12, ">f4": 13, ">f8": 14}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -264,7 +255,7 @@ def test_csv_label_column_out_of_range(tmp_path):
 # npz ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", data._NPZ_KEYS)
+@pytest.mark.parametrize("keys", readers._NPZ_KEYS)
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz(tmp_path, keys, save):
     x, y = np.arange(12, dtype=np.uint8).reshape(3, 2, 2), np.array([[2], [0], [1]], np.uint16)

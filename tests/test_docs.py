@@ -39,7 +39,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=name)
 def test_a_method_is_explained_on_two_screens_and_its_tables_stand_apart(page):
-    assert len(page.read_text().splitlines()) <= 130, "long tables and discussions belong to docs/results"
+    assert len(page.read_text().splitlines()) <= 140, "long tables and discussions belong to docs/results"
     assert f"(../results/{page.name})" in page.read_text() and (ROOT / "docs" / "results" / page.name).is_file()
 
 

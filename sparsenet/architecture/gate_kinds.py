@@ -125,7 +125,7 @@ class SlimmingGate(TriStateGate):
         return parameter
 
     def closed(self, parameter: Tensor) -> Tensor:
-        """Factors of exactly zero; :func:`close_gates_` makes them."""
+        """Factors of exactly zero; ``gates.close_gates_`` makes them."""
         return parameter == 0
 
     def cost(self, parameter: Tensor) -> Tensor:

@@ -54,6 +54,16 @@ def read_idx(path: str | Path) -> Tensor:
     Raises OSError when it cannot be read; ValueError for a wrong magic, a damaged gzip, or a length that differs from
     the header's: 00 00 <type> <rank>, ``rank`` big-endian uint32 sizes, then the values. A header that claims more than
     the file can hold is refused before anything is allocated.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparsenet.data import read_idx
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "labels.idx")
+        ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 0, 2]))   # uint8, one dimension of size 3
+        ...     read_idx(path)
+        tensor([7, 0, 2], dtype=torch.uint8)
     """
     with open(path, "rb") as raw:
         packed = raw.peek(2)[:2] == b"\x1f\x8b"  # known by its content, not its name
@@ -88,6 +98,17 @@ def read_cifar(path: str | Path, num_classes: int = 10) -> tuple[Tensor, Tensor]
 
     Records are <label><3072 pixels>; for CIFAR-100 <coarse label><fine label><3072 pixels>, and the fine one counts.
     Raises OSError when it cannot be read; ValueError for a partial record (any pickled "python version") or label.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparsenet.data import read_cifar
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "batch.bin")
+        ...     _ = path.write_bytes(bytes([3]) + bytes(3072) + bytes([9]) + bytes(3072))
+        ...     x, y = read_cifar(path)
+        >>> x.shape, y.tolist()
+        (torch.Size([2, 3, 32, 32]), [3, 9])
     """
     if num_classes not in (10, 100):
         raise ValueError(f"read_cifar: num_classes must be 10 or 100, got {num_classes!r}")
@@ -107,6 +128,17 @@ def read_csv(path: str | Path, label_column: int | None = None) -> tuple[Tensor,
     ``label_column``: None is the column that a header calls label, class or target, else the last. A header is a first
     row without numbers, or with such a name. Raises OSError when it cannot be read; ValueError for text, NaN,
     infinities, ragged rows, labels that are not whole numbers >= 0, no rows, or no such column.
+
+    Example:
+        >>> import os, tempfile
+        >>> from pathlib import Path
+        >>> from sparsenet.data import read_csv
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "table.csv")
+        ...     _ = path.write_text(os.linesep.join(["label,width,height", "1,0.5,2", "0,1.5,3"]))
+        ...     x, y = read_csv(path)
+        >>> x.tolist(), y.tolist()
+        ([[0.5, 2.0], [1.5, 3.0]], [1, 0])
     """
     with open(path, encoding="utf-8-sig") as lines, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "input contained no data" is an error below
@@ -131,6 +163,16 @@ def read_npz(path: str | Path) -> tuple[Tensor, ...]:
     Returns examples as uint8 or float32 [n, ...], labels as int64 [n]. Raises OSError when it cannot be read; TypeError
     or ValueError for missing arrays, values that are no numbers, NaN, infinities, labels that are not whole numbers
     >= 0, a damaged file, or one with pickled objects, which are never unpickled.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from sparsenet.data import read_npz
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/ours.npz", x=np.random.rand(6, 4), y=np.arange(6) % 2)
+        ...     x, y = read_npz(f"{folder}/ours.npz")
+        >>> x.dtype, y.tolist()
+        (torch.float32, [0, 1, 0, 1, 0, 1])
     """
     with open(path, "rb") as stream:
         try:

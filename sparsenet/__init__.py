@@ -11,8 +11,8 @@ import torch  # noqa: F401 - first: its OpenMP runtime is the one the kernels sh
 from sparsenet import distributed, functional, reference
 from sparsenet.functional import library
 from sparsenet.functional.build import build_info
-from sparsenet.layers import SparseLinear, densify_, sparsify_
-from sparsenet.models import SparseMLP
+from sparsenet.layers import SparseLinear
+from sparsenet.models import SparseMLP, densify_, sparsify_
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies import GMP, SET, Policy, RigL, Static
 from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial

@@ -1,19 +1,19 @@
-"""Models built of sparse layers."""
+"""Models of sparse layers: one built of them, and any model whose Linear layers are swapped for them and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from sparsenet.densities import distribute
-from sparsenet.layers import SparseLinear, refuse_unfit_state
+from sparsenet.layers import SparseLinear, refuse_unfit_state, sparse_layers
 from sparsenet.pattern import BlockPattern
 
-__all__ = ["SparseMLP"]
+__all__ = ["SparseMLP", "densify_", "sparsify_"]
 
 
 class SparseMLP(nn.Sequential):
@@ -97,3 +97,107 @@ class SparseMLP(nn.Sequential):
         """[batch, ...] -> [batch, sizes[-1]]."""
         x = x.reshape(len(x), math.prod(x.shape[1:])) if x.dim() > 2 else x
         return super().forward(x)
+
+
+# --- swapping -------------------------------------------------------------------------------------------------------
+
+
+def sparsify_(
+    model: nn.Module,
+    density: float = 0.1,
+    block_size: int = 32,
+    distribution: str = "uniform",
+    filter_fn: Callable[[str, nn.Linear], bool] | None = None,
+) -> nn.Module:
+    """Swaps every ``nn.Linear`` of ``model`` in place for a SparseLinear that keeps its largest blocks.
+
+    Args:
+        model: any module; a Linear used in several places stays one layer.
+        density: over all swapped layers together.
+        block_size: 1, 4, 8, 16, 32, 64 or 128.
+        distribution: how the density is spread, ``uniform`` or ``erdos_renyi``.
+        filter_fn: ``filter_fn(name, linear)`` says which are swapped; default all.
+
+    Returns:
+        ``model`` (or the layer, if ``model`` itself is a Linear).
+
+    Raises:
+        ValueError: a weight is shared between different modules, which one pattern cannot serve.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+        >>> model = sn.sparsify_(model, density=0.25, block_size=16)
+        >>> [layer.density for layer in model if isinstance(layer, sn.SparseLinear)]
+        [0.25, 0.25]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify_: model must be a torch.nn.Module, got {type(model).__name__}")
+    chosen = {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and (filter_fn is None or filter_fn(name, m))
+    }
+    _refuse_shared_weights(model, chosen)
+    shapes = [(m.out_features, m.in_features) for m in chosen.values()]
+    counts = distribute(shapes, density, distribution, block_size=block_size)
+    swapped: dict[nn.Module, nn.Module] = {}
+    for (name, linear), shape, count in zip(chosen.items(), shapes, counts, strict=True):
+        places = math.prod(-(-n // block_size) for n in shape)
+        pattern = BlockPattern.from_dense(linear.weight, count / max(places, 1), block_size)
+        layer = SparseLinear.from_linear(linear, pattern=pattern)
+        layer.topology.label = f"block_sparse_linear ({name})"
+        swapped[linear] = layer
+    model = _swap(model, swapped)
+    if swapped and not isinstance(model, SparseLinear):
+        model.register_load_state_dict_pre_hook(refuse_unfit_state)
+    return model
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Swaps every SparseLinear of ``model`` in place for an ``nn.Linear`` (and its fused activation's module).
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> model = sn.SparseMLP([64, 128, 10], density=0.5, block_size=16)
+        >>> x = torch.randn(3, 64)
+        >>> before = model(x)
+        >>> torch.allclose(sn.densify_(model)(x), before, atol=1e-5)
+        True
+        >>> any(isinstance(layer, sn.SparseLinear) for layer in model.modules())
+        False
+    """
+    modules = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+    swapped: dict[nn.Module, nn.Module] = {}
+    for layer in sparse_layers(model).values():
+        linear = layer.to_linear()
+        if layer.activation != "none":
+            linear = nn.Sequential(linear, modules[layer.activation]())
+        swapped[layer] = linear.train(layer.training)
+    return _swap(model, swapped)
+
+
+def _swap(model: nn.Module, swapped: dict[nn.Module, nn.Module]) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child in swapped:
+                module._modules[name] = swapped[child]
+                if isinstance(module, nn.TransformerEncoderLayer):
+                    module.activation_relu_or_gelu = 0  # its fused inference path would ask for dense weights
+        if isinstance(module, nn.TransformerEncoder) and any(m in swapped for m in module.modules()):
+            module.use_nested_tensor = False  # likewise
+    return swapped.get(model, model)
+
+
+def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name, linear in chosen.items():
+        others = [n for n in owners[id(linear.weight)] if n != name]
+        if others:
+            raise ValueError(
+                f"sparsify_: the weight of {name!r} must not be shared, got it in {', '.join(map(repr, others))} too"
+            )

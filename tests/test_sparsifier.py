@@ -9,8 +9,9 @@ from torch import nn
 
 import sparsenet as sn
 from sparsenet import functional
+from sparsenet.policies.places import best_places, hash_uniform, layer_key
 from sparsenet.policies.policy import Policy, block_squared_norms
-from sparsenet.sparsifier import _Quota, best_places, hash_uniform, layer_key
+from sparsenet.sparsifier import _Quota
 
 
 class SignMomentum(torch.optim.Optimizer):
@@ -255,7 +256,7 @@ def test_scoring_in_slices_changes_nothing(monkeypatch):
         return ((places * 7919) % 101).float()  # many ties
 
     whole = best_places(pattern, score, 17, (0, pattern.block_rows))
-    monkeypatch.setattr("sparsenet.sparsifier.PLACES_AT_ONCE", 25)
+    monkeypatch.setattr("sparsenet.policies.places.PLACES_AT_ONCE", 25)
     sliced = best_places(pattern, score, 17, (0, pattern.block_rows))
     assert torch.equal(whole[0], sliced[0]) and torch.equal(whole[1], sliced[1])
     assert not set(whole[0].tolist()) & set(pattern.linear_places().tolist())

@@ -18,7 +18,7 @@ from sparsenet.densities import block_places, distribute
 from sparsenet.memory.budget import MemoryBudget, format_bytes
 from sparsenet.models import SparseMLP
 from sparsenet.policies import POLICIES
-from sparsenet.sparsifier import PLACES_AT_ONCE
+from sparsenet.policies.places import PLACES_AT_ONCE
 
 __all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
 

@@ -27,11 +27,11 @@ def bench_folder(monkeypatch):
     monkeypatch.syspath_prepend(str(emulated.ROOT / "bench"))
 
 
-def start(out: Path, *arguments: str, **variables: str) -> subprocess.Popen:
+def start(out: Path, *arguments: str) -> subprocess.Popen:
     """gpu_check.py on the emulated device."""
     line = [sys.executable, str(CHECK), "--module", str(emulated.build()), "--tiny", "--out", str(out), *arguments]
     package = str(Path(native.__file__).resolve().parents[2])
-    environment = dict(os.environ, PYTHONPATH=package, **variables)
+    environment = dict(os.environ, PYTHONPATH=package)
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -188,23 +188,33 @@ def test_a_sanitizer_that_says_nothing_did_not_pass():
     assert not sanitized("memcheck", {**part, "cases": [{"name": "a", "passed": False}]}, "", clean)["passed"]
 
 
-def test_the_sanitizers_run_the_small_cases(sanitizer, monkeypatch, tmp_path):
+def worker(monkeypatch, *line: str) -> int:
+    """What a part's process does, in this one."""
     import gpu_check
 
-    out = tmp_path / "report.json"
-    monkeypatch.setattr(gpu_check, "TOOLS", ("memcheck",))
-    monkeypatch.setenv("PYTHONPATH", str(Path(native.__file__).resolve().parents[2]))
-    line = ["--parts", "sanitize", "--out", str(out), "--tiny", "--module", str(emulated.build())]
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *line, "--seconds", "sanitize=200"])
-    assert gpu_check.main() == 0
-    (result,) = json.loads(out.read_text())["parts"]["sanitize"]["cases"]
-    assert result["passed"] and result["cases"] == 5 and result["summary"] == ["========= ERROR SUMMARY: 0 errors"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--worker", *line])
+    return gpu_check.main()
 
 
-def test_without_a_gpu_the_script_says_so(tmp_path):
-    line = [sys.executable, str(CHECK), "--parts", "correct", "--out", str(tmp_path / "report.json")]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 1 and "needs a CUDA GPU that torch can use, found none" in done.stdout
+def test_the_sanitizers_run_the_small_cases(monkeypatch, tmp_path):
+    import gpu_cases
+    import gpu_ops
+
+    monkeypatch.setattr(native, "kernels_of", native.kernels_of)  # the emulated device displaces it
+    monkeypatch.setattr(gpu_ops, "_cpu_kernels", [])
+    monkeypatch.setattr(gpu_ops, "load", lambda path: gpu_ops.serve(emulated.load()) or emulated.load())
+    out = tmp_path / "memcheck.json"
+    gpu_cases.write(out, {"parts": {"memcheck": {"cases": [], "left_out": [], "running": None}}})
+    line = ["--tiny", "--module", str(emulated.build()), "--seconds", "sanitize=200"]
+    assert worker(monkeypatch, "memcheck", "--out", str(out), *line) == 0
+    part = gpu_cases.read(out)["parts"]["memcheck"]
+    assert len(part["cases"]) == 5 and not gpu_cases.failures(part)
+    assert part["machine"]["device"]["name"] == "emulated"
+
+
+def test_without_a_gpu_the_script_says_so(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="needs a CUDA GPU that torch can use, found none"):
+        worker(monkeypatch, "correct", "--out", str(tmp_path / "report.json"))
 
 
 @pytest.mark.parametrize(

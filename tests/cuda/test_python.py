@@ -142,7 +142,7 @@ def test_patterns_are_equal_and_refused_alike(module):
     assert ours == theirs and ours[0] == ours[1]
     with emulated.serving():
         with pytest.raises(TypeError, match=r"BlockPattern: col_indices must be int32, got torch\.int64"):
-            functional.registry.pattern_behind(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), (4, 4), 4)
+            emulated.kernels().Pattern(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), 4, 4, 4)
         with pytest.raises(ValueError, match=r"BlockPattern: places must differ, got \(1, 2\) twice"):
             functional.row_order(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 2]))
 

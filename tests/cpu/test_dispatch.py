@@ -50,4 +50,4 @@ def test_native_and_python_allow_the_same_block_sizes():
 @pytest.mark.parametrize("dtype", [-1, 4])
 def test_a_number_that_is_no_dtype_is_refused(dtype):
     with pytest.raises(ValueError, match=f"dtype: must be a number from 0 to 3, got {dtype}"):
-        _C.linear_workspace(dtype, 64, 64, 16, 4, 8, 1)
+        _C.linear_workspace((dtype, 0, 1), (0, 8, 64, 64), 64, 4, 16)

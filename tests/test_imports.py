@@ -196,3 +196,19 @@ def test_a_circle_is_reported_with_its_chain(tmp_path, changes, expected):
 def test_a_file_without_a_tier_is_reported(tmp_path):
     with pytest.raises(KeyError, match=r"tower\.attic has no place in the tiers: add attic"):
         upward(tower(tmp_path, attic="from tower import files"))
+
+
+def test_everything_can_be_imported_from_the_architecture_package():
+    scope = {}
+    exec("from sparsenet.architecture import *", scope)
+    assert {"compactor", "embedding", "folding", "gates", "search"} <= set(scope)
+
+
+def test_names_that_the_architecture_package_had_before():
+    from sparsenet import architecture
+
+    assert architecture.embedding_search.search_embedding is architecture.embedding.search_embedding
+    assert architecture.search_space.SearchSpace is architecture.search.SearchSpace
+    assert callable(architecture.estimators.spearman)
+    with pytest.raises(AttributeError, match="'sparsenet.architecture' has no attribute 'attic'"):
+        _ = architecture.attic

@@ -38,9 +38,9 @@ def load(path: Path):
     spec = importlib.util.spec_from_file_location(path.name.split(".")[0] if emulated else "sparsenet._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))  # the package of this checkout, installed or not
     if not emulated:
+        if str(ROOT) not in sys.path:
+            sys.path.insert(0, str(ROOT))  # the package of this checkout, which need not be built or installed
         sys.modules["sparsenet._C"] = module
         return module.cuda
     module.configure(seed=0)

@@ -108,11 +108,15 @@ def backward(
 
 
 class _BlockSparseLinear(torch.autograd.Function):
-    """Eager door. ``values`` is what gets the gradient, ``data`` its memory, taken together with ``pattern``."""
+    """Eager door. ``values`` gets the gradient; ``rest`` is its memory, the pattern, topology or None, the activation.
+
+    These come in one tuple because autograd looks at every argument.
+    """
 
     @staticmethod
-    def forward(ctx, x, values, bias, data, pattern, topology, activation):
+    def forward(ctx, x, values, bias, rest):
         """Y [..., out]."""
+        data, pattern, topology, activation = rest
         y, pre = forward(x, data, bias, pattern, activation, keep=True)
         ctx.pattern, ctx.topology, ctx.activation = pattern, topology, activation
         ctx.save_for_backward(x, data, y if activation == "relu" else pre)
@@ -127,10 +131,10 @@ class _BlockSparseLinear(torch.autograd.Function):
         x, data, saved = ctx.saved_tensors
         operands = (grad_y, saved, x, data, pattern, topology, ctx.activation, ctx.needs_input_grad)
         if not torch.is_grad_enabled():
-            return (*backward(*operands), None, None, None, None)
+            return (*backward(*operands), None)
         with torch.no_grad():  # create_graph=True
             grads = backward(*operands)
-        return (*_refuse_second_derivatives(grads), None, None, None, None)
+        return (*_refuse_second_derivatives(grads), None)
 
 
 # Function.apply looks for functorch transforms and dead functorch wrappers first; here both are known to be absent, and
@@ -253,15 +257,13 @@ def block_sparse_linear(
         raise TypeError(f"block_sparse_linear: pattern must be a BlockPattern, got {type(pattern).__name__}")
     if torch.compiler.is_compiling():
         return _traced(*_autocast(x, values, bias), pattern, activation)
-    topology = registry.topology_of(pattern)
-    if topology is None:
-        registry.refuse_retired(pattern.col)
+    autocast = _may_autocast()
     with storage_lock:
+        topology = registry.running_on(pattern)
         data = values.detach()
-        current = pattern if topology is None else topology.pattern
-    if current is not pattern:
-        raise registry.stale(topology.label)
-    return _eager(x, values, bias, data, pattern, topology, activation)
+        if autocast:
+            values = values.view_as(values)  # differentiable, and keeps this memory whatever happens to the Parameter
+    return _eager(x, values, bias, data, pattern, topology, activation, autocast)
 
 
 def layer_linear(x: Tensor, values: Tensor, topology, bias: Tensor | None, activation: str) -> Tensor:
@@ -280,20 +282,21 @@ def layer_linear(x: Tensor, values: Tensor, topology, bias: Tensor | None, activ
     if torch.compiler.is_compiling():
         values = values if topology.element_mask is None else values * topology.element_mask
         return _traced(*_autocast(x, values, bias), topology.pattern, activation)
+    autocast = _may_autocast()
     with storage_lock:
         pattern, mask = topology.pattern, topology.element_mask
         data = values.detach()
-        if mask is not None or _may_autocast():
-            values = values.view_as(values)  # differentiable, and keeps this memory whatever happens to the Parameter
+        if mask is not None or autocast:
+            values = values.view_as(values)
     if mask is not None:
         values = values * mask
         data = values.detach()
-    return _eager(x, values, bias, data, pattern, topology, activation)
+    return _eager(x, values, bias, data, pattern, topology, activation, autocast)
 
 
-def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str) -> Tensor:
+def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str, autocast: bool) -> Tensor:
     """Straight to the kernels where plain tensors allow it, else as a traced call."""
-    if _may_autocast():
+    if autocast:
         plain = values
         x, values, bias = _autocast(x, values, bias)
         data = data if values is plain else values.detach()
@@ -303,7 +306,7 @@ def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str) ->
         check_linear(x, data, pattern, bias, activation)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return forward(x, data, bias, pattern, activation, keep=False)[0]
-    return _apply(x, values, bias, data, pattern, topology, activation)
+    return _apply(x, values, bias, (data, pattern, topology, activation))
 
 
 def _traced(x, values, bias, pattern, activation: str) -> Tensor:

@@ -77,8 +77,17 @@ def topology_of(pattern):
     return None if found is None else found()
 
 
+def running_on(pattern):
+    """The same for a call that is about to use ``pattern``: raises StaleTopologyError where a rewire replaced it."""
+    found = _topologies.get(id(pattern))
+    topology = None if found is None else found()
+    if topology is None and _retired.data:  # its own len() takes longer than all the rest
+        refuse_retired(pattern.col)
+    return topology
+
+
 def refuse_retired(col: Tensor) -> None:
     """Raises StaleTopologyError where a rewire replaced the pattern that these column indices belong to."""
-    label = _retired.get(col) if len(_retired) else None
+    label = _retired.get(col)
     if label is not None:
         raise stale(label)

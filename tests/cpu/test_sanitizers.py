@@ -10,6 +10,7 @@ By hand: ``pytest -m slow tests/cpu/test_sanitizers.py``
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -186,4 +187,7 @@ def test_the_sanitizers_see(run_sanitized):
         """,
         check=False,
     )
-    assert child.returncode == 99 and "AddressSanitizer: heap-buffer-overflow" in child.stderr
+    # A vector of 32 bytes that begins inside and ends outside is an "unknown-crash" to this sanitizer (AVX2).
+    assert child.returncode == 99, child.stderr[-3000:]
+    assert re.search("AddressSanitizer: (heap-buffer-overflow|unknown-crash)", child.stderr), child.stderr[-3000:]
+    assert "in store" in child.stderr

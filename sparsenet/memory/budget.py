@@ -225,6 +225,7 @@ def measure_peak(device: torch.device | str = "cpu", warm_up: bool = True) -> Pe
 
     Example:
         >>> import torch, sparsenet as sn
+        >>> released = sn.memory.release_freed_memory()  # what was freed before could serve the tensor unseen
         >>> with sn.measure_peak() as peak:
         ...     total = torch.ones(4 << 20).sum()
         >>> 15 << 20 < peak.bytes < 24 << 20

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from sparsenet import functional
 from sparsenet.after_step import after_every_step
+from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size
 from sparsenet.pattern import BlockPattern, carried_from
 from sparsenet.topology import Topology
 
@@ -20,7 +24,8 @@ class SparseLinear(nn.Module):
         in_features, out_features: any sizes, multiples of the block size or not.
         bias: whether there is a bias [out_features].
         density: share of block places that are active, in [0, 1]; default 0.1. A pattern wins over it.
-        block_size: 1, 4, 8, 16, 32, 64 or 128; default 32, or the pattern's.
+        block_size: 1, 4, 8, 16, 32, 64 or 128; default the pattern's, or the largest up to 32 that leaves every row of
+            blocks 1.5 blocks on average (:func:`sparsenet.densities.choose_block_size`).
         pattern: the :class:`BlockPattern`, shape ``(out_features, in_features)``; default random.
         element_mask: bool [num_blocks, b, b]; elements where it is False are zero, now and after every step.
         activation: ``none``, ``relu``, ``gelu`` or ``silu``, fused into the output.
@@ -29,6 +34,9 @@ class SparseLinear(nn.Module):
 
     Raises:
         ValueError: sizes, density, block size and pattern contradict each other or are out of range.
+
+    A drawn pattern gives every row and column of blocks at least one, if there are enough; else a warning says how many
+    outputs and inputs have no weight.
 
     Values start uniform with the variance of He et al. (2015) before relu, gelu and silu, else as ``nn.Linear``'s,
     by the number of *active* inputs of each output.
@@ -61,7 +69,10 @@ class SparseLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = _check_activation(activation)
+        drawn = pattern is None
         pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
+        if drawn:
+            warn_unreached("SparseLinear", {"": pattern}, stacklevel=3)
         device = torch.device(device) if device is not None else torch.get_default_device()
         pattern = pattern.to(device)
         b, factory = pattern.block_size, {"device": device, "dtype": dtype}
@@ -248,7 +259,10 @@ class SparseLinear(nn.Module):
     ) -> SparseLinear:
         """The layer that keeps of ``linear`` the blocks of largest norm (or those of ``pattern``)."""
         if pattern is None:
-            pattern = BlockPattern.from_dense(linear.weight, 0.1 if density is None else density, block_size or 32)
+            density = 0.1 if density is None else density
+            block_size = choose_block_size(linear.in_features, density) if block_size is None else block_size
+            pattern = BlockPattern.from_dense(linear.weight, density, block_size)
+            warn_unreached("SparseLinear.from_linear", {"": pattern}, stacklevel=3)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -362,7 +376,9 @@ def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPat
     """The pattern that the constructor's arguments mean, with index memory of its own."""
     if pattern is None:
         density = 0.1 if density is None else density
-        return BlockPattern.random(shape, density, 32 if block_size is None else block_size, generator)
+        if block_size is None:
+            block_size = choose_block_size(shape[1], density)
+        return BlockPattern.random(shape, density, block_size, generator)
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"SparseLinear: pattern must be a BlockPattern, got {type(pattern).__name__}")
     if pattern.shape != tuple(shape):
@@ -372,6 +388,29 @@ def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPat
     if density is not None and abs(density - pattern.density) * pattern.block_rows * pattern.block_cols > 1.0:
         raise ValueError(f"SparseLinear: density must be the pattern's {pattern.density:.6g}, got {density}")
     return pattern.copy()
+
+
+def warn_unreached(owner: str, patterns: Mapping[str, BlockPattern], stacklevel: int) -> None:
+    """One warning that says which layers have outputs or inputs without any weight, and what would change that."""
+    said = []
+    for name, pattern in patterns.items():
+        outputs, inputs = pattern.unreached()
+        if not outputs and not inputs:
+            continue
+        of_layer = f"layer {name}: " if name else ""
+        (out_features, in_features), b = pattern.shape, pattern.block_size
+        better = next((c for c in CHOSEN_FROM if c < b and _reaches_all(pattern.shape, pattern.density, c)), None)
+        advice = f"block_size={better}" if better else "a higher density"
+        said.append(
+            f"{of_layer}{outputs} of {out_features} outputs and {inputs} of {in_features} inputs have no weight with "
+            f"{pattern.num_blocks} blocks of {b} x {b}; {advice} would reach all"
+        )
+    if said:
+        warnings.warn(f"{owner}: " + "; ".join(said), stacklevel=stacklevel)
+
+
+def _reaches_all(shape: tuple[int, int], density: float, block_size: int) -> bool:
+    return round(density * block_places(shape, block_size)) >= max(-(-n // block_size) for n in shape)
 
 
 def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sparsenet.densities import distribute
-from sparsenet.layers import SparseLinear, refuse_unfit_state, sparse_layers
+from sparsenet.densities import block_places, choose_block_size, distribute
+from sparsenet.layers import SparseLinear, refuse_unfit_state, sparse_layers, warn_unreached
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["SparseMLP", "densify_", "sparsify_"]
@@ -22,13 +22,16 @@ class SparseMLP(nn.Sequential):
     Args:
         sizes: feature counts, input first: ``[784, 4096, 4096, 10]``.
         density: share of active block places over all layers, or one number per layer.
-        block_size: 1, 4, 8, 16, 32, 64 or 128.
+        block_size: 1, 4, 8, 16, 32, 64 or 128, one per layer, or None: the largest up to 32 that leaves every row of a
+            layer's blocks 1.5 blocks on average (:func:`sparsenet.densities.choose_block_size`).
         activation: of the hidden layers, ``relu``, ``gelu``, ``silu`` or ``none``; the last layer has none.
         distribution: how one density is spread over the layers: ``erdos_renyi`` or ``uniform``.
         bias, device, dtype, generator: as for SparseLinear.
 
     Raises:
-        ValueError: fewer than two sizes, or as many densities as do not fit the layers.
+        ValueError: fewer than two sizes, or as many densities or block sizes as do not fit the layers.
+
+    A warning says how many outputs and inputs of which layer have no weight, where there are too few blocks for all.
 
     Shape: [batch, ...] is flattened to [batch, sizes[0]] -> [batch, sizes[-1]].
 
@@ -43,7 +46,7 @@ class SparseMLP(nn.Sequential):
         self,
         sizes: Sequence[int],
         density: float | Sequence[float] = 0.1,
-        block_size: int = 32,
+        block_size: int | Sequence[int] | None = None,
         activation: str = "relu",
         distribution: str = "erdos_renyi",
         *,
@@ -55,19 +58,18 @@ class SparseMLP(nn.Sequential):
         if isinstance(sizes, str) or len(sizes) < 2:
             raise ValueError(f"SparseMLP: sizes must name at least input and output, got {sizes!r}")
         shapes = [(out, inp) for inp, out in pairwise(sizes)]
-        if isinstance(density, (int, float)):
-            counts = distribute(shapes, density, distribution, block_size=block_size)
+        densities = _per_layer("density", density, len(shapes))
+        if block_size is None:
+            block_size = [choose_block_size(inp, d) for (_, inp), d in zip(shapes, densities, strict=True)]
+        sides = _per_layer("block_size", block_size, len(shapes))
+        if densities is density:
+            each = zip(shapes, densities, sides, strict=True)
+            counts = [distribute([shape], d, "uniform", block_size=b)[0] for shape, d, b in each]
         else:
-            if len(density) != len(shapes):
-                raise ValueError(
-                    f"SparseMLP: density must have {len(shapes)} entries, one per layer, got {len(density)}"
-                )
-            counts = [
-                distribute([s], d, "uniform", block_size=block_size)[0] for s, d in zip(shapes, density, strict=True)
-            ]
+            counts = distribute(shapes, density, distribution, block_size=sides)
         layers = []
-        for i, ((out, inp), count) in enumerate(zip(shapes, counts, strict=True)):
-            pattern = BlockPattern.random((out, inp), block_size=block_size, generator=generator, num_blocks=count)
+        for i, ((out, inp), count, b) in enumerate(zip(shapes, counts, sides, strict=True)):
+            pattern = BlockPattern.random((out, inp), block_size=b, generator=generator, num_blocks=count)
             layers.append(
                 SparseLinear(
                     inp,
@@ -82,6 +84,7 @@ class SparseMLP(nn.Sequential):
             )
             layers[-1].topology.label = f"block_sparse_linear ({i})"
         super().__init__(*layers)
+        warn_unreached("SparseMLP", {str(i): layer.pattern for i, layer in enumerate(layers)}, stacklevel=3)
         self.register_load_state_dict_pre_hook(refuse_unfit_state)
 
     @property
@@ -99,13 +102,22 @@ class SparseMLP(nn.Sequential):
         return super().forward(x)
 
 
+def _per_layer(name: str, value, count: int) -> Sequence:
+    """``value`` if it has one entry per layer, else as many of it."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"SparseMLP: {name} must have {count} entries, one per layer, got {len(value)}")
+    return value
+
+
 # --- swapping -------------------------------------------------------------------------------------------------------
 
 
 def sparsify_(
     model: nn.Module,
     density: float = 0.1,
-    block_size: int = 32,
+    block_size: int | None = None,
     distribution: str = "uniform",
     filter_fn: Callable[[str, nn.Linear], bool] | None = None,
 ) -> nn.Module:
@@ -114,7 +126,7 @@ def sparsify_(
     Args:
         model: any module; a Linear used in several places stays one layer.
         density: over all swapped layers together.
-        block_size: 1, 4, 8, 16, 32, 64 or 128.
+        block_size: 1, 4, 8, 16, 32, 64 or 128; None: chosen for each layer, as in :class:`SparseMLP`.
         distribution: how the density is spread, ``uniform`` or ``erdos_renyi``.
         filter_fn: ``filter_fn(name, linear)`` says which are swapped; default all.
 
@@ -140,14 +152,15 @@ def sparsify_(
     }
     _refuse_shared_weights(model, chosen)
     shapes = [(m.out_features, m.in_features) for m in chosen.values()]
-    counts = distribute(shapes, density, distribution, block_size=block_size)
+    sides = [choose_block_size(inp, density) if block_size is None else block_size for _, inp in shapes]
+    counts = distribute(shapes, density, distribution, block_size=sides)
     swapped: dict[nn.Module, nn.Module] = {}
-    for (name, linear), shape, count in zip(chosen.items(), shapes, counts, strict=True):
-        places = math.prod(-(-n // block_size) for n in shape)
-        pattern = BlockPattern.from_dense(linear.weight, count / max(places, 1), block_size)
+    for (name, linear), shape, count, b in zip(chosen.items(), shapes, counts, sides, strict=True):
+        pattern = BlockPattern.from_dense(linear.weight, count / max(block_places(shape, b), 1), b)
         layer = SparseLinear.from_linear(linear, pattern=pattern)
         layer.topology.label = f"block_sparse_linear ({name})"
         swapped[linear] = layer
+    warn_unreached("sparsify_", {name: swapped[m].pattern for name, m in chosen.items()}, stacklevel=3)
     model = _swap(model, swapped)
     if swapped and not isinstance(model, SparseLinear):
         model.register_load_state_dict_pre_hook(refuse_unfit_state)

@@ -9,7 +9,7 @@ import operator
 import torch
 from torch import Tensor
 
-from sparsenet.functional import BLOCK_SIZES, native, registry, row_order
+from sparsenet.functional import BLOCK_SIZES, largest_reaching_all, native, registry, row_order
 
 __all__ = ["BLOCK_SIZES", "BlockPattern"]
 
@@ -161,7 +161,10 @@ class BlockPattern:
 
     @classmethod
     def from_dense(cls, weight: Tensor, density: float = 0.1, block_size: int = 32) -> BlockPattern:
-        """The ``round(density * places)`` blocks of ``weight`` [out, in] with the largest Frobenius norm."""
+        """The ``round(density * places)`` blocks of ``weight`` [out, in] with the largest Frobenius norm.
+
+        When there are enough blocks, every block row and every block column gets at least one.
+        """
         if weight.dim() != 2:
             raise ValueError(f"BlockPattern: weight must have two dimensions, got {list(weight.shape)}")
         shape = _check_shape(weight.shape, block_size)
@@ -169,7 +172,7 @@ class BlockPattern:
         count = round(_check_density(density) * norms.numel())
         if torch.isnan(norms).any():
             raise ValueError("BlockPattern: weight must not contain NaN")
-        picked = norms.flatten().argsort(descending=True, stable=True)[:count]
+        picked = largest_reaching_all(norms, count)
         return cls.from_places(picked // max(norms.shape[1], 1), picked % max(norms.shape[1], 1), shape, block_size)
 
     @classmethod
@@ -243,6 +246,19 @@ class BlockPattern:
     def linear_places(self) -> Tensor:
         """int64 [num_blocks], ascending: block row * block_cols + block column."""
         return self.row_indices.long() * self.block_cols + self.col.long()
+
+    def unreached(self) -> tuple[int, int]:
+        """How many outputs have no block in their row and how many inputs none in their column."""
+        b, (out_features, in_features) = self.block_size, self.shape
+        counts = []
+        for features, places, filled in (
+            (out_features, self.block_rows, self.crow.diff() > 0),
+            (in_features, self.block_cols, torch.bincount(self.col, minlength=self.block_cols) > 0),
+        ):
+            empty = places - int(filled.sum())
+            missing = places * b - features if places and not filled[-1] else 0  # the last one may be narrower
+            counts.append(empty * b - missing)
+        return tuple(counts)
 
     @property
     def fingerprint(self) -> str:

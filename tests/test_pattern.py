@@ -313,8 +313,10 @@ def test_from_dense_keeps_the_largest_blocks():
 
 
 def test_from_dense_breaks_ties_by_index():
-    assert places_of(BlockPattern.from_dense(torch.ones(8, 12), 0.5, 4)) == [(0, 0), (0, 1), (0, 2)]
-    assert places_of(BlockPattern.from_dense(torch.zeros(8, 12), 0.5, 4)) == [(0, 0), (0, 1), (0, 2)]
+    for value in (0.0, 1.0):
+        assert places_of(BlockPattern.from_dense(torch.full((8, 12), value), 1 / 3, 4)) == [(0, 0), (0, 1)]
+        # three of 2 x 3 reach every row and column: of the first three, (0, 0) gives way to (1, 0)
+        assert places_of(BlockPattern.from_dense(torch.full((8, 12), value), 0.5, 4)) == [(0, 1), (0, 2), (1, 0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ from sparsenet.functional import library
 from sparsenet.functional.autograd import block_sparse_linear, layer_linear
 from sparsenet.functional.blocks import compact_blocks, row_order, select_extreme
 from sparsenet.functional.checks import BLOCK_SIZES
+from sparsenet.functional.coverage import largest_reaching_all, lowest_to_spare
 from sparsenet.functional.gradients import block_gradient_squared_norms, candidate_gradients
 from sparsenet.functional.native import (
     ACTIVATIONS,
@@ -23,9 +24,11 @@ __all__ = [
     "block_sparse_linear",
     "candidate_gradients",
     "compact_blocks",
+    "largest_reaching_all",
     "layer_linear",
     "library",
     "linear_workspace",
+    "lowest_to_spare",
     "native_build_info",
     "norms_workspace",
     "row_order",

@@ -7,6 +7,7 @@ with the largest sum is the peak. tests/memory compares it with measurements.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from itertools import pairwise
 import torch
 
 from sparsenet import functional
-from sparsenet.densities import block_places, distribute
+from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size, distribute
 from sparsenet.memory.budget import MemoryBudget, format_bytes
 from sparsenet.models import SparseMLP
 from sparsenet.policies import POLICIES
@@ -43,6 +44,7 @@ class LayerPlan:
 
     name: str
     shape: tuple[int, int]
+    block_size: int
     num_blocks: int
     density: float
     weight_bytes: int
@@ -53,8 +55,8 @@ class MemoryPlan:
     """A network and the memory that training it will need.
 
     Attributes:
-        sizes, block_size, distribution, activation, dtype: of the network; ``layers``: its layers, with their blocks.
-        density: blocks of all layers together / all block places.
+        sizes, distribution, activation, dtype: of the network; ``layers``: its layers, with their blocks.
+        density: weights in the blocks of all layers together / those in all block places.
         batch_size, optimizer, policy: of the training.
         budget_bytes: the budget; None for a plan of a given density without one.
         items: bytes by item at the moment of the peak; they sum to ``predicted_peak_bytes``.
@@ -72,12 +74,16 @@ class MemoryPlan:
     minimum_bytes: int
     dense_bytes: int
     batch_size: int
-    block_size: int
     distribution: str
     activation: str
     optimizer: str
     policy: str
     dtype: str
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Side of a block in each layer."""
+        return tuple(layer.block_size for layer in self.layers)
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -101,14 +107,14 @@ class MemoryPlan:
     @property
     def num_weights(self) -> int:
         """Stored weights, edge blocks whole, without biases."""
-        return sum(layer.num_blocks for layer in self.layers) * self.block_size**2
+        return sum(layer.num_blocks * layer.block_size**2 for layer in self.layers)
 
     def build(self, device: torch.device | str | None = None, generator: torch.Generator | None = None) -> SparseMLP:
         """The planned network with random patterns of the planned numbers of blocks."""
         return SparseMLP(
             self.sizes,
             [layer.density for layer in self.layers],
-            self.block_size,
+            self.block_sizes,
             self.activation,
             device=device,
             dtype=getattr(torch, self.dtype),
@@ -117,11 +123,12 @@ class MemoryPlan:
 
     def table(self) -> str:
         """The plan as text: layers, then items at the peak."""
-        lines = [f"{'layer':<8}{'out x in':>14}{'blocks':>9}{'density':>10}{'weights':>12}"]
+        lines = [f"{'layer':<8}{'out x in':>14}{'block':>7}{'blocks':>9}{'density':>10}{'weights':>12}"]
         for layer in self.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             size = format_bytes(layer.weight_bytes)
-            lines.append(f"{layer.name:<8}{shape:>14}{layer.num_blocks:>9}{layer.density:>10.2%}{size:>12}")
+            side, count = layer.block_size, layer.num_blocks
+            lines.append(f"{layer.name:<8}{shape:>14}{side:>7}{count:>9}{layer.density:>10.2%}{size:>12}")
         lines += ["", f"at the peak ({self.moment})"]
         lines += [f"  {name:<28}{format_bytes(count):>12}" for name, count in self.items.items() if count]
         lines.append(f"  {'predicted peak':<28}{format_bytes(self.predicted_peak_bytes):>12}")
@@ -135,7 +142,7 @@ class _Training:
     """What a prediction depends on besides the numbers of blocks. ``shapes`` are (out, in)."""
 
     shapes: tuple[tuple[int, int], ...]
-    block_size: int
+    block_sizes: tuple[int, ...]
     batch_size: int
     activation: str
     dtype: str
@@ -148,7 +155,8 @@ class _Training:
     layer_places: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "layer_places", tuple(block_places(s, self.block_size) for s in self.shapes))
+        places = (block_places(shape, b) for shape, b in zip(self.shapes, self.block_sizes, strict=True))
+        object.__setattr__(self, "layer_places", tuple(places))
 
     @property
     def element_bytes(self) -> int:
@@ -162,7 +170,7 @@ class _Training:
 
 def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[str, int]]]:
     """Each moment's name and its bytes by item, without ``other``."""
-    values = [count * job.block_size**2 * job.element_bytes for count in counts]
+    values = [count * b**2 * job.element_bytes for count, b in zip(counts, job.block_sizes, strict=True)]
     weights = [v + out * job.element_bytes for v, (out, _) in zip(values, job.shapes, strict=True)]
     blocks, first_in, last = sum(counts), job.shapes[0][1], len(job.shapes) - 1
     kept = {
@@ -213,11 +221,11 @@ def _workspace_bytes(job: _Training, counts: Sequence[int]) -> int:
     """Scratch memory the CPU kernels keep, by dry runs of the calls that training makes."""
     dtype = getattr(torch, job.dtype)
     sizes = []
-    for shape, count, places in zip(job.shapes, counts, job.layer_places, strict=True):
-        call = (dtype, shape, job.block_size)
+    for shape, b, count, places in zip(job.shapes, job.block_sizes, counts, job.layer_places, strict=True):
+        call = (dtype, shape, b)
         sizes.append(functional.linear_workspace(*call, count, job.batch_size, job.threads))
         if job.grows_by_gradient and count < places:
-            columns = -(-shape[1] // job.block_size)
+            columns = -(-shape[1] // b)
             rows = min(places // columns, max(1, PLACES_AT_ONCE // columns))
             sizes.append(functional.norms_workspace(*call, job.batch_size, rows, job.threads))
     return sum(max(depth) for depth in zip(*sizes, strict=True))
@@ -241,7 +249,7 @@ def plan(
     batch_size: int = 256,
     optimizer: str = "adamw",
     dtype: str = "float32",
-    block_size: int = 32,
+    block_size: int | None = None,
     distribution: str = "erdos_renyi",
     activation: str = "relu",
     *,
@@ -261,7 +269,7 @@ def plan(
         batch_size: of training and evaluation.
         optimizer: ``adamw`` or ``sgd``, torch's, with ``fused=True`` (the others need temporary tensors as well).
         dtype: float32, bfloat16, float16 or float64, of weights, gradients, state and activations.
-        block_size, distribution, activation: as for SparseMLP.
+        block_size, distribution, activation: as for SparseMLP; ``block_size`` None is chosen for each layer.
         density: take this one instead of the largest; it must fit a budget that is given.
         momentum: of SGD; 0 saves its state.
         policy: a name in ``sparsenet.policies.POLICIES``; ``drop_fraction``: the largest share of blocks it exchanges.
@@ -279,9 +287,10 @@ def plan(
         True
     """
     _check_arguments(sizes, batch_size, optimizer, dtype, policy)
+    shapes = tuple((out, inp) for inp, out in pairwise(sizes))
     job = _Training(
-        shapes=tuple((out, inp) for inp, out in pairwise(sizes)),
-        block_size=block_size,
+        shapes=shapes,
+        block_sizes=_block_sizes(shapes, block_size, 1.0 if density is None else density),
         batch_size=batch_size,
         activation=activation,
         dtype=dtype,
@@ -292,42 +301,94 @@ def plan(
         threads=threads or torch.get_num_threads(),
         input_bytes=input_bytes,
     )
-
-    def counts_of(blocks: int) -> list[int]:
-        return distribute(job.shapes, blocks / places, distribution, block_size=block_size)
-
-    places = sum(job.layer_places)
-    fewest = sum(max(-(-n // block_size) for n in shape) for shape in job.shapes)
-    minimum = _predict(job, counts_of(fewest))
     limit = None if budget is None else MemoryBudget(budget).bytes
-    if density is None:
-        if limit is None:
-            raise ValueError("plan: give a budget or a density, got neither")
-        if max(minimum[1].values()) > limit:
-            raise BudgetError(_shortage("the sparsest network that reaches every neuron", *minimum, limit))
-        counts = counts_of(_largest(fewest, places, lambda k: max(_predict(job, counts_of(k))[1].values()) <= limit))
+    if density is not None:
+        counts = distribute(shapes, density, distribution, block_size=job.block_sizes)
+    elif limit is None:
+        raise ValueError("plan: give a budget or a density, got neither")
     else:
-        counts = distribute(job.shapes, density, distribution, block_size=block_size)
+        job, counts = _largest_network(job, distribution, limit, chosen=block_size is None)
     items, moments = _predict(job, counts)
     if limit is not None and max(moments.values()) > limit:
         raise BudgetError(_shortage(f"density {density}", items, moments, limit))
     return MemoryPlan(
         sizes=tuple(sizes),
-        density=sum(counts) / max(places, 1),
+        density=_density(job, counts),
         layers=tuple(_layer_plans(job, counts)),
         items=items,
         moments=moments,
         budget_bytes=limit,
-        minimum_bytes=max(minimum[1].values()),
+        minimum_bytes=max(_sparsest(job, distribution)[1].values()),
         dense_bytes=_dense_bytes(job),
         batch_size=batch_size,
-        block_size=block_size,
         distribution=distribution,
         activation=activation,
         optimizer=optimizer,
         policy=policy,
         dtype=dtype,
     )
+
+
+def _block_sizes(shapes: Sequence[tuple[int, int]], block_size: int | None, density: float) -> tuple[int, ...]:
+    return tuple(choose_block_size(inputs, density) if block_size is None else block_size for _, inputs in shapes)
+
+
+def _density(job: _Training, counts: Sequence[int]) -> float:
+    """Weights in blocks / those in all places."""
+    weights, places = (
+        sum(n * b * b for n, b in zip(blocks, job.block_sizes, strict=True)) for blocks in (counts, job.layer_places)
+    )
+    return weights / max(places, 1)
+
+
+def _fewest_weights(job: _Training) -> int:
+    """Weights in the blocks of the sparsest network that reaches every neuron."""
+    return sum(max(-(-n // b) for n in shape) * b * b for shape, b in zip(job.shapes, job.block_sizes, strict=True))
+
+
+def _counts_of(job: _Training, weights: int, distribution: str) -> list[int]:
+    places = sum(p * b * b for p, b in zip(job.layer_places, job.block_sizes, strict=True))
+    return distribute(job.shapes, min(weights / max(places, 1), 1.0), distribution, block_size=job.block_sizes)
+
+
+def _sparsest(job: _Training, distribution: str) -> tuple[dict[str, int], dict[str, int]]:
+    return _predict(job, _counts_of(job, _fewest_weights(job), distribution))
+
+
+def _largest_network(
+    job: _Training, distribution: str, limit: int, chosen: bool
+) -> tuple[_Training, Sequence[int]]:
+    """The most blocks that fit the budget; where block sizes are chosen, they shrink until they suit the density."""
+    while True:
+        counts = _most_blocks(job, distribution, limit)
+        sizes = job.block_sizes
+        if chosen and counts is None:
+            smaller = replace(job, block_sizes=tuple(next((c for c in CHOSEN_FROM if c < b), 1) for b in sizes))
+            needs = (max(_sparsest(one, distribution)[1].values()) for one in (smaller, job))
+            sizes = smaller.block_sizes if operator.lt(*needs) else sizes
+        elif chosen:
+            sizes = tuple(map(min, sizes, _block_sizes(job.shapes, None, _density(job, counts))))
+        if sizes != job.block_sizes:
+            job = replace(job, block_sizes=sizes)
+        elif counts is None:
+            what = "the sparsest network that reaches every neuron"
+            raise BudgetError(_shortage(what, *_sparsest(job, distribution), limit))
+        else:
+            return job, counts
+
+
+def _most_blocks(job: _Training, distribution: str, limit: int) -> Sequence[int] | None:
+    """Blocks of each layer in the largest network within ``limit`` bytes; None: not even the sparsest is."""
+    unit = max(job.block_sizes) ** 2
+    places = sum(p * b * b for p, b in zip(job.layer_places, job.block_sizes, strict=True))
+
+    def fits(units: int) -> bool:
+        return max(_predict(job, _counts_of(job, units * unit, distribution))[1].values()) <= limit
+
+    fewest = _fewest_weights(job) // unit
+    if not fits(fewest):
+        return None
+    return _counts_of(job, _largest(fewest, places // unit, fits) * unit, distribution)
 
 
 def _check_arguments(sizes: Sequence[int], batch_size: int, optimizer: str, dtype: str, policy: str) -> None:
@@ -365,7 +426,8 @@ def _shortage(what: str, items: Mapping[str, int], moments: Mapping[str, int], l
 def _dense_bytes(job: _Training) -> int:
     """What the same network with ``nn.Linear`` needs: all weights, no indices, no workspace of ours, no rewiring."""
     peak = 0
-    for name, items in _moments(replace(job, block_size=1, drop_fraction=0.0), [out * inp for out, inp in job.shapes]):
+    single = replace(job, block_sizes=(1,) * len(job.shapes), drop_fraction=0.0)
+    for name, items in _moments(single, [out * inp for out, inp in job.shapes]):
         if "growth" not in name:
             items |= {"indices": 0, "kernel workspace": 0, "other": _OTHER_BYTES}
             peak = max(peak, sum(items.values()))
@@ -373,6 +435,7 @@ def _dense_bytes(job: _Training) -> int:
 
 
 def _layer_plans(job: _Training, counts: Sequence[int]) -> Iterator[LayerPlan]:
-    for number, (shape, count, places) in enumerate(zip(job.shapes, counts, job.layer_places, strict=True)):
-        weight_bytes = (count * job.block_size**2 + shape[0]) * job.element_bytes
-        yield LayerPlan(str(number), shape, count, count / places, weight_bytes)
+    layers = zip(job.shapes, job.block_sizes, counts, job.layer_places, strict=True)
+    for number, (shape, b, count, places) in enumerate(layers):
+        weight_bytes = (count * b**2 + shape[0]) * job.element_bytes
+        yield LayerPlan(str(number), shape, b, count, count / places, weight_bytes)

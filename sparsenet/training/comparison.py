@@ -60,7 +60,7 @@ def compare_in_child(plan: MemoryPlan, steps: int, threads: int, timeout_seconds
     request = {
         "sizes": plan.sizes,
         "densities": [layer.density for layer in plan.layers],
-        "block_size": plan.block_size,
+        "block_sizes": plan.block_sizes,
         "activation": plan.activation,
         "batch_size": plan.batch_size,
         "optimizer": plan.optimizer,
@@ -90,7 +90,7 @@ def compare_in_child(plan: MemoryPlan, steps: int, threads: int, timeout_seconds
 def compare(
     sizes: list[int],
     densities: list[float],
-    block_size: int,
+    block_sizes: list[int],
     activation: str,
     batch_size: int,
     optimizer: str,
@@ -108,7 +108,7 @@ def compare(
         dense = _stepper(_dense_network(sizes, activation, kind), optimizer, x, y)
         for _ in range(_WARM_UP_STEPS):
             dense()
-    sparse = _stepper(SparseMLP(sizes, densities, block_size, activation, dtype=kind), optimizer, x, y)
+    sparse = _stepper(SparseMLP(sizes, densities, block_sizes, activation, dtype=kind), optimizer, x, y)
     for _ in range(_WARM_UP_STEPS):
         sparse()
     seconds: dict[Callable[[], None], list[float]] = {dense: [], sparse: []}

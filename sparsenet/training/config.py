@@ -45,7 +45,7 @@ class TrainConfig:
     activation: str = _knob("relu", "of the hidden layers", ("relu", "gelu", "silu"))
     budget: str = _knob("128MiB", "memory for weights, gradients, optimizer, activations and workspace together")
     density: float = _knob(0.0, "share of active blocks; 0: the largest that fits the budget")
-    block_size: int = _knob(32, "side of a block", BLOCK_SIZES)
+    block_size: int = _knob(0, "side of a block; 0: chosen for each layer from the density", (0, *BLOCK_SIZES))
     distribution: str = _knob("erdos_renyi", "how the density is spread over the layers", DISTRIBUTIONS)
     dtype: str = _knob("float32", "of weights, gradients and activations", ("float32", "bfloat16", "float64"))
     policy: str = _knob("rigl", "which blocks go and which come", POLICIES)
@@ -91,7 +91,7 @@ class TrainConfig:
             self.batch_size,
             self.optimizer,
             self.dtype,
-            self.block_size,
+            self.block_size or None,
             self.distribution,
             self.activation,
             density=self.density or None,

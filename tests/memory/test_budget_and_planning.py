@@ -6,6 +6,7 @@ import torch
 
 import sparsenet as sn
 from sparsenet import functional, memory
+from sparsenet.densities import choose_block_size
 from sparsenet.memory import budget, planning
 
 MIB = 1 << 20
@@ -255,14 +256,14 @@ def test_what_needs_less_memory_gets_more_density():
 
 def test_budget_below_the_minimum_says_what_takes_it():
     with pytest.raises(sn.BudgetError) as caught:
-        sn.plan([784, 4096, 4096, 4096, 10], "16MiB")
+        sn.plan([784, 4096, 4096, 4096, 10], "16MiB", block_size=32)
     message = str(caught.value)
-    minimum = sn.plan([784, 4096, 4096, 4096, 10], "128MiB").minimum_bytes
+    minimum = sn.plan([784, 4096, 4096, 4096, 10], "128MiB", block_size=32).minimum_bytes
     assert message.startswith(f"plan: budget must be at least {memory.format_bytes(minimum)} for the sparsest network")
     assert "activations 12 MiB" in message and "kernel workspace" in message and message.endswith("got 16 MiB")
-    assert sn.plan([784, 4096, 4096, 4096, 10], minimum).density > 0
+    assert sn.plan([784, 4096, 4096, 4096, 10], minimum, block_size=32).density > 0
     with pytest.raises(sn.BudgetError):
-        sn.plan([784, 4096, 4096, 4096, 10], minimum - 1)
+        sn.plan([784, 4096, 4096, 4096, 10], minimum - 1, block_size=32)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_plan_of_a_density_alone():
 def test_workspace_is_what_the_kernels_take(batch, sizes):
     functional.trim_workspace()
     job = planning._Training(
-        shapes=tuple((out, inp) for inp, out in pairwise(sizes)), block_size=32,
+        shapes=tuple((out, inp) for inp, out in pairwise(sizes)), block_sizes=(32,) * (len(sizes) - 1),
         batch_size=batch, activation="relu", dtype="float32", states=2, grows_by_gradient=True, grows_otherwise=False,
         drop_fraction=0.3, threads=torch.get_num_threads(), input_bytes=1,
     )  # fmt: skip
@@ -328,3 +329,15 @@ def test_predicted_peak_is_within_a_tenth_of_the_measured_one(run_child, how):
 @pytest.mark.parametrize("how", PREDICTED_SLOWLY)
 def test_predicted_peak_of_other_networks(run_child, how):
     check_prediction(run_child, how)
+
+
+def test_block_sizes_are_chosen_with_the_density():
+    """At the density that fits, every layer's blocks are the largest that leave its rows of blocks 1.5 blocks."""
+    for budget, expected in (("128MiB", (32, 32, 32, 32)), ("45MiB", (16, 16, 16, 16))):
+        plan = sn.plan([784, 2048, 2048, 2048, 10], budget)
+        assert plan.block_sizes == tuple(choose_block_size(n, plan.density) for n in plan.sizes[:-1])
+        model = plan.build()
+        assert [layer.block_size for layer in model] == list(plan.block_sizes)
+        assert plan.num_weights == sum(layer.values.numel() for layer in model)
+    fixed = sn.plan([64, 512, 10], None, batch_size=8, density=0.1)
+    assert fixed.block_sizes == (4, 32)

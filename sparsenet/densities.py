@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heapreplace
 from numbers import Integral, Real
 
-__all__ = ["DISTRIBUTIONS", "apportion", "block_places", "choose_block_size", "distribute"]
+__all__ = ["DISTRIBUTIONS", "apportion", "block_places", "choose_block_size", "distribute", "proportions"]
 
 Shape = Sequence[int]
 
@@ -103,23 +103,34 @@ def distribute(
     for size in block_sizes if isinstance(block_size, Sequence) else [block_size]:
         _check_integer("distribute", "block_size", size)
     _check_integer("distribute", "min_blocks", min_blocks)
-    relative = DISTRIBUTIONS.get(distribution) if isinstance(distribution, str) else None
-    if relative is None:
+    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribute: distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     places = [block_places(shape, size) for shape, size in zip(shapes, block_sizes, strict=True)]
     if density == 0:
         return [0] * len(places)
-    proportions = [
-        p * relative(_whole_blocks(out, b) * b, _whole_blocks(fan_in, b) * b, kernel) if p else 0.0
-        for p, b, (out, fan_in, *kernel) in zip(places, block_sizes, shapes, strict=True)
-    ]
+    wanted = proportions(shapes, block_sizes, distribution)
     blocks = [size * size for size in block_sizes]
     total = density * sum(p * weights for p, weights in zip(places, blocks, strict=True))
-    return apportion(proportions, total, [min(min_blocks, p) for p in places], places, blocks)
+    return apportion(wanted, total, [min(min_blocks, p) for p in places], places, blocks)
+
+
+def proportions(shapes: Sequence[Shape], block_sizes: Sequence[int], distribution: str) -> list[float]:
+    """Blocks of each layer relative to the others, as a distribution wants them; on any scale.
+
+    >>> proportions([(4096, 784), (10, 4096)], [32, 32], "uniform")
+    [3200.0, 128.0]
+    """
+    relative = DISTRIBUTIONS[distribution]
+    found = []
+    for (out, fan_in, *kernel), b in zip(shapes, block_sizes, strict=True):
+        places = block_places((out, fan_in, *kernel), b)
+        sides = _whole_blocks(out, b) * b, _whole_blocks(fan_in, b) * b
+        found.append(places * relative(*sides, kernel) if places else 0.0)
+    return found
 
 
 def apportion(
-    proportions: Sequence[float], total: float, least: Sequence[int], most: Sequence[int], sizes: Sequence[int]
+    wanted: Sequence[float], total: float, least: Sequence[int], most: Sequence[int], sizes: Sequence[int]
 ) -> list[int]:
     """Whole numbers of blocks in the given proportions that come to ``total``: Webster's method (1832).
 
@@ -128,7 +139,7 @@ def apportion(
     remainders, the other common method, can raise one count when the total falls.)
 
     Args:
-        proportions: one per layer, any scale; 0: no more than ``least``.
+        wanted: proportions, one per layer, any scale; 0: no more than ``least``.
         total: the sum of blocks times their sizes. It is met to half a block, or exactly if ``sizes`` are equal.
         least, most: bounds of each count; what a bound takes or leaves, the other layers give or get.
         sizes: weights in a block of each layer.
@@ -141,30 +152,30 @@ def apportion(
         >>> apportion([6, 6, 4], total=5, least=[0, 0, 0], most=[6, 6, 4], sizes=[1, 1, 1])
         [2, 2, 1]
     """
-    layers = range(len(proportions))
+    layers = range(len(wanted))
 
     def counts_at(factor: float) -> list[int]:
-        due = (math.floor(min(factor * proportions[i], most[i]) + 0.5) for i in layers)
+        due = (math.floor(min(factor * wanted[i], most[i]) + 0.5) for i in layers)
         return [min(max(n, least[i]), most[i]) for i, n in zip(layers, due, strict=True)]
 
     def weights(counts: Sequence[int]) -> int:
         return sum(n * size for n, size in zip(counts, sizes, strict=True))
 
-    low, high = 0.0, max(((m + 1) / p for m, p in zip(most, proportions, strict=True) if p), default=0.0)
+    low, high = 0.0, max(((m + 1) / p for m, p in zip(most, wanted, strict=True) if p), default=0.0)
     while high - low > high * 1e-12 and low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if weights(counts_at(middle)) <= total else (low, middle)
     counts = counts_at(low * (1 - 1e-9))
     if weights(counts) > total:  # the least alone is more
         return counts
     left = total - weights(counts)
-    due = [((counts[i] + 0.5) / proportions[i], i) for i in layers if proportions[i] and counts[i] < most[i]]
+    due = [((counts[i] + 0.5) / wanted[i], i) for i in layers if wanted[i] and counts[i] < most[i]]
     heapify(due)
     while due and left >= sizes[due[0][1]] / 2:
         i = due[0][1]
         counts[i] += 1
         left -= sizes[i]
         if counts[i] < most[i]:
-            heapreplace(due, ((counts[i] + 0.5) / proportions[i], i))
+            heapreplace(due, ((counts[i] + 0.5) / wanted[i], i))
         else:
             heappop(due)
     return counts

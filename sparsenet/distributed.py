@@ -149,6 +149,24 @@ def gather_best(places: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Ten
     return places[kept], scores[kept]
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on at least one rank."""
+    if not is_active():
+        return flag
+    seen = torch.tensor([int(flag)], device=_device())
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return bool(seen)
+
+
+def averaged(t: Tensor) -> Tensor:
+    """The mean of ``t`` over the ranks, as DDP averages gradients."""
+    if not is_active():
+        return t
+    total = t.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def _gather_rows(t: Tensor) -> Tensor:
     """Concatenates tensors that may differ in their first size over the ranks."""
     world = dist.get_world_size()

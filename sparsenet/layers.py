@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +214,8 @@ class SparseLinear(nn.Module):
             values = values * element_mask
         zero_outside(values, pattern)
         self.topology.replace(pattern, element_mask, self.values, values)
+        if self.topology.written >= 0:
+            self.topology.written = _times_written(self)
         self.values.grad = None
         if element_mask is not None:
             after_every_step(self, _zero_masked_elements)
@@ -296,6 +298,10 @@ class SparseLinear(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        family = self.topology.family
+        twin.topology.family = family
+        family.update((self, twin))
+        twin.topology.written = _times_written(twin)
         if twin.element_mask is not None:
             after_every_step(twin, _zero_masked_elements)
         return twin
@@ -411,6 +417,35 @@ def warn_unreached(owner: str, patterns: Mapping[str, BlockPattern], stacklevel:
 
 def _reaches_all(shape: tuple[int, int], density: float, block_size: int) -> bool:
     return round(density * block_places(shape, block_size)) >= max(-(-n // block_size) for n in shape)
+
+
+def _times_written(layer: SparseLinear) -> int:
+    values = layer.values
+    return 0 if values.is_inference() else values._version
+
+
+def warn_about_averages(layers: Mapping[str, SparseLinear], followers: Mapping[str, Sequence[SparseLinear]]) -> None:
+    """Warns, once per copy, where a copy of a layer is averaged with values of other places.
+
+    Such a copy was written to from outside, never had a gradient, and has another pattern than the layer. Snapshots are
+    not written to, and copies that are trained have had a gradient.
+    """
+    for name, layer in layers.items():
+        family = layer.topology.family
+        if len(family) < 2:
+            continue
+        for copy in list(family):
+            topology = copy.topology
+            if copy is layer or topology.trained or topology.written < 0 or copy in followers.get(name, ()):
+                continue
+            if _times_written(copy) != topology.written and copy.pattern != layer.pattern:
+                topology.written = -1  # said
+                warnings.warn(
+                    f"Sparsifier: a copy of layer {name} was written to without being trained, and its blocks are not "
+                    "where those of the layer are: its values are averages over different places. Give averaged copies "
+                    "(EMA, SWA) to the Sparsifier: followers=[average]",
+                    stacklevel=3,
+                )
 
 
 def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,24 +1,164 @@
-"""Optimizer state that follows its blocks: one rule for every optimizer, and no list of known ones."""
+"""Optimizer state that follows its blocks: one rule for every optimizer, and no list of known ones.
+
+An optimizer keeps, for each parameter, tensors with one entry per block, which follow their blocks, and others, which
+are left alone. What it keeps elsewhere, or in a form that does not say which block it belongs to, is refused by name:
+training on moments of other places would be wrong without a sign.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from sparsenet.layers import take_blocks
+from sparsenet.layers import SparseLinear, take_blocks
+from sparsenet.pattern import BlockPattern, carried_from
 
-__all__ = ["GROWN_STATE", "carry_state", "state_by_block"]
+__all__ = [
+    "GROWN_STATE",
+    "LayerMove",
+    "StatesOfLayers",
+    "as_optimizers",
+    "carry_state",
+    "check_followable",
+    "first_state",
+    "state_by_block",
+    "with_inner_optimizers",
+]
 
 GROWN_STATE = ("zero", "mean")
 
+_REFUSED = {
+    "LBFGS": "it keeps a history of whole steps, which no rewire can mend; use an optimizer that keeps state per weight",
+    "ZeroRedundancyOptimizer": "its state is sharded over the ranks; give each rank a plain optimizer",
+}
 
-def state_by_block(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+
+def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """None, one or several as a tuple.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import as_optimizers
+        >>> len(as_optimizers(None)), len(as_optimizers(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])))
+        (0, 1)
+    """
+    if optimizer is None:
+        return ()
+    return tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+
+
+def with_inner_optimizers(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+    """``optimizers`` and those that they hold as attributes, as wrappers such as sharpness-aware minimisation do.
+
+    Raises:
+        TypeError: something that is no ``torch.optim.Optimizer``. ValueError: one whose state cannot follow.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import with_inner_optimizers
+        >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        >>> outer = torch.optim.SGD(inner.param_groups)
+        >>> outer.base_optimizer = inner
+        >>> len(with_inner_optimizers([outer]))
+        2
+    """
+    found: list[Optimizer] = []
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop(0)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Sparsifier: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if any(optimizer is known for known in found):
+            continue
+        for kind in type(optimizer).__mro__:
+            if kind.__name__ in _REFUSED:
+                raise ValueError(f"Sparsifier: optimizer must not be {kind.__name__}: {_REFUSED[kind.__name__]}")
+        found.append(optimizer)
+        waiting += [value for _, value in _leaves(_own_attributes(optimizer)) if isinstance(value, Optimizer)]
+    return tuple(found)
+
+
+def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    return {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups", "defaults")}
+
+
+def _leaves(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """What dicts, lists and tuples hold, a few levels deep, with the name of where it stands."""
+    if isinstance(value, Mapping) and depth < 4:
+        for key, inner in value.items():
+            yield from _leaves(inner, name or (key if isinstance(key, str) else ""), depth + 1)
+    elif isinstance(value, (list, tuple)) and depth < 4:
+        for inner in value:
+            yield from _leaves(inner, name, depth + 1)
+    else:
+        yield name, value
+
+
+def holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` is in one of the optimizer's groups."""
+    return _group_of(optimizer, parameter) is not None
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            return group
+    return None
+
+
+def check_followable(optimizer: Optimizer, parameter: nn.Parameter, layer: str, blocks: int) -> None:
+    """Refuses state of ``parameter``, of which there are ``blocks`` blocks, that a rewire could not carry along.
+
+    Raises:
+        RuntimeError: it is kept outside ``optimizer.state``, within a list, flattened, or with blocks on two sides.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import check_followable
+        >>> values = torch.nn.Parameter(torch.randn(3, 4, 4))
+        >>> optimizer = torch.optim.SGD([values])
+        >>> optimizer.state[values]["history"] = [torch.zeros(3, 4, 4)]
+        >>> check_followable(optimizer, values, "0", blocks=3)
+        Traceback (most recent call last):
+        RuntimeError: Sparsifier: state 'history' of layer 0 in SGD cannot follow its blocks: it is inside a list or dict
+    """
+    size = parameter[:1].numel()  # of one block
+
+    def refuse(name: str, why: str) -> None:
+        kind = type(optimizer).__name__
+        raise RuntimeError(f"Sparsifier: state {name!r} of layer {layer} in {kind} cannot follow its blocks: {why}")
+
+    def by_block(tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and blocks > 1 and tensor.dim() > 1 and tensor.shape[0] == blocks
+
+    for name, value in _leaves(_own_attributes(optimizer)):
+        if by_block(value) and not isinstance(value, nn.Parameter) and value.shape[1:] == parameter.shape[1:]:
+            refuse(name, "it is kept outside optimizer.state")
+    for name, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, (list, tuple, dict)):
+            if any(by_block(inner) for _, inner in _leaves(value)):
+                refuse(name, "it is inside a list or dict")
+        elif not isinstance(value, Tensor) or not value.dim():
+            continue
+        elif value.shape[0] != blocks and blocks > 1 and value.numel() >= blocks * size:
+            refuse(name, f"its shape is {list(value.shape)}, where the first size would be the {blocks} blocks")
+        elif blocks > 1 and value.shape[0] == blocks and blocks in value.shape[1:] and blocks not in parameter.shape[1:]:
+            refuse(name, f"its shape {list(value.shape)} has blocks on two sides")
+
+
+def state_by_block(
+    optimizer: Optimizer | None, parameter: nn.Parameter, blocks: int | None = None
+) -> dict[str, Tensor]:
     """The state tensors of ``parameter`` that have one entry per block: those whose first size is the number of blocks.
 
     Scalars such as ``step`` are not among them. With a single block a one-dimensional tensor could be either; it is
-    taken for a scalar.
+    taken for a scalar. ``blocks``: how many there are; default the first size of ``parameter``.
 
     Example:
         >>> import torch
@@ -32,7 +172,7 @@ def state_by_block(optimizer: torch.optim.Optimizer | None, parameter: nn.Parame
     """
     if optimizer is None or parameter not in optimizer.state:
         return {}
-    blocks = parameter.shape[0]
+    blocks = parameter.shape[0] if blocks is None else blocks
     return {
         key: value
         for key, value in optimizer.state[parameter].items()
@@ -43,13 +183,48 @@ def state_by_block(optimizer: torch.optim.Optimizer | None, parameter: nn.Parame
     }
 
 
-def carry_state(blocks: Tensor, carried: Tensor, grown: str = "zero") -> Tensor:
+def first_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer gives a new block: the state of a scratch parameter after one step with a zero gradient.
+
+    Zero for moments; a step size starts at the learning rate, an accumulator at its initial value. The scratch
+    parameter belongs to a new optimizer of the same kind and options; where none can be made, the result is empty, and
+    grown blocks start at zero.
+
+    Returns:
+        Tensors [1, ...] by the names of the state.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import first_state
+        >>> values = torch.nn.Parameter(torch.randn(3, 4, 4))
+        >>> first_state(torch.optim.Rprop([values], lr=0.5), values)["step_size"].unique()
+        tensor([0.5000])
+    """
+    group = _group_of(optimizer, parameter)
+    if group is None or any(isinstance(value, Optimizer) for _, value in _leaves(_own_attributes(optimizer))):
+        return {}  # a wrapper: what it would step is the real optimizer
+    scratch = nn.Parameter(torch.zeros_like(parameter.detach()[:1]) if len(parameter) else parameter.new_zeros(1, *parameter.shape[1:]))
+    scratch.grad = torch.zeros_like(scratch)
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    kind = type(optimizer)
+    try:
+        accepted = inspect.signature(kind).parameters
+        twin = kind([{**options, "params": [scratch]}], **{k: v for k, v in optimizer.defaults.items() if k in accepted})
+        with torch.no_grad():
+            twin.step()
+        state = twin.state.get(scratch, {})
+    except Exception:  # an optimizer that cannot be made so, or wants more for a step
+        return {}
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() and len(value) == 1}
+
+
+def carry_state(blocks: Tensor, carried: Tensor, grown: str | Tensor = "zero") -> Tensor:
     """One state tensor after a rewire.
 
     Args:
         blocks: [old blocks, ...].
         carried: int64 [new blocks], the old number of each new block or -1.
-        grown: what grown blocks start with: ``zero``, or ``mean`` over the blocks that stayed.
+        grown: what grown blocks start with: ``zero``, ``mean`` over the blocks that stayed, or a tensor [1, ...].
 
     Returns:
         [new blocks, ...]; blocks that stayed are bit for bit what they were.
@@ -64,10 +239,12 @@ def carry_state(blocks: Tensor, carried: Tensor, grown: str = "zero") -> Tensor:
         tensor([3., 2., 1.])
     """
     moved = take_blocks(blocks, carried, 0)
-    if grown == "mean":
-        stays = carried >= 0
-        if stays.any() and not stays.all():
-            moved[~stays] = moved[stays].mean()
+    stays = carried >= 0
+    if isinstance(grown, Tensor):
+        if grown.shape[1:] == moved.shape[1:] and bool(grown.any()):
+            moved[~stays] = grown.to(moved)
+    elif grown == "mean" and stays.any() and not stays.all():
+        moved[~stays] = moved[stays].mean()
     return moved
 
 
@@ -77,3 +254,137 @@ def check_grown_state(grown_state: Mapping[str, str]) -> dict[str, str]:
         if how not in GROWN_STATE:
             raise ValueError(f"Sparsifier: grown_state[{key!r}] must be one of {', '.join(GROWN_STATE)}, got {how!r}")
     return dict(grown_state)
+
+
+class LayerMove:
+    """One layer and its state in all optimizers moved to a new pattern; can be taken back."""
+
+    def __init__(
+        self,
+        layer: SparseLinear,
+        optimizers: Sequence[Optimizer],
+        pattern: BlockPattern,
+        grown_state: Mapping[str, str],
+    ):
+        self.layer = layer
+        self.old_pattern, self.old_mask = layer.pattern, layer.element_mask
+        self.carried = carried_from(layer.pattern, pattern)
+        leaves = torch.ones(layer.pattern.num_blocks, dtype=torch.bool, device=self.carried.device)
+        leaves[self.carried[self.carried >= 0]] = False
+        self.left = leaves.nonzero().flatten()
+        self.left_values = layer.values.detach().index_select(0, self.left)
+        self.states = [(o, state) for o in optimizers if (state := state_by_block(o, layer.values))]
+        self.left_state = [{k: t.index_select(0, self.left) for k, t in state.items()} for _, state in self.states]
+        moved = [carried_state(o, layer.values, state, self.carried, grown_state) for o, state in self.states]
+        layer.set_pattern(pattern)  # nothing below can fail
+        for (optimizer, _), state in zip(self.states, moved, strict=True):
+            optimizer.state[layer.values].update(state)
+
+    def undo(self) -> None:
+        """Puts the old pattern, values and state back, bit for bit."""
+        back = torch.full((self.old_pattern.num_blocks,), -1, dtype=torch.int64, device=self.carried.device)
+        stays = self.carried >= 0
+        back[self.carried[stays]] = stays.nonzero().flatten()
+        values = take_blocks(self.layer.values.detach(), back, 0)
+        values[self.left] = self.left_values
+        states = []
+        for (optimizer, state), left in zip(self.states, self.left_state, strict=True):
+            now = optimizer.state[self.layer.values]
+            states.append({key: take_blocks(now[key], back, 0) for key in state})
+            for key, tensor in states[-1].items():
+                tensor[self.left] = left[key]
+        self.layer.set_pattern(self.old_pattern, values, self.old_mask)
+        for (optimizer, _), state in zip(self.states, states, strict=True):
+            optimizer.state[self.layer.values].update(state)
+
+
+def carried_state(
+    optimizer: Optimizer,
+    parameter: nn.Parameter,
+    state: Mapping[str, Tensor],
+    carried: Tensor,
+    grown_state: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """``state``, all of one parameter's, after a rewire; see :func:`carry_state`."""
+    first = first_state(optimizer, parameter) if state.keys() - grown_state.keys() and bool((carried < 0).any()) else {}
+    return {
+        key: carry_state(tensor, carried, grown_state.get(key, first.get(key, "zero"))) for key, tensor in state.items()
+    }
+
+
+class StatesOfLayers:
+    """Keeps the optimizers' state with its blocks when somebody else replaces a layer's pattern.
+
+    Whoever loads an earlier state of the model, or sets a pattern by hand, changes what the optimizer's tensors stand
+    for. Before the optimizer's next step they are carried along: unless they too have been replaced or written to since
+    its last step, as by ``optimizer.load_state_dict``.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], layers: Mapping[str, SparseLinear], grown_state: Mapping[str, str]
+    ):
+        self.optimizers, self.layers, self.grown_state = tuple(optimizers), dict(layers), grown_state
+        self.patterns: dict[str, BlockPattern] = {}
+        self.marks: dict[tuple[int, str], Mark] = {}
+        self.mark()
+        this = weakref.ref(self)  # the optimizers' hooks keep nothing alive
+
+        def before(*_) -> None:
+            if (states := this()) is not None:
+                states.follow()
+
+        def after(*_) -> None:
+            if (states := this()) is not None:
+                states.mark()
+
+        for optimizer in self.optimizers:
+            for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)):
+                weakref.finalize(self, handle.remove)
+
+    def mark(self) -> None:
+        """Everything belongs together now."""
+        for name, layer in self.layers.items():
+            self.patterns[name] = layer.pattern
+            for number, optimizer in enumerate(self.optimizers):
+                self.marks[number, name] = _mark(optimizer, layer.values)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Carries along the state of layers whose pattern was replaced since the last mark.
+
+        Raises:
+            RuntimeError: a layer has state that cannot follow.
+        """
+        for name, layer in self.layers.items():
+            old = self.patterns[name]
+            if layer.pattern is old:
+                continue
+            for number, optimizer in enumerate(self.optimizers):
+                if old == layer.pattern or not _is_as_marked(self.marks[number, name], optimizer, layer.values):
+                    continue
+                check_followable(optimizer, layer.values, name, old.num_blocks)
+                state = state_by_block(optimizer, layer.values, old.num_blocks)
+                carried = carried_from(old.to(layer.pattern.device), layer.pattern)
+                optimizer.state[layer.values].update(
+                    carried_state(optimizer, layer.values, state, carried, self.grown_state)
+                )
+            self.patterns[name] = layer.pattern
+            for number, optimizer in enumerate(self.optimizers):
+                self.marks[number, name] = _mark(optimizer, layer.values)
+
+
+Mark = dict[str, tuple[weakref.ref, int]]  # by name of the state: the tensor, and how often it was written to
+
+
+def _mark(optimizer: Optimizer, parameter: nn.Parameter) -> Mark:
+    state = optimizer.state.get(parameter) or {}
+    return {key: (weakref.ref(t), t._version) for key, t in state.items() if isinstance(t, Tensor) and t.dim()}
+
+
+def _is_as_marked(mark: Mark, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether there is state, and none of its tensors was replaced or written to since."""
+    state = optimizer.state.get(parameter) or {}
+    return bool(mark) and all(
+        (t := state.get(key)) is not None and t is reference() and t._version == version
+        for key, (reference, version) in mark.items()
+    )

@@ -25,6 +25,7 @@ from numbers import Integral, Real
 Schedule = Callable[[float], float]
 
 __all__ = [
+    "Complement",
     "Constant",
     "Cosine",
     "Cubic",
@@ -34,6 +35,7 @@ __all__ = [
     "Polynomial",
     "Schedule",
     "as_schedule",
+    "last_step",
 ]
 
 
@@ -43,6 +45,15 @@ def _number(owner: str, argument: str, value: object) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{owner}: {argument} must be a finite number, got {value!r}")
     return float(value)
+
+
+def as_integer(owner: str, argument: str, value: object, at_least: int | None = None) -> int:
+    """TO BE REPLACED BY MERGE."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{owner}: {argument} must be an integer, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{owner}: {argument} must be an integer of at least {at_least}, got {value!r}")
+    return int(value)
 
 
 def _integer(owner: str, argument: str, value: object, at_least: int) -> int:
@@ -222,6 +233,39 @@ class Piecewise:
         """The value at ``step``, from the piece that holds there."""
         i = bisect_right(self.boundaries, _number("Piecewise", "step", step))
         return self.pieces[i](step - (self.boundaries[i - 1] if i else 0))
+
+
+@dataclass(frozen=True)
+class Complement:
+    """1 minus another schedule: density from sparsity.
+
+    >>> Complement(Linear(0.0, 0.9, steps=10))(5)
+    0.55
+    """
+
+    schedule: Schedule
+
+    def __call__(self, step: float) -> float:
+        """The value at ``step``."""
+        return 1.0 - self.schedule(step)
+
+
+def last_step(schedule: object) -> int | None:
+    """The step from which on a schedule stays the same; None where that is not known, as for a function.
+
+    >>> last_step(Linear(0.5, 0.1, steps=100, begin=20)), last_step(Constant(0.1)), last_step(lambda step: 0.1)
+    (120, 0, None)
+    """
+    if isinstance(schedule, Constant):
+        return 0
+    if isinstance(schedule, _Ramp):
+        return schedule.begin + schedule.steps
+    if isinstance(schedule, Complement):
+        return last_step(schedule.schedule)
+    if isinstance(schedule, Piecewise):
+        last = last_step(schedule.pieces[-1])
+        return None if last is None else (schedule.boundaries[-1] if schedule.boundaries else 0) + last
+    return None
 
 
 def _as_schedule(owner: str, argument: str, value: object) -> Schedule:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from sparsenet import distributed, functional
-from sparsenet.densities import distribute
-from sparsenet.layers import SparseLinear, sparse_layers, take_blocks
-from sparsenet.optimizer_state import carry_state, check_grown_state, state_by_block
-from sparsenet.pattern import BlockPattern, carried_from
-from sparsenet.policies.places import BadScores, best_places, checked_scores, hash_uniform, layer_key
+from sparsenet.densities import DISTRIBUTIONS, apportion, proportions
+from sparsenet.layers import SparseLinear, sparse_layers, warn_about_averages
+from sparsenet.optimizer_state import (
+    LayerMove,
+    StatesOfLayers,
+    as_optimizers,
+    check_followable,
+    check_grown_state,
+    holds,
+    with_inner_optimizers,
+)
+from sparsenet.pattern import BlockPattern
+from sparsenet.policies.growth import Growth, View
+from sparsenet.policies.places import BadScores, checked_scores, layer_key
 from sparsenet.policies.policy import Policy
-from sparsenet.schedules import as_schedule
+from sparsenet.schedules import Complement, as_integer, as_schedule, last_step
 
 __all__ = ["LayerUpdate", "Sparsifier", "Update"]
 
@@ -32,6 +44,7 @@ class LayerUpdate:
         num_blocks, density: after the rewire.
         clamped: growth that was asked for and found no free place.
         skipped: why the layer was left as it was; empty when it was rewired.
+        held: blocks that were to leave and stayed as the last of their row or column of blocks.
     """
 
     dropped_places: Tensor
@@ -40,6 +53,7 @@ class LayerUpdate:
     density: float
     clamped: int = 0
     skipped: str = ""
+    held: int = 0
 
     @property
     def dropped(self) -> int:
@@ -72,11 +86,12 @@ class Update:
 
 @dataclass(frozen=True)
 class _Quota:
-    """How many blocks leave and enter a layer at one rewire."""
+    """How many blocks leave and enter a layer at one rewire; ``must_drop`` of them for the sake of the density."""
 
     drop: int
     grow: int
     clamped: int
+    must_drop: int
 
     @classmethod
     def of(cls, pattern: BlockPattern, target: int, drop_fraction: float) -> _Quota:
@@ -89,100 +104,48 @@ class _Quota:
         exchange = min(round(drop_fraction * stays), free - max(0, target - pattern.num_blocks))
         asked = target - stays + round(drop_fraction * stays)
         grow = target - stays + max(0, exchange)
-        return cls(drop=pattern.num_blocks - stays + max(0, exchange), grow=grow, clamped=asked - grow)
+        leave = pattern.num_blocks - stays
+        return cls(drop=leave + max(0, exchange), grow=grow, clamped=asked - grow, must_drop=leave)
 
-
-class _View:
-    """One layer as a policy sees it; see :class:`sparsenet.policies.LayerView`."""
-
-    def __init__(self, name: str, layer: SparseLinear, key: int):
-        self.name = name
-        self.layer = layer
-        self.key = key
-        self.operands: tuple[Tensor, Tensor] | None = None  # x, grad_output before the activation
-
-    @property
-    def values(self) -> nn.Parameter:
-        return self.layer.values
-
-    @property
-    def pattern(self) -> BlockPattern:
-        return self.layer.pattern
-
-    def random(self, places: Tensor) -> Tensor:
-        return hash_uniform(places, self.key)
-
-    def gradient_squared_norms(self, places: Tensor) -> Tensor:
-        if self.operands is None:
-            raise RuntimeError(
-                f"Sparsifier: no gradient of layer {self.name} at hand; set needs_gradient in the policy"
-            )
-        if not len(places):
-            return torch.empty(0, device=places.device)
-        cols = self.pattern.block_cols
-        rows = (int(places[0]) // cols, int(places[-1]) // cols + 1)
-        norms = functional.block_gradient_squared_norms(*self.operands, self.pattern.block_size, rows)
-        return norms.flatten()[places - rows[0] * cols]
-
-
-class _Growth:
-    """Finds the places that a layer will grow, at the latest backward before the rewire where that needs gradients."""
-
-    def __init__(self, view: _View, policy: Policy, count: int):
-        self.view = view
-        self.policy = policy
-        self.count = count
-        self.places: Tensor | None = None
-        self.error = ""
-        self.operands: tuple[Tensor, Tensor] | None = None
-
-    def observe(self, x: Tensor, grad_output: Tensor) -> None:
-        """Called by the layer's backward."""
-        if distributed.is_active():
-            self.operands = x.detach(), grad_output.detach()
-        else:
-            self.select((x.detach(), grad_output.detach()))
-
-    def select(self, operands: tuple[Tensor, Tensor] | None) -> None:
-        """Scores every inactive place, a slice of block rows at a time, and keeps the ``count`` best."""
-        pattern = self.view.pattern
-        self.view.operands = operands
-        try:
-            share = distributed.share_of(pattern.block_rows) if operands is not None else (0, pattern.block_rows)
-            best = best_places(pattern, lambda places: self.policy.grow_scores(self.view, places), self.count, share)
-            if operands is not None:
-                best = distributed.gather_best(*best, self.count)
-            self.places, self.error = best[0], ""
-        except BadScores as error:
-            self.places, self.error = None, str(error)
-        finally:
-            self.view.operands = None
-
-    def gather(self) -> None:
-        """Distributed: brings every rank's operands together and selects."""
-        if self.operands is not None:
-            self.select(distributed.gather_operands(*self.operands))
-            self.operands = None
+    def kept_lines(self, pattern: BlockPattern) -> list[Tensor]:
+        """The block row of each block, and its block column: those of the two that there are blocks enough for."""
+        target = pattern.num_blocks - self.drop + self.grow
+        lines = (pattern.block_rows, pattern.row_indices), (pattern.block_cols, pattern.col)
+        return [of_block.long() for count, of_block in lines if target >= count]
 
 
 class Sparsifier:
     """Applies a policy on a schedule to the sparse layers of a model and to its optimizer's state.
 
     Args:
-        model: holds the :class:`SparseLinear` layers (a DistributedDataParallel wrapper is looked through).
-        optimizer: any ``torch.optim`` optimizer, or None. State tensors with one entry per block follow their blocks.
-        policy: which blocks go and come.
-        density: of all layers together at each step; a number, a schedule, or None to keep every layer's count.
-        distribution: how ``density`` is spread over the layers: ``uniform`` or ``erdos_renyi``.
+        model: holds the :class:`SparseLinear` layers (wrappers such as DistributedDataParallel are looked through).
+            Frozen layers (``requires_grad=False``) are left alone.
+        optimizer: any ``torch.optim`` optimizer, several, or None for a model that nobody trains. Together they must
+            hold the values of every trainable layer. State tensors with one entry per block follow their blocks,
+            those of optimizers inside optimizers too, also when somebody else changes a pattern: loads an earlier
+            state, or calls ``set_pattern``.
+        policy: which blocks go and which come.
+        density: of all rewired layers together at each step, in weights; a number, a schedule, or None to keep every
+            layer's count. The last rewire before ``end`` takes the density of step ``end``.
+        distribution: how ``density`` is spread over the layers: None (in the proportions that they have now),
+            ``uniform`` or ``erdos_renyi``. No count rises while the total falls, and none falls while it rises.
         every, begin, end: the n-th :meth:`step` rewires when ``begin < n <= end`` and ``(n - begin) % every == 0``.
         seed: of random growth. Random numbers depend on seed, step, layer and place, not on a generator's history.
-        grown_state: what grown blocks' optimizer state starts with, by state name: ``zero`` (default) or ``mean``.
-            ``{"exp_avg_sq": "mean"}`` tames Adam's first steps on grown blocks: with a zero second moment late in
-            training they are several times too large.
+        followers: averaged copies of the model (``torch.optim.swa_utils.AveragedModel`` or a deepcopy): at every rewire
+            their blocks go and come as the model's.
+        grown_state: what grown blocks' optimizer state starts with, by state name: ``zero`` or ``mean`` of the others;
+            default what the optimizer gives a new parameter: zero for moments, the learning rate for Rprop's step
+            sizes. ``{"exp_avg_sq": "mean"}`` tames Adam's first steps on grown blocks: with a zero second moment late
+            in training they are several times too large.
         sparsity: alias, ``1 - density``.
 
     Raises:
-        ValueError: no sparse layer, a parameter in two layers, a number out of range.
+        ValueError: no sparse layer, a parameter in two layers or in no optimizer, a number out of range, a follower of
+            other patterns, an optimizer whose state cannot follow (LBFGS).
+
+    The last block of a row of blocks never leaves where there are blocks enough for all rows, nor that of a column
+    where there are enough for all columns. Where a falling density leaves too few, a warning says how many outputs and
+    inputs have no weight.
 
     Call :meth:`step` after every ``optimizer.step()``.
 
@@ -204,35 +167,47 @@ class Sparsifier:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
         policy: Policy,
         density: float | Callable[[int], float] | None = None,
-        distribution: str = "uniform",
+        distribution: str | None = None,
         every: int = 100,
         begin: int = 0,
         end: int | None = None,
         seed: int = 0,
+        followers: Iterable[nn.Module] = (),
         *,
         grown_state: Mapping[str, str] | None = None,
         sparsity: float | Callable[[int], float] | None = None,
     ):
         if not isinstance(policy, Policy):
             raise TypeError(f"Sparsifier: policy must be a sparsenet Policy, got {policy!r}")
-        for name, value, least in (("every", every, 1), ("begin", begin, 0), ("end", begin if end is None else end, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Sparsifier: {name} must be an integer of at least {least}, got {value!r}")
+        if distribution is not None and distribution not in DISTRIBUTIONS:
+            known = ", ".join(DISTRIBUTIONS)
+            raise ValueError(f"Sparsifier: distribution must be None or one of {known}, got {distribution!r}")
         self.model = model
         self.optimizer = optimizer
         self.policy = policy
         self.density = _density_schedule(density, sparsity)
         self.distribution = distribution
-        self.every, self.begin, self.end, self.seed = every, begin, end, seed
+        self.every = as_integer("Sparsifier", "every", every, at_least=1)
+        self.begin = as_integer("Sparsifier", "begin", begin, at_least=0)
+        self.end = None if end is None else as_integer("Sparsifier", "end", end, at_least=0)
+        self.seed = as_integer("Sparsifier", "seed", seed)
         self.grown_state = check_grown_state(grown_state or {})
+        self.optimizers = with_inner_optimizers(as_optimizers(optimizer))
         self.layers = _distinct_layers(distributed.unwrap(model))
+        self._refuse_unheld()
+        self.followers = (followers,) if isinstance(followers, nn.Module) else tuple(followers)
+        self._follower_layers = _follower_layers(self.followers, self.layers)
         distributed.assert_same_topology(model)
         self.steps = 0
-        self._growth: dict[str, _Growth] = {}
+        self._said: set[str] = set()
+        self._growth: dict[str, Growth] = {}
         self._quotas: dict[str, _Quota] = {}
+        self._proportions = self._counts()
+        self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
+        self._warn_if_idle()
         self._arm()
 
     # --- the step ---
@@ -244,30 +219,47 @@ class Sparsifier:
             What was dropped and grown, per layer; None when this step does not rewire.
 
         Raises:
-            RuntimeError: under DDP, ranks disagree (the layer is named) or the number of blocks would change.
+            RuntimeError: under DDP, ranks disagree (the layer is named) or the number of blocks would change; or an
+                optimizer keeps state that cannot follow (the optimizer and the layer are named).
 
         Either every layer is rewired or none: an exception leaves patterns, values and optimizer state as they were.
         Layers whose scores are NaN or Inf, or that saw no gradient, are skipped and say so.
         """
         self.steps += 1
         distributed.assert_same("the decision to rewire", int(self._rewires_at(self.steps)))
+        self._states.follow()
         update = None
         try:
             if self._rewires_at(self.steps):
                 update = self._rewire()
         finally:
             self._arm()
+        warn_about_averages(self.layers, self._follower_layers)
         return update
 
     def refresh(self) -> None:
         """Looks at the model again after something else changed its layers: compaction, folding."""
         model = distributed.unwrap(self.model)
         self.layers = _distinct_layers(model) if sparse_layers(model) else {}
+        self._follower_layers = _follower_layers(self.followers, self.layers)
+        self._proportions = self._counts()
+        self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
         self._arm()
 
     def _rewires_at(self, step: int) -> bool:
         inside = self.begin < step and (self.end is None or step <= self.end)
         return inside and (step - self.begin) % self.every == 0
+
+    def _counts(self) -> dict[str, int]:
+        return {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
+
+    def _rewired(self) -> dict[str, SparseLinear]:
+        """The layers that take part: trainable ones."""
+        frozen = [name for name, layer in self.layers.items() if not layer.values.requires_grad]
+        if frozen and "frozen" not in self._said:
+            self._said.add("frozen")
+            logger.warning("Sparsifier: frozen layers keep their topology: %s", ", ".join(map(repr, frozen)))
+        return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
     def _arm(self) -> None:
         """If the next step rewires, settles how many blocks move and has backward score the growth."""
@@ -277,43 +269,85 @@ class Sparsifier:
         step = self.steps + 1
         if not self._rewires_at(step):
             return
+        layers = self._rewired()
+        targets = self._targets(step, layers)
         fraction = self.policy.drop_fraction_at(step)
-        targets = self._targets(step)
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
             quota = self._quotas[name] = _Quota.of(layer.pattern, targets[name], fraction)
-            growth = _Growth(_View(name, layer, layer_key(self.seed, step, name)), self.policy, quota.grow)
+            growth = Growth(View(name, layer, layer_key(self.seed, step, name)), self.policy, quota.grow)
             self._growth[name] = growth
             if self.policy.needs_gradient and quota.grow:
                 layer.topology.observer = growth.observe
+                layer.topology.expected_calls = 0
 
-    def _targets(self, step: int) -> dict[str, int]:
-        if self.density is None:
-            return {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
-        density = float(self.density(step))
+    def _density_at(self, step: int) -> float:
+        """The density that a rewire at ``step`` moves to: the last one before the end moves to that of the end."""
+        last = self.end is not None and step + self.every > self.end
+        density = float(self.density(self.end if last else step))
         if not 0.0 <= density <= 1.0:
             raise ValueError(f"Sparsifier: density must lie in [0, 1], got {density} at step {step}")
-        shapes = [(layer.pattern.block_rows, layer.pattern.block_cols) for layer in self.layers.values()]
-        return dict(zip(self.layers, distribute(shapes, density, self.distribution, block_size=1), strict=True))
+        return density
+
+    def _targets(self, step: int, layers: Mapping[str, SparseLinear]) -> dict[str, int]:
+        """Blocks of each layer after a rewire at ``step``. Totals count weights: layers may differ in block size."""
+        patterns = [layer.pattern for layer in layers.values()]
+        now = [pattern.num_blocks for pattern in patterns]
+        if self.density is None or not patterns:
+            return dict(zip(layers, now, strict=True))
+        places = [pattern.block_rows * pattern.block_cols for pattern in patterns]
+        sizes = [pattern.block_size**2 for pattern in patterns]
+        density, first = self._density_at(step), float(self.density(self.begin))
+        total = density * sum(map(operator.mul, places, sizes))
+        change = total - sum(map(operator.mul, now, sizes))
+        if density == first and abs(change) <= sum(sizes) / 2:  # the same density, up to the rounding of each layer
+            return dict(zip(layers, now, strict=True))
+        if change > 0 and not self.policy.grows():
+            if density > first:
+                raise ValueError(
+                    f"{type(self.policy).__name__}: density must not increase: this policy grows nothing, and the "
+                    f"schedule asks for {density:.4g} at step {step}"
+                )
+            change = 0  # it falls, from above what the network has
+        if change <= 0:
+            least, most = [min(1, n) if density else 0 for n in now], now
+        else:
+            least, most = now, places
+        counts = apportion(self._wanted(layers, places), total, least, most, sizes)
+        return dict(zip(layers, counts, strict=True))
+
+    def _wanted(self, layers: Mapping[str, SparseLinear], places: Sequence[int]) -> Sequence[float]:
+        """The proportions of the layers' blocks."""
+        if self.distribution is None:
+            wanted = [float(self._proportions.get(name, 0)) for name in layers]
+            return wanted if any(wanted) else list(map(float, places))
+        shapes = [layer.pattern.shape for layer in layers.values()]
+        return proportions(shapes, [layer.block_size for layer in layers.values()], self.distribution)
 
     def _rewire(self) -> Update:
-        plans = {name: self._plan(name) for name in self.layers}
+        for name in self._growth:
+            for optimizer in self.optimizers:
+                check_followable(optimizer, self.layers[name].values, name, self.layers[name].pattern.num_blocks)
+        plans = {name: self._plan(name) for name in self._growth}
         if distributed.is_active():
             for name, (pattern, _) in plans.items():
                 distributed.assert_same(f"the new topology of layer {name}", int(pattern.fingerprint[:15], 16))
         resized = [n for n, (p, _) in plans.items() if p.num_blocks != self.layers[n].pattern.num_blocks]
         if resized:
             distributed.check_resizable(self.model, resized[0])
-        done: list[_Move] = []
+        done: list[LayerMove] = []
         try:
             for name, (pattern, update) in plans.items():
                 if update.dropped or update.grown:
-                    done.append(_Move(self.layers[name], self.optimizer, pattern, self.grown_state))
+                    for follower in self._follower_layers.get(name, ()):
+                        done.append(LayerMove(follower, (), pattern, self.grown_state))
+                    done.append(LayerMove(self.layers[name], self.optimizers, pattern, self.grown_state))
         except BaseException:
             for move in reversed(done):
                 move.undo()
             raise
         if resized:
             distributed.rebuild(self.model)
+        self._states.mark()
         return Update(self.steps, {name: update for name, (_, update) in plans.items()})
 
     def _plan(self, name: str) -> tuple[BlockPattern, LayerUpdate]:
@@ -323,7 +357,9 @@ class Sparsifier:
         none = torch.empty(0, dtype=torch.int64, device=pattern.device)
         skipped = ""
         dropped = grown = none
-        if quota.drop or quota.grow:
+        if growth.pattern is not pattern:
+            skipped = "its pattern was replaced after the rewire was prepared"
+        elif quota.drop or quota.grow:
             dropped, grown, skipped = self._choose(pattern, growth, quota)
         if skipped:
             logger.warning("Sparsifier: step %d, layer %s keeps its topology: %s", self.steps, name, skipped)
@@ -334,73 +370,92 @@ class Sparsifier:
         after = torch.cat([places[stays], grown])
         cols = max(pattern.block_cols, 1)
         new = BlockPattern.from_places(after // cols, after % cols, pattern.shape, pattern.block_size)
-        return new, LayerUpdate(places[dropped], grown, new.num_blocks, new.density, quota.clamped)
+        if quota.must_drop:
+            self._say_what_died(name, pattern, new)
+        held = quota.drop - len(dropped)
+        return new, LayerUpdate(places[dropped], grown, new.num_blocks, new.density, quota.clamped, held=held)
 
-    def _choose(self, pattern: BlockPattern, growth: _Growth, quota: _Quota) -> tuple[Tensor, Tensor, str]:
+    def _choose(self, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor, str]:
         """Numbers of the blocks that leave, places that enter, and why not, if not."""
         none = torch.empty(0, dtype=torch.int64, device=pattern.device)
         if quota.grow:
-            if self.policy.needs_gradient:
-                growth.gather()
-                if growth.places is None and not growth.error:
-                    return none, none, "no backward ran through it before this step"
-            else:
-                growth.select(None)
+            growth.settle()
             if growth.error:
                 return none, none, growth.error
         try:
             scores = checked_scores(self.policy.drop_scores(growth.view), pattern.num_blocks, "drop")
         except BadScores as error:
             return none, none, str(error)
-        dropped = functional.select_extreme(scores, quota.drop, largest=False)
-        return dropped, growth.places if quota.grow else none, ""
+        dropped = functional.lowest_to_spare(scores, quota.drop, *quota.kept_lines(pattern))
+        if len(dropped) < quota.must_drop:  # the density leaves too few blocks for all rows and columns
+            dropped = functional.select_extreme(scores.index_fill(0, dropped, -math.inf), quota.must_drop, largest=False)
+        entering = quota.grow - (quota.drop - len(dropped))
+        return dropped, growth.best(entering) if entering else none, ""
+
+    # --- what it says ---
+
+    def _say_what_died(self, name: str, before: BlockPattern, after: BlockPattern) -> None:
+        """Once per layer, when its density has become too low for all of its rows and columns of blocks."""
+        if name in self._said or after.unreached() <= before.unreached():
+            return
+        self._said.add(name)
+        (outputs, inputs), (out_features, in_features), b = after.unreached(), after.shape, after.block_size
+        warnings.warn(
+            f"Sparsifier: from step {self.steps} on, {outputs} of {out_features} outputs and {inputs} of {in_features} "
+            f"inputs of layer {name} have no weight: {after.num_blocks} blocks of {b} x {b} are too few; use smaller "
+            "blocks or a higher density",
+            stacklevel=5,
+        )
+
+    def _warn_if_idle(self) -> None:
+        """One warning about a schedule that never acts, or that is cut off."""
+        policy, density = self.policy, self.density
+        fixed = density is None and not policy.exchanges
+        if policy.follows_density and density is None:
+            said = f"{type(policy).__name__} needs a density schedule: without one it changes nothing"
+        elif fixed or (density is None and policy.drop_fraction == 0.0):
+            return  # nothing is meant to change
+        elif self.end is not None and self.begin + self.every > self.end:
+            said = f"no step rewires: begin {self.begin} + every {self.every} lies beyond end {self.end}"
+        elif self.end is not None and (last_step(density) or 0) > self.end and density(self.end) != density(
+            last_step(density)
+        ):
+            said = (
+                f"end {self.end} cuts the density schedule off at {density(self.end):.4g}; it would reach "
+                f"{density(last_step(density)):.4g} at step {last_step(density)}"
+            )
+        else:
+            return
+        warnings.warn(f"Sparsifier: {said}", stacklevel=3)
+
+    def _refuse_unheld(self) -> None:
+        if not self.optimizers:
+            return
+        for name, layer in self.layers.items():
+            if layer.values.requires_grad and not any(holds(o, layer.values) for o in self.optimizers):
+                raise ValueError(
+                    f"Sparsifier: optimizer must hold the values of every trainable layer, got none for {name!r}; make "
+                    "the optimizer after sparsify_, or freeze the layer (requires_grad_(False))"
+                )
 
     # --- saving ---
 
     def state_dict(self) -> dict:
-        """The step count and seed; patterns are saved with the model."""
-        return {"steps": self.steps, "seed": self.seed}
+        """The step count, the seed and the layers' proportions; patterns are saved with the model."""
+        return {"steps": self.steps, "seed": self.seed, "proportions": dict(self._proportions)}
 
     def load_state_dict(self, state: Mapping) -> None:
         """Continues where :meth:`state_dict` was taken. Load the model first."""
         for key in ("steps", "seed"):
             if not isinstance(state.get(key), int):
                 raise ValueError(f"Sparsifier: state must have an integer {key!r}, got {state.get(key)!r}")
+        proportions = state.get("proportions", {})
+        if not isinstance(proportions, Mapping) or not all(isinstance(n, int) for n in proportions.values()):
+            raise ValueError(f"Sparsifier: state must have integers by layer in 'proportions', got {proportions!r}")
         self.steps, self.seed = state["steps"], state["seed"]
+        self._proportions = self._counts() | {n: c for n, c in proportions.items() if n in self.layers}
+        self._states.mark()
         self._arm()
-
-
-class _Move:
-    """One layer and its optimizer state moved to a new pattern; can be taken back."""
-
-    def __init__(self, layer: SparseLinear, optimizer, pattern: BlockPattern, grown_state: Mapping[str, str]):
-        self.layer, self.optimizer = layer, optimizer
-        self.old_pattern, self.old_mask = layer.pattern, layer.element_mask
-        self.carried = carried_from(layer.pattern, pattern)
-        state = state_by_block(optimizer, layer.values)
-        leaves = torch.ones(layer.pattern.num_blocks, dtype=torch.bool, device=self.carried.device)
-        leaves[self.carried[self.carried >= 0]] = False
-        self.left = leaves.nonzero().flatten()
-        self.left_values = layer.values.detach().index_select(0, self.left)
-        self.left_state = {key: tensor.index_select(0, self.left) for key, tensor in state.items()}
-        moved = {key: carry_state(tensor, self.carried, grown_state.get(key, "zero")) for key, tensor in state.items()}
-        layer.set_pattern(pattern)  # nothing below can fail
-        if moved:
-            optimizer.state[layer.values].update(moved)
-
-    def undo(self) -> None:
-        """Puts the old pattern, values and state back, bit for bit."""
-        back = torch.full((self.old_pattern.num_blocks,), -1, dtype=torch.int64, device=self.carried.device)
-        stays = self.carried >= 0
-        back[self.carried[stays]] = stays.nonzero().flatten()
-        state = {key: take_blocks(t, back, 0) for key, t in state_by_block(self.optimizer, self.layer.values).items()}
-        for key, tensor in state.items():
-            tensor[self.left] = self.left_state[key]
-        values = take_blocks(self.layer.values.detach(), back, 0)
-        values[self.left] = self.left_values
-        self.layer.set_pattern(self.old_pattern, values, self.old_mask)
-        if state:
-            self.optimizer.state[self.layer.values].update(state)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -409,15 +464,29 @@ class _Move:
 def _density_schedule(density, sparsity) -> Callable[[int], float] | None:
     if density is not None and sparsity is not None:
         raise ValueError("Sparsifier: give density or its alias sparsity, not both")
-    if sparsity is not None:
-        of_step = as_schedule(sparsity)
-        return lambda step: 1.0 - of_step(step)
-    if density is None:
+    name, value = ("sparsity", sparsity) if density is None else ("density", density)
+    if value is None:
         return None
-    schedule = as_schedule(density)
-    if not callable(density) and not 0.0 <= density <= 1.0:
-        raise ValueError(f"Sparsifier: density must lie in [0, 1], got {density}")
-    return schedule
+    schedule = as_schedule(value)
+    if not callable(value) and not 0.0 <= schedule(0) <= 1.0:
+        raise ValueError(f"Sparsifier: {name} must lie in [0, 1], got {value}")
+    return Complement(schedule) if name == "sparsity" else schedule
+
+
+def _follower_layers(followers: Sequence[nn.Module], layers: Mapping[str, SparseLinear]) -> dict[str, list]:
+    """By layer name, the layers of the followers that go along."""
+    found: dict[str, list[SparseLinear]] = {name: [] for name in layers}
+    for number, follower in enumerate(followers):
+        if not isinstance(follower, nn.Module):
+            raise TypeError(f"Sparsifier: followers must be modules, got {type(follower).__name__}")
+        copies = sparse_layers(distributed.unwrap(follower))
+        for name, layer in layers.items():
+            copy = copies.get(name)
+            if copy is None or copy is layer or copy.pattern != layer.pattern:
+                what = "no such layer" if copy is None else "the layer itself" if copy is layer else "another pattern"
+                raise ValueError(f"Sparsifier: followers[{number}] must be a copy of layer {name!r}, got {what}")
+            found[name].append(copy)
+    return found
 
 
 def _distinct_layers(model: nn.Module) -> dict[str, SparseLinear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,11 @@ class Topology:
         pattern: the active blocks; :meth:`replace` exchanges it, nothing changes it.
         element_mask: bool [num_blocks, b, b] on the pattern's device, or None.
         label: how errors name the layer.
+        expected_calls: calls of the layer in eager forward passes since the observer began to watch, whose backward it
+            has not seen; 0 where they were not counted.
+        trained: whether a backward pass has ever made a gradient for the values.
+        family: the layers that are copies of each other; a weak set that they share.
+        written: how often the values' memory had been written to when the layer last knew what is in it.
         observer: called in every backward pass through the layer with ``(x, grad_output before the activation)``, both
             2-D, as often as the layer was called in it; None: nobody watches. An observer watches one pattern: a
             replacement takes it away.
@@ -36,13 +42,17 @@ class Topology:
         [[5, 16]]
     """
 
-    __slots__ = ("__weakref__", "element_mask", "label", "observer", "pattern")
+    __slots__ = ("__weakref__", "element_mask", "expected_calls", "family", "label", "observer", "pattern", "trained", "written")
 
     def __init__(self, pattern: BlockPattern, element_mask: Tensor | None = None, label: str = "block_sparse_linear"):
         self.pattern = pattern
         self.element_mask = element_mask
         self.label = label
         self.observer: Observer | None = None
+        self.expected_calls = 0
+        self.trained = False
+        self.family: weakref.WeakSet = weakref.WeakSet()
+        self.written = -1
         registry.installed(pattern, self)
 
     def replace(

@@ -80,12 +80,14 @@ def backward(
     need_x, need_values, need_bias = wanted[:3]
     g = rows_of(grad_y, out_features)
     rows = rows_of(x, in_features)
-    if topology is not None and topology.observer is not None:
-        g = rows_of(
-            _grad_before_activation(g, None if saved is None else saved.reshape(g.shape), activation), out_features
-        )
-        activation, saved = "none", None
-        topology.observer(rows, g)
+    if topology is not None:
+        topology.trained |= need_values
+        if topology.observer is not None:
+            g = rows_of(
+                _grad_before_activation(g, None if saved is None else saved.reshape(g.shape), activation), out_features
+            )
+            activation, saved = "none", None
+            topology.observer(rows, g)
     values = packed(values)
     saved = None if saved is None else packed(saved)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
@@ -117,6 +119,8 @@ class _BlockSparseLinear(torch.autograd.Function):
     def forward(ctx, x, values, bias, rest):
         """Y [..., out]."""
         data, pattern, topology, activation = rest
+        if topology is not None and topology.observer is not None:
+            topology.expected_calls += 1
         y, pre = forward(x, data, bias, pattern, activation, keep=True)
         ctx.pattern, ctx.topology, ctx.activation = pattern, topology, activation
         ctx.save_for_backward(x, data, y if activation == "relu" else pre)

@@ -7,6 +7,8 @@ it again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,15 @@ __all__ = ["largest_reaching_all", "lowest_to_spare"]
 _ROUNDS = 64  # of pairing rows with columns by mutual choice; equal scores could need one for each
 
 
-def lowest_to_spare(scores: Tensor, rows: Tensor, cols: Tensor, count: int) -> Tensor:
+def lowest_to_spare(scores: Tensor, count: int, *lines: Tensor) -> Tensor:
     """Numbers of the ``count`` lowest scores whose blocks can go without leaving a row or column empty.
 
     The blocks are asked in the order of their scores, ties by index; one that is the last of its row or column stays.
 
     Args:
         scores: float32 [n], one per block, without NaN.
-        rows: int [n], the block row of each; ``cols``: int [n], the block column.
         count: how many shall go.
+        lines: int64 [n] each, the block row or block column of each block: what must not become empty.
 
     Returns:
         int64, ascending; fewer than ``count`` where no more can be spared.
@@ -34,13 +36,13 @@ def lowest_to_spare(scores: Tensor, rows: Tensor, cols: Tensor, count: int) -> T
         >>> import torch
         >>> from sparsenet.functional import lowest_to_spare
         >>> rows, cols = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
-        >>> lowest_to_spare(torch.tensor([2.0, 3.0, 1.0]), rows, cols, count=1)   # block 2 is the last of row 1
+        >>> lowest_to_spare(torch.tensor([2.0, 3.0, 1.0]), 1, rows, cols)   # block 2 is the last of row 1
         tensor([1])
     """
     lowest = count
     while True:
         asked = select_extreme(scores, lowest, largest=False)
-        staying = _last_of_their_line(scores, rows, cols, asked)
+        staying = _last_of_their_line(scores, asked, lines)
         missing = count - (len(asked) - len(staying))
         if not missing or lowest == len(scores):
             break
@@ -51,29 +53,27 @@ def lowest_to_spare(scores: Tensor, rows: Tensor, cols: Tensor, count: int) -> T
     return goes.nonzero().flatten()
 
 
-def _last_of_their_line(scores: Tensor, rows: Tensor, cols: Tensor, asked: Tensor) -> Tensor:
-    """Those of ``asked`` that are the last of their row or column when their turn comes.
+def _last_of_their_line(scores: Tensor, asked: Tensor, lines: Sequence[Tensor]) -> Tensor:
+    """Those of ``asked`` that are the last of one of their lines when their turn comes.
 
     Only lines that would lose all their blocks can refuse one, so only blocks on these are looked at one by one.
     """
-    tight = []
-    for lines in (rows, cols):
-        blocks = torch.bincount(lines)
-        tight.append((torch.bincount(lines[asked], minlength=len(blocks)) == blocks) & (blocks > 0))
-    doubtful = asked[tight[0][rows[asked]] | tight[1][cols[asked]]]
+    left, on_tight = [], torch.zeros(len(asked), dtype=torch.bool, device=scores.device)
+    for line in lines:
+        blocks = torch.bincount(line)
+        tight = (torch.bincount(line[asked], minlength=len(blocks)) == blocks) & (blocks > 0)
+        on_tight |= tight[line[asked]]
+        left.append(blocks + ~tight)  # a line that keeps a block in any case never refuses
+    doubtful = asked[on_tight]
     if not len(doubtful):
         return doubtful
     doubtful = doubtful[scores[doubtful].argsort(stable=True)]
-    left = []
-    for lines, is_tight in zip((rows, cols), tight, strict=True):
-        # a line that keeps a block in any case never refuses: as if it had one more than it can lose
-        left.append((torch.bincount(lines) + ~is_tight).tolist())
-    row_left, col_left = left
+    counts = [blocks.tolist() for blocks in left]
     staying = []
-    for block, row, col in zip(doubtful.tolist(), rows[doubtful].tolist(), cols[doubtful].tolist(), strict=True):
-        if row_left[row] > 1 and col_left[col] > 1:
-            row_left[row] -= 1
-            col_left[col] -= 1
+    for block, *where in zip(doubtful.tolist(), *(line[doubtful].tolist() for line in lines), strict=True):
+        if all(count[at] > 1 for count, at in zip(counts, where, strict=True)):
+            for count, at in zip(counts, where, strict=True):
+                count[at] -= 1
         else:
             staying.append(block)
     return torch.tensor(staying, dtype=torch.int64, device=scores.device)
@@ -104,7 +104,7 @@ def largest_reaching_all(scores: Tensor, count: int) -> Tensor:
         return picked
     added = _best_cover(scores, empty_rows, empty_cols)
     both = torch.cat([added, picked])
-    spared = lowest_to_spare(scores.flatten()[both], both // cols, both % cols, len(added))
+    spared = lowest_to_spare(scores.flatten()[both], len(added), both // cols, both % cols)
     if len(spared) < len(added):  # many of the largest share few lines; a cover of all lines always has room
         lines = (torch.arange(n, device=scores.device) for n in (rows, cols))
         cover = _best_cover(scores, *lines)

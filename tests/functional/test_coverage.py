@@ -25,10 +25,10 @@ def test_row81_the_last_block_of_a_line_stays():
     # blocks at (0,0) (0,1) (1,1) (2,0) with scores 1 2 3 4: (1,1) and (2,0) are alone in their rows; once (0,0) has
     # gone, (0,1) is alone in row 0
     rows, cols, scores = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert lowest_to_spare(scores, rows, cols, 1).tolist() == [0]
-    assert lowest_to_spare(scores, rows, cols, 3).tolist() == [0]
-    assert lowest_to_spare(scores, rows, cols, 0).tolist() == []
-    assert lowest_to_spare(torch.tensor([9.0, 2.0, 3.0, 4.0]), rows, cols, 2).tolist() == [1]
+    assert lowest_to_spare(scores, 1, rows, cols).tolist() == [0]
+    assert lowest_to_spare(scores, 3, rows, cols).tolist() == [0]
+    assert lowest_to_spare(scores, 0, rows, cols).tolist() == []
+    assert lowest_to_spare(torch.tensor([9.0, 2.0, 3.0, 4.0]), 2, rows, cols).tolist() == [1]
 
 
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.booleans())
@@ -38,7 +38,7 @@ def test_row81_drops_as_if_asked_one_by_one(seed, height, width, density, share,
     scores = torch.rand(len(places), generator=draw)
     scores = (scores * 3).round() if ties else scores
     rows, cols, count = places // width, places % width, round(share * len(places))
-    gone = lowest_to_spare(scores, rows, cols, count)
+    gone = lowest_to_spare(scores, count, rows, cols)
     assert gone.tolist() == one_by_one(scores, rows, cols, count)
     stays = torch.ones(len(places), dtype=torch.bool)
     stays[gone] = False
@@ -51,7 +51,7 @@ def test_row81_many_blocks_are_asked_together():
     draw = torch.Generator().manual_seed(3)
     places = torch.randperm(400 * 400, generator=draw)[:1500].sort().values
     rows, cols, scores = places // 400, places % 400, torch.rand(1500, generator=draw)
-    assert lowest_to_spare(scores, rows, cols, 900).tolist() == one_by_one(scores, rows, cols, 900)
+    assert lowest_to_spare(scores, 900, rows, cols).tolist() == one_by_one(scores, rows, cols, 900)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.booleans())

@@ -357,7 +357,9 @@ class Sparsifier:
         none = torch.empty(0, dtype=torch.int64, device=pattern.device)
         skipped = ""
         dropped = grown = none
-        if growth.pattern is not pattern:
+        if not layer.values.requires_grad:
+            skipped = "it was frozen after the rewire was prepared"
+        elif growth.pattern is not pattern:
             skipped = "its pattern was replaced after the rewire was prepared"
         elif quota.drop or quota.grow:
             dropped, grown, skipped = self._choose(pattern, growth, quota)

@@ -148,7 +148,9 @@ def check_followable(optimizer: Optimizer, parameter: nn.Parameter, layer: str, 
             continue
         elif value.shape[0] != blocks and blocks > 1 and value.numel() >= blocks * size:
             refuse(name, f"its shape is {list(value.shape)}, where the first size would be the {blocks} blocks")
-        elif blocks > 1 and value.shape[0] == blocks and blocks in value.shape[1:] and blocks not in parameter.shape[1:]:
+        elif (
+            blocks > 1 and value.shape[0] == blocks and blocks in value.shape[1:] and blocks not in parameter.shape[1:]
+        ):
             refuse(name, f"its shape {list(value.shape)} has blocks on two sides")
 
 
@@ -203,13 +205,17 @@ def first_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tens
     group = _group_of(optimizer, parameter)
     if group is None or any(isinstance(value, Optimizer) for _, value in _leaves(_own_attributes(optimizer))):
         return {}  # a wrapper: what it would step is the real optimizer
-    scratch = nn.Parameter(torch.zeros_like(parameter.detach()[:1]) if len(parameter) else parameter.new_zeros(1, *parameter.shape[1:]))
+    scratch = nn.Parameter(
+        torch.zeros_like(parameter.detach()[:1]) if len(parameter) else parameter.new_zeros(1, *parameter.shape[1:])
+    )
     scratch.grad = torch.zeros_like(scratch)
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     kind = type(optimizer)
     try:
         accepted = inspect.signature(kind).parameters
-        twin = kind([{**options, "params": [scratch]}], **{k: v for k, v in optimizer.defaults.items() if k in accepted})
+        twin = kind(
+            [{**options, "params": [scratch]}], **{k: v for k, v in optimizer.defaults.items() if k in accepted}
+        )
         with torch.no_grad():
             twin.step()
         state = twin.state.get(scratch, {})

@@ -390,7 +390,9 @@ class Sparsifier:
             return none, none, str(error)
         dropped = functional.lowest_to_spare(scores, quota.drop, *quota.kept_lines(pattern))
         if len(dropped) < quota.must_drop:  # the density leaves too few blocks for all rows and columns
-            dropped = functional.select_extreme(scores.index_fill(0, dropped, -math.inf), quota.must_drop, largest=False)
+            dropped = functional.select_extreme(
+                scores.index_fill(0, dropped, -math.inf), quota.must_drop, largest=False
+            )
         entering = quota.grow - (quota.drop - len(dropped))
         return dropped, growth.best(entering) if entering else none, ""
 
@@ -419,8 +421,10 @@ class Sparsifier:
             return  # nothing is meant to change
         elif self.end is not None and self.begin + self.every > self.end:
             said = f"no step rewires: begin {self.begin} + every {self.every} lies beyond end {self.end}"
-        elif self.end is not None and (last_step(density) or 0) > self.end and density(self.end) != density(
-            last_step(density)
+        elif (
+            self.end is not None
+            and (last_step(density) or 0) > self.end
+            and density(self.end) != density(last_step(density))
         ):
             said = (
                 f"end {self.end} cuts the density schedule off at {density(self.end):.4g}; it would reach "

@@ -42,7 +42,17 @@ class Topology:
         [[5, 16]]
     """
 
-    __slots__ = ("__weakref__", "element_mask", "expected_calls", "family", "label", "observer", "pattern", "trained", "written")
+    __slots__ = (
+        "__weakref__",
+        "element_mask",
+        "expected_calls",
+        "family",
+        "label",
+        "observer",
+        "pattern",
+        "trained",
+        "written",
+    )
 
     def __init__(self, pattern: BlockPattern, element_mask: Tensor | None = None, label: str = "block_sparse_linear"):
         self.pattern = pattern

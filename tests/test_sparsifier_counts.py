@@ -107,7 +107,9 @@ def test_row69_rising_densities_take_nothing_from_a_layer():
 
 def test_row69_totals_count_weights_where_block_sizes_differ():
     model = nn.Sequential(
-        sn.SparseLinear(512, 256, density=0.5, block_size=32), nn.ReLU(), sn.SparseLinear(256, 100, density=0.5, block_size=4)
+        sn.SparseLinear(512, 256, density=0.5, block_size=32),
+        nn.ReLU(),
+        sn.SparseLinear(256, 100, density=0.5, block_size=4),
     )
     sparsifier = sn.Sparsifier(model, None, sn.GMP(), sn.Linear(0.5, 0.125, 10), every=5)
     for _ in range(10):
@@ -186,7 +188,9 @@ def test_row84_numbers_out_of_range_are_refused(arguments, message):
 
 def test_row69_a_policy_that_grows_nothing_refuses_a_rising_density_at_once():
     with pytest.raises(ValueError, match="GMP: density must not increase: this policy grows nothing"):
-        sn.Sparsifier(sn.SparseMLP([64, 64], density=0.5, block_size=8), None, sn.GMP(), sn.Linear(0.5, 0.9, 10), every=1)
+        sn.Sparsifier(
+            sn.SparseMLP([64, 64], density=0.5, block_size=8), None, sn.GMP(), sn.Linear(0.5, 0.9, 10), every=1
+        )
     sparse = sn.SparseMLP([64, 64], density=0.25, block_size=8)
     sparsifier = sn.Sparsifier(sparse, None, sn.GMP(), sn.Linear(0.5, 0.1, 10), every=1)  # begins above what there is
     before = counts(sparse)
@@ -201,7 +205,9 @@ def test_row69_a_policy_that_grows_nothing_refuses_a_rising_density_at_once():
 # --- coverage -------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(2, 12), st.integers(2, 12), st.floats(0.1, 1.0), st.sampled_from(["set", "rigl"]), st.integers(0, 999))
+@given(
+    st.integers(2, 12), st.integers(2, 12), st.floats(0.1, 1.0), st.sampled_from(["set", "rigl"]), st.integers(0, 999)
+)
 @pytest.mark.filterwarnings("ignore:Sparsifier")
 def test_row81_every_rewire_keeps_rows_and_columns_reached(height, width, density, policy, seed):
     pattern = sn.BlockPattern.random((height * 4, width * 4), density, 4, torch.Generator().manual_seed(seed))
@@ -259,10 +265,14 @@ def test_row81_constructors_reach_all_or_warn():
         warnings.simplefilter("error")
         layer = sn.SparseLinear(512, 512, density=0.1)
     assert layer.pattern.unreached() == (0, 0)
-    with pytest.warns(UserWarning, match=r"SparseLinear: 0 of 10 outputs and 104 of 128 inputs have no weight with 3 blocks"):
+    with pytest.warns(
+        UserWarning, match=r"SparseLinear: 0 of 10 outputs and 104 of 128 inputs have no weight with 3 blocks"
+    ):
         layer = sn.SparseLinear(128, 10)
     assert layer.block_size == 8 and layer.pattern.num_blocks == 3 and layer(torch.randn(3, 128)).abs().max() > 0
-    message = r"48 of 64 outputs and 48 of 64 inputs have no weight with 1 blocks of 16 x 16; block_size=4 would reach all"
+    message = (
+        r"48 of 64 outputs and 48 of 64 inputs have no weight with 1 blocks of 16 x 16; block_size=4 would reach all"
+    )
     with pytest.warns(UserWarning, match=message):
         sn.SparseLinear(64, 64, density=0.0625, block_size=16)
     with pytest.warns(UserWarning, match=r"SparseMLP: layer 0: .*; layer 1: .* would reach all") as seen:
@@ -278,7 +288,16 @@ def test_row81_constructors_reach_all_or_warn():
 
 @pytest.mark.parametrize(
     ("fan_in", "density", "block"),
-    [(4096, 0.1, 32), (480, 0.1, 32), (479, 0.1, 16), (784, 0.05, 16), (128, 0.1, 8), (64, 0.1, 4), (40, 0.1, 1), (7, 0.0, 1)],
+    [
+        (4096, 0.1, 32),
+        (480, 0.1, 32),
+        (479, 0.1, 16),
+        (784, 0.05, 16),
+        (128, 0.1, 8),
+        (64, 0.1, 4),
+        (40, 0.1, 1),
+        (7, 0.0, 1),
+    ],
 )
 def test_row81_block_size_none_leaves_rows_of_blocks_enough(fan_in, density, block):
     """density * fan_in / block_size >= 1.5, by hand: 480 * 0.1 / 32 = 1.5, 479 falls short of it."""

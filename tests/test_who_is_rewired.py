@@ -59,7 +59,9 @@ def test_row65_an_optimizer_made_before_sparsify_is_refused_by_name():
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
     sn.sparsify_(net, 0.5, 16)
     before = [net[0].pattern, net[0].values.detach().clone()]
-    with pytest.raises(ValueError, match=r"optimizer must hold the values of every trainable layer, got none for '0'; make"):
+    with pytest.raises(
+        ValueError, match=r"optimizer must hold the values of every trainable layer, got none for '0'; make"
+    ):
         sn.Sparsifier(net, optimizer, sn.RigL(0.3), every=2)
     assert net[0].pattern is before[0] and torch.equal(net[0].values, before[1]) and net[0].topology.observer is None
 
@@ -150,7 +152,10 @@ class Flat(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Elsewhere, "state 'buffers' of layer 0 in Elsewhere cannot follow its blocks: it is kept outside optimizer.state"),
+        (
+            Elsewhere,
+            "state 'buffers' of layer 0 in Elsewhere cannot follow its blocks: it is kept outside optimizer.state",
+        ),
         (Histories, "state 'history' of layer 0 in Histories cannot follow its blocks: it is inside a list or dict"),
         (Flat, r"state 'flat' of layer 0 in Flat cannot follow its blocks: its shape is \[\d+\]"),
     ],
@@ -174,7 +179,9 @@ def test_row73_optimizers_with_a_history_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="must not be LBFGS: it keeps a history of whole steps"):
         sn.Sparsifier(model, torch.optim.LBFGS(model.parameters()), sn.SET(0.3))
     with pytest.raises(ValueError, match="must not be LBFGS"):
-        sn.Sparsifier(model, Sharpness(model.parameters(), lambda g: torch.optim.LBFGS(model.parameters())), sn.SET(0.3))
+        sn.Sparsifier(
+            model, Sharpness(model.parameters(), lambda g: torch.optim.LBFGS(model.parameters())), sn.SET(0.3)
+        )
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got dict"):
         sn.Sparsifier(model, {}, sn.SET(0.3))
 

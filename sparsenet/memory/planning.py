@@ -355,9 +355,7 @@ def _sparsest(job: _Training, distribution: str) -> tuple[dict[str, int], dict[s
     return _predict(job, _counts_of(job, _fewest_weights(job), distribution))
 
 
-def _largest_network(
-    job: _Training, distribution: str, limit: int, chosen: bool
-) -> tuple[_Training, Sequence[int]]:
+def _largest_network(job: _Training, distribution: str, limit: int, chosen: bool) -> tuple[_Training, Sequence[int]]:
     """The most blocks that fit the budget; where block sizes are chosen, they shrink until they suit the density."""
     while True:
         counts = _most_blocks(job, distribution, limit)

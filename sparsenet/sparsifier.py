@@ -14,7 +14,15 @@ from sparsenet.densities import distribute
 from sparsenet.layers import SparseLinear, sparse_layers, take_blocks
 from sparsenet.optimizer_state import carry_state, check_grown_state, state_by_block
 from sparsenet.pattern import BlockPattern, carried_from
-from sparsenet.policies.places import BadScores, best_places, checked_scores, hash_uniform, layer_key
+from sparsenet.policies.places import (
+    BadScores,
+    best_places,
+    checked_places,
+    checked_scores,
+    hash_uniform,
+    layer_key,
+    random_places,
+)
 from sparsenet.policies.policy import Policy
 from sparsenet.schedules import as_schedule
 
@@ -112,6 +120,9 @@ class _View:
     def random(self, places: Tensor) -> Tensor:
         return hash_uniform(places, self.key)
 
+    def random_places(self, count: int) -> Tensor:
+        return random_places(self.pattern, count, self.key)
+
     def gradient_squared_norms(self, places: Tensor) -> Tensor:
         if self.operands is None:
             raise RuntimeError(
@@ -144,10 +155,14 @@ class _Growth:
             self.select((x.detach(), grad_output.detach()))
 
     def select(self, operands: tuple[Tensor, Tensor] | None) -> None:
-        """Scores every inactive place, a slice of block rows at a time, and keeps the ``count`` best."""
+        """Asks the policy for places, or scores every inactive one, a slice of block rows at a time, for the best."""
         pattern = self.view.pattern
         self.view.operands = operands
         try:
+            places = self.policy.grow_places(self.view, self.count)
+            if places is not None:
+                self.places, self.error = checked_places(pattern, places, self.count), ""
+                return
             share = distributed.share_of(pattern.block_rows) if operands is not None else (0, pattern.block_rows)
             best = best_places(pattern, lambda places: self.policy.grow_scores(self.view, places), self.count, share)
             if operands is not None:
@@ -332,8 +347,7 @@ class Sparsifier:
         stays = torch.ones(len(places), dtype=torch.bool, device=places.device)
         stays[dropped] = False
         after = torch.cat([places[stays], grown])
-        cols = max(pattern.block_cols, 1)
-        new = BlockPattern.from_places(after // cols, after % cols, pattern.shape, pattern.block_size)
+        new = BlockPattern.from_linear_places(after, pattern.shape, pattern.block_size)
         return new, LayerUpdate(places[dropped], grown, new.num_blocks, new.density, quota.clamped)
 
     def _choose(self, pattern: BlockPattern, growth: _Growth, quota: _Quota) -> tuple[Tensor, Tensor, str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparsenet import functional
-from sparsenet.pattern import BlockPattern
+from sparsenet.pattern import BlockPattern, where_true
 
 __all__ = [
     "PLACES_AT_ONCE",
@@ -47,18 +46,16 @@ def best_places(
         free = torch.ones((end - begin) * cols, dtype=torch.bool, device=device)
         here = active[torch.searchsorted(active, begin * cols) : torch.searchsorted(active, end * cols)]
         free[here - begin * cols] = False
-        places = _true_places(free) + begin * cols
+        places = where_true(free) + begin * cols
         scores = checked_scores(score(places), len(places), "grow")
+        if len(best) == count:  # later places lose ties: few can still get in
+            better = where_true(scores > best_scores.min())
+            places, scores = places[better], scores[better]
         best, best_scores = torch.cat([best, places]), torch.cat([best_scores, scores])
         if len(best) > count:
             kept = functional.select_extreme(best_scores, count, largest=True)
             best, best_scores = best[kept], best_scores[kept]
     return best, best_scores
-
-
-def _true_places(mask: Tensor) -> Tensor:
-    """int64: where ``mask`` [n] is true. On the CPU numpy takes a fifth of torch's time."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().flatten()
 
 
 def checked_scores(scores: Tensor, count: int, which: str) -> Tensor:

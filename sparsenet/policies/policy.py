@@ -2,8 +2,8 @@
 
 A policy is two scores: ``drop_scores``, one per active block (the lowest leave), and ``grow_scores``, one per inactive
 place (the highest enter). A policy that need not look at every inactive place, because it grows at random or from a
-list of its own, answers ``grow_places`` instead. How many of each is the Sparsifier's business: ``drop_fraction`` of the
-blocks is exchanged at every rewire, and a density schedule adds or removes the rest.
+list of its own, answers ``grow_places`` instead. How many of each is the Sparsifier's business: ``drop_fraction`` of
+the blocks is exchanged at every rewire, and a density schedule adds or removes the rest.
 
 Adding one: a frozen dataclass with the two methods, a line in ``POLICIES`` (of ``sparsenet.policies``), a test with
 numbers worked by hand. What the trainer and the planner of memory need to know about it are class attributes.

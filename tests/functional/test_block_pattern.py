@@ -152,7 +152,7 @@ def test_many_free_places_are_sorted():
     """More than a radix pass takes at least, and more digits than one."""
     drawn = _C.draw_free_places(np.arange(0, 900, 3), 2**40, 50_000, 11)
     assert (np.diff(drawn) > 0).all() and not np.isin(drawn, np.arange(0, 900, 3)).any()
-    assert 0 <= drawn[0] and drawn[-1] < 2**40 and abs(drawn.mean() / 2**39 - 1) < 0.02
+    assert drawn[0] >= 0 and drawn[-1] < 2**40 and abs(drawn.mean() / 2**39 - 1) < 0.02
 
 
 # --- top k ----------------------------------------------------------------------------------------------------------

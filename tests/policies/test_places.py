@@ -1,4 +1,4 @@
-"""Random growth: every set of free places equally likely, exact counts, the cost of what grows."""
+"""The places that grow: random ones, each set equally likely and at the cost of what grows; the best by score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sparsenet as sn
 from sparsenet.functional import draw_free_places
-from sparsenet.policies.places import checked_places, layer_key, random_places
+from sparsenet.policies.places import best_places, checked_places, layer_key, random_places
 
 
 def draws_of(pattern, count, times):
@@ -95,7 +95,7 @@ def test_random_growth_depends_on_seed_step_layer_and_pattern_only():
     assert random_places(known, 4, layer_key(0, 1, "0")).tolist() == KNOWN
 
 
-KNOWN = [3, 5, 6, 8]
+KNOWN = [0, 2, 9, 11]
 
 
 def test_random_growth_gives_all_there_are_where_more_are_asked_for():
@@ -134,6 +134,21 @@ def test_random_growth_costs_what_grows(run_child):
         """
     )
     assert int(child.stdout) < 40, child.stdout
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_places_are_those_of_a_full_sort(seed, monkeypatch):
+    """Whatever the slices, with many ties: places of an earlier slice win against equal ones of a later slice."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols, at_once = torch.randint(1, 40, (3,), generator=generator).tolist()
+    pattern = sn.BlockPattern.random((rows, cols), 0.3, 1, generator)
+    scores = torch.randint(0, 5, (rows * cols,), generator=generator).float()
+    free = sorted(set(range(rows * cols)) - set(pattern.linear_places().tolist()))
+    count = len(free) // 3
+    monkeypatch.setattr("sparsenet.policies.places.PLACES_AT_ONCE", at_once)
+    places, kept = best_places(pattern, lambda places: scores[places], count, (0, rows))
+    assert places.tolist() == sorted(sorted(free, key=lambda place: (-scores[place].item(), place))[:count])
+    assert torch.equal(kept, scores[places])
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,6 @@ def pattern_ops() -> dict:
     generator = torch.Generator().manual_seed(1)
     for rows, cols, count in ((70, 90, 300), (3, 4000, 5000), (1500, 1700, 40000)):
         keys = torch.randperm(rows * cols, generator=generator)[:count].to(DEVICE)
-        order = functional.row_order(keys // cols, keys % cols)
-        wrong += [] if torch.equal(order, torch.argsort(keys)) else [f"row_order of {count}"]
         scores = torch.randint(-50, 50, (count,), generator=generator).to(DEVICE).float()
         for largest in (True, False):
             best = torch.argsort(scores, stable=True, descending=largest)[: count // 3].sort().values
@@ -151,7 +149,7 @@ def pattern_ops() -> dict:
         wrong += [] if torch.equal(rows_by_column, expected) else [f"transposed index of {count}"]
     for places in ([1, 0, 1], [2, 0, 2]), ([0], [0]):
         try:
-            functional.row_order(*(torch.tensor(t, device=DEVICE) for t in places))
+            BlockPattern.from_places(*(torch.tensor(t, device=DEVICE) for t in places), (2, 3), 1)
             refused = False
         except ValueError as error:
             refused = "places must differ" in str(error)

@@ -29,6 +29,7 @@ using namespace sparsenet;
 namespace {
 
 using Indices = py::array_t<int32_t, py::array::c_style>;
+using Places = py::array_t<int64_t, py::array::c_style>;
 using Address = uintptr_t;
 
 // For results, which torch allocated in one piece and this call writes whole.
@@ -84,6 +85,40 @@ void candidate_gradients(const GradientCall& call, const Matrix& x, const Matrix
                                  .grads = at(grads)};
   py::gil_scoped_release release;
   cpu::kernels_for(op.dtype).candidate_gradients(op, cpu::usable_threads(call.threads));
+}
+
+std::pair<Indices, Indices> csr_from_places(const Places& places, int64_t block_rows, int64_t block_cols) {
+  Indices crow(block_rows + 1), col(places.size());
+  const int64_t *from = places.data(), count = places.size();
+  int32_t *to_crow = crow.mutable_data(), *to_col = col.mutable_data();
+  {
+    py::gil_scoped_release release;
+    cpu::csr_from_places(from, count, block_rows, block_cols, to_crow, to_col);
+  }
+  return {crow, col};
+}
+
+Places draw_free_places(const Places& active, int64_t places, int64_t count, uint64_t key) {
+  const int64_t free = places - active.size();
+  SPARSENET_CHECK(count >= 0 && count <= free, "draw_free_places: count must lie in [0, ", free, "], got ", count);
+  Places drawn(count);
+  const int64_t* from = active.data();
+  int64_t* to = drawn.mutable_data();
+  py::gil_scoped_release release;
+  cpu::draw_free_places(from, active.size(), places, key, count, to);
+  return drawn;
+}
+
+Places carried_blocks(const cpu::Pattern& from, const cpu::Pattern& to) {
+  Places number(to.view().num_blocks);
+  cpu::carried_blocks(from.view(), to.view(), number.mutable_data());
+  return number;
+}
+
+Places linear_places(const cpu::Pattern& pattern) {
+  Places places(pattern.view().num_blocks);
+  cpu::linear_places(pattern.view(), places.mutable_data());
+  return places;
 }
 
 void compact_blocks(const cpu::Pattern& from, const cpu::Pattern& to, const std::pair<Indices, Indices>& gathered,
@@ -159,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("crow").noconvert(), py::arg("col").noconvert(), py::arg("rows"), py::arg("cols"),
            py::arg("block_size"))
       .def_property_readonly("row", [](const cpu::Pattern& p) { return copy_of(p.view().row, p.view().num_blocks); })
+      .def_property_readonly("places", linear_places)
       .def_property_readonly("t_crow",
                              [](const cpu::Pattern& p) { return copy_of(p.view().t_crow, p.view().block_cols() + 1); })
       .def_property_readonly("t_row",
@@ -169,9 +205,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_backward", linear_backward);
   m.def("gradient_norms", gradient_norms);
   m.def("candidate_gradients", candidate_gradients);
-  m.def("row_order", [](const Indices& rows, const Indices& cols) {
-    return to_numpy(cpu::row_order(rows.data(), cols.data(), rows.size()));
-  });
+  m.def("csr_from_places", csr_from_places);
+  m.def("draw_free_places", draw_free_places);
+  m.def("carried_blocks", carried_blocks);
   m.def("select_extreme", [](const py::array_t<float, py::array::c_style>& scores, int64_t k, bool largest) {
     return to_numpy(cpu::select_extreme(scores.data(), scores.size(), k, largest));
   });

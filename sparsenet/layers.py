@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsenet import functional
 from sparsenet.after_step import after_every_step
 from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size
-from sparsenet.pattern import BlockPattern, carried_from
+from sparsenet.pattern import BlockPattern, carried_from, where_true
 from sparsenet.topology import Topology
 
 __all__ = ["SparseLinear"]
@@ -94,7 +94,7 @@ class SparseLinear(nn.Module):
         b = self.block_size
         with torch.no_grad():
             padded = nn.functional.pad(bound, (0, self.pattern.block_rows * b - self.out_features), value=1.0)
-            per_row = padded.reshape(-1, b)[self.pattern.row_indices.long()].to(self.values)
+            per_row = padded.reshape(-1, b).to(self.values).index_select(0, self.pattern.row_indices)
             _uniform_(self.values, generator).mul_(per_row.unsqueeze(2))
             zero_outside(self.values, self.pattern)
             if self.element_mask is not None:
@@ -110,11 +110,11 @@ class SparseLinear(nn.Module):
             fan = torch.zeros(pattern.block_rows, b, device=pattern.device)
             fan.index_add_(0, pattern.row_indices.long(), mask.sum(2).to(fan))
             return fan.flatten()[: self.out_features]
-        widths = torch.full((pattern.block_cols,), float(b), device=pattern.device)
-        if pattern.block_cols:
-            widths[-1] = self.in_features - (pattern.block_cols - 1) * b
-        fan = torch.zeros(pattern.block_rows, device=pattern.device)
-        fan.index_add_(0, pattern.row_indices.long(), widths[pattern.col.long()])
+        fan = pattern.crow.diff().long() * b
+        beyond = pattern.block_cols * b - self.in_features  # columns of the last blocks that no input has
+        if beyond:
+            fan[pattern.row_indices[pattern.col == pattern.block_cols - 1].long()] -= beyond
+        fan = fan.float()
         return fan.repeat_interleave(b)[: self.out_features]
 
     # --- what it is ---
@@ -472,7 +472,7 @@ def take_blocks(blocks: Tensor, carried: Tensor, fill) -> Tensor:
     if not len(blocks):
         return blocks.new_full((len(carried), *blocks.shape[1:]), fill)
     taken = blocks.index_select(0, carried.clamp(min=0))
-    return taken.index_fill_(0, (carried < 0).nonzero().flatten(), fill)  # six times as fast as indexing by a mask
+    return taken.index_fill_(0, where_true(carried < 0), fill)  # six times as fast as indexing by a mask
 
 
 def dense_blocks(weight: Tensor, pattern: BlockPattern) -> Tensor:

@@ -370,8 +370,7 @@ class Sparsifier:
         stays = torch.ones(len(places), dtype=torch.bool, device=places.device)
         stays[dropped] = False
         after = torch.cat([places[stays], grown])
-        cols = max(pattern.block_cols, 1)
-        new = BlockPattern.from_places(after // cols, after % cols, pattern.shape, pattern.block_size)
+        new = BlockPattern.from_linear_places(after, pattern.shape, pattern.block_size)
         if quota.must_drop:
             self._say_what_died(name, pattern, new)
         held = quota.drop - len(dropped)
@@ -380,10 +379,10 @@ class Sparsifier:
     def _choose(self, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor, str]:
         """Numbers of the blocks that leave, places that enter, and why not, if not."""
         none = torch.empty(0, dtype=torch.int64, device=pattern.device)
-        if quota.grow:
-            growth.settle()
-            if growth.error:
-                return none, none, growth.error
+        if quota.grow and self.policy.needs_gradient:
+            growth.settle(quota.grow)
+        if growth.error:
+            return none, none, growth.error
         try:
             scores = checked_scores(self.policy.drop_scores(growth.view), pattern.num_blocks, "drop")
         except BadScores as error:
@@ -394,7 +393,11 @@ class Sparsifier:
                 scores.index_fill(0, dropped, -math.inf), quota.must_drop, largest=False
             )
         entering = quota.grow - (quota.drop - len(dropped))
-        return dropped, growth.best(entering) if entering else none, ""
+        if not entering:
+            return dropped, none, ""
+        if not self.policy.needs_gradient:
+            growth.settle(entering)
+        return (none, none, growth.error) if growth.error else (dropped, growth.best(entering), "")
 
     # --- what it says ---
 

@@ -158,8 +158,22 @@ def test_other_refusals():
         BlockPattern.from_places(torch.tensor([0, 2]), torch.tensor([0, 0]), (8, 8), 4)
     with pytest.raises(ValueError, match=r"rows must lie in \[0, 2\), got -1 to 0"):
         BlockPattern.from_places(torch.tensor([0, -1]), torch.tensor([0, 0]), (8, 8), 4)
-    with pytest.raises(ValueError, match=r"col_indices must lie in \[0, 2\), got 2"):
+    with pytest.raises(ValueError, match=r"cols must lie in \[0, 2\), got 2 to 2"):
         BlockPattern.from_places(torch.tensor([0]), torch.tensor([2]), (8, 8), 4)
+    for places, message in (
+        (torch.tensor([0, 4]), r"places must lie in \[0, 4\), got 4"),
+        (torch.tensor([-1, 0]), r"places must lie in \[0, 4\), got -1"),
+        (torch.tensor([3, 0, 3]), r"places must differ, got \(1, 1\) twice"),
+    ):
+        with pytest.raises(ValueError, match=f"BlockPattern: {message}"):
+            BlockPattern.from_linear_places(places, (8, 8), 4)
+    for places, got in (
+        ([0], "list"),
+        (torch.tensor([0.5]), r"torch.float32 \[1\]"),
+        (torch.tensor(0), r"torch.int64 \[\]"),
+    ):
+        with pytest.raises(TypeError, match=f"places must be an int64 tensor with one dimension, got {got}"):
+            BlockPattern.from_linear_places(places, (8, 8), 4)
     with pytest.raises(TypeError, match="block_mask must be bool"):
         BlockPattern.from_mask(torch.ones(2, 2), 4)
     with pytest.raises(TypeError, match="block_mask must be bool with two dimensions"):
@@ -348,6 +362,8 @@ def test_round_trips(pattern):
         BlockPattern(crow.long(), col.tolist(), shape, b),
         BlockPattern.from_mask(pattern.to_mask(), b, shape),
         BlockPattern.from_places(rows[backwards], col[backwards], shape, b),
+        BlockPattern.from_linear_places(pattern.linear_places(), shape, b),
+        BlockPattern.from_linear_places(pattern.linear_places()[backwards], shape, b),
         BlockPattern(*torch.load(file, weights_only=True)),
         pattern.copy(),
         copy.copy(pattern),

@@ -21,9 +21,23 @@ private:
   PatternView view_;
 };
 
-// Sorts places (block row, block column) into row order: order[i] is the place that comes i-th. Equal places are
-// refused.
-std::vector<int32_t> row_order(const int32_t* rows, const int32_t* cols, int64_t count);
+// A place is one number: block row * block_cols + block column. Callers allocate what is written.
+
+// Row pointers [block_rows + 1] and columns [count] of `places` in any order; linear time where they are in order or
+// rows are short. Equal places, and those outside the matrix, are refused.
+void csr_from_places(const int64_t* places, int64_t count, int64_t block_rows, int64_t block_cols, int32_t* crow,
+                     int32_t* col);
+
+// `count` of the `places` that are not in `active` (ascending), uniform over all such sets, ascending; a function of
+// the arguments only. Time and memory are those of `active` and `count`, whatever `places` is.
+void draw_free_places(const int64_t* active, int64_t num_active, int64_t places, uint64_t key, int64_t count,
+                      int64_t* drawn);
+
+// For each block of `to` its number in `from`, or -1: [to.num_blocks]. Both of one matrix and block size.
+void carried_blocks(const PatternView& from, const PatternView& to, int64_t* number);
+
+// The places of a pattern's blocks: [num_blocks], ascending.
+void linear_places(const PatternView& pattern, int64_t* places);
 
 // A list of places, in any order and perhaps repeated, by block row: what the gradient of candidates walks.
 struct PlacesByRow {

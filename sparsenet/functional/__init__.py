@@ -2,7 +2,7 @@
 
 from sparsenet.functional import library
 from sparsenet.functional.autograd import block_sparse_linear, layer_linear
-from sparsenet.functional.blocks import compact_blocks, row_order, select_extreme
+from sparsenet.functional.blocks import compact_blocks, draw_free_places, select_extreme
 from sparsenet.functional.checks import BLOCK_SIZES
 from sparsenet.functional.coverage import largest_reaching_all, lowest_to_spare
 from sparsenet.functional.gradients import block_gradient_squared_norms, candidate_gradients
@@ -24,6 +24,7 @@ __all__ = [
     "block_sparse_linear",
     "candidate_gradients",
     "compact_blocks",
+    "draw_free_places",
     "largest_reaching_all",
     "layer_linear",
     "library",
@@ -31,7 +32,6 @@ __all__ = [
     "lowest_to_spare",
     "native_build_info",
     "norms_workspace",
-    "row_order",
     "select_extreme",
     "trim_workspace",
     "workspace_bytes",

@@ -1,4 +1,4 @@
-"""Moving and choosing blocks: rows and columns gathered into another pattern, places sorted, extreme scores picked."""
+"""Moving and choosing blocks: rows and columns gathered into another pattern, extreme scores picked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsenet.functional import native
 from sparsenet.functional.native import as_int32
 
-__all__ = ["compact_blocks", "row_order", "select_extreme"]
+__all__ = ["compact_blocks", "draw_free_places", "select_extreme"]
 
 
 def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tensor, new_pattern) -> list[Tensor]:
@@ -67,22 +67,32 @@ def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tenso
     return targets
 
 
-def row_order(rows: Tensor, cols: Tensor) -> Tensor:
-    """int64 permutation that sorts places (block row, block column) by row, then column; equal places are refused.
+def draw_free_places(active: Tensor, places: int, count: int, key: int) -> Tensor:
+    """``count`` of the places in [0, ``places``) that are not active, every such set equally likely.
+
+    Args:
+        active: int64 [n], ascending and distinct.
+        count: at most as many as are free.
+        key: in [0, 2^63). What is drawn depends on the arguments only: not on device, rank, threads or a generator.
+
+    Returns:
+        int64 [count], ascending, on the device of ``active``. Time and memory are those of ``count`` and n, however
+        many places there are. Numbers come from splitmix64 (Steele, Lea & Flood, 2014).
+
+    Raises:
+        ValueError: ``active`` does not ascend in [0, places), or more are asked for than are free.
 
     Example:
         >>> import torch
-        >>> from sparsenet.functional import row_order
-        >>> row_order(torch.tensor([1, 0, 1]), torch.tensor([0, 3, 2]))   # places (0, 3), (1, 0), (1, 2)
-        tensor([1, 0, 2])
+        >>> from sparsenet.functional import draw_free_places
+        >>> drawn = draw_free_places(torch.tensor([1, 4]), places=6, count=3, key=0)
+        >>> len(drawn), set(drawn.tolist()) <= {0, 2, 3, 5}
+        (3, True)
     """
-    if rows.dim() != 1 or rows.shape != cols.shape:
-        raise ValueError(f"row_order: rows and cols must be of one length, got {list(rows.shape)}, {list(cols.shape)}")
-    for t in (rows, cols):
-        if t.dtype == torch.int64 and t.numel() and not -(2**31) <= int(t.min()) <= int(t.max()) < 2**31:
-            raise ValueError(f"row_order: places must fit in int32, got {int(t.min())} to {int(t.max())}")
-    order = native.kernels_of(rows.device).row_order(*map(as_int32, (rows, cols)))
-    return torch.as_tensor(order, device=rows.device).long()
+    if active.dtype != torch.int64:
+        raise TypeError(f"draw_free_places: active must be int64, got {active.dtype}")
+    drawn = native.draw_free_places(active.contiguous().numpy(force=True), places, count, key)
+    return torch.from_numpy(drawn).to(active.device)
 
 
 def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:

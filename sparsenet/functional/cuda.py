@@ -62,6 +62,11 @@ class CudaPattern:
         return self.arrays[2].clone()
 
     @property
+    def places(self) -> Tensor:
+        """int64 [num_blocks], ascending: block row * block columns + block column."""
+        return self.arrays[2].long() * -(-self.cols // self.block_size) + self.arrays[1]
+
+    @property
     def t_crow(self) -> Tensor:
         """int32 [block columns + 1], pointers of the transposed index; a copy."""
         return self.arrays[3].clone()
@@ -139,17 +144,30 @@ class CudaKernels:
             self.ops.pattern_from_csr(addressed(crow), addressed(col), order.data_ptr(), shape, addresses, run)
         return CudaPattern(self.ops, arrays, rows, cols, block_size, run[0])
 
-    def row_order(self, rows, cols) -> Tensor:
-        """int64 [n]: sorts places by row, then column; refuses equal places."""
-        rows, cols = self._indices("row_order: rows", rows), self._indices("row_order: cols", cols)
-        if rows.numel() > INT32_MAX:
-            raise ValueError(f"BlockPattern: there must be at most {INT32_MAX} blocks, got {rows.numel()}")
-        places, order = (rows.long() * 2**32 + (cols.long() + 2**31)).sort(stable=True)
+    def csr_from_places(self, places, block_rows: int, block_cols: int) -> tuple[Tensor, Tensor]:
+        """int32 row pointers and columns of int64 ``places`` in any order; refuses equal ones and those outside."""
+        places = torch.as_tensor(places, device=self.device).sort().values
+        if places.numel() > INT32_MAX:
+            raise ValueError(f"BlockPattern: there must be at most {INT32_MAX} blocks, got {places.numel()}")
+        end = block_rows * block_cols
+        for place in places[:1].tolist() + places[-1:].tolist():
+            if not 0 <= place < end:
+                raise ValueError(f"BlockPattern: places must lie in [0, {end}), got {place}")
         equal = places[1:] == places[:-1]
         if equal.any():
-            first = order[equal.nonzero()[0, 0]]
-            raise ValueError(f"BlockPattern: places must differ, got ({int(rows[first])}, {int(cols[first])}) twice")
-        return order
+            row, col = divmod(int(places[equal.nonzero()[0, 0]]), block_cols)
+            raise ValueError(f"BlockPattern: places must differ, got ({row}, {col}) twice")
+        pointers = torch.arange(block_rows + 1, device=self.device) * block_cols
+        col = places % max(block_cols, 1)
+        return torch.searchsorted(places, pointers, out_int32=True), col.to(torch.int32)
+
+    def carried_blocks(self, old: CudaPattern, new: CudaPattern) -> Tensor:
+        """int64 [blocks of ``new``]: for each its number in ``old``, or -1."""
+        if not old.num_blocks:
+            return torch.full_like(new.places, -1)
+        places, wanted = old.places, new.places
+        at = torch.searchsorted(places, wanted).clamp(max=old.num_blocks - 1)
+        return torch.where(places[at] == wanted, at, -1)
 
     def select_extreme(self, scores, k: int, largest: bool) -> Tensor:
         """int64 [k], ascending: the k lowest or highest scores, ties to the smaller index; refuses NaN."""

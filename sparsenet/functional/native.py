@@ -21,8 +21,8 @@ except ImportError as error:  # pragma: no cover - exercised by a child process 
     ) from error
 _NATIVE = (
     *("Pattern", "linear_forward", "linear_backward", "gradient_norms", "candidate_gradients", "compact_blocks"),
-    *("row_order", "select_extreme", "build_info", "workspace_bytes", "trim_workspace"),
-    *("linear_workspace", "norms_workspace"),
+    *("csr_from_places", "draw_free_places", "carried_blocks", "select_extreme", "build_info"),
+    *("workspace_bytes", "trim_workspace", "linear_workspace", "norms_workspace"),
 )
 if _absent := [name for name in _NATIVE if not hasattr(_C, name)]:
     raise ImportError(
@@ -30,6 +30,7 @@ if _absent := [name for name in _NATIVE if not hasattr(_C, name)]:
         "build it: pip install --force-reinstall ."
     )
 
+draw_free_places = _C.draw_free_places  # on the CPU for every device, so that all draw alike
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 NEEDS_PRE_ACTIVATION = ("gelu", "silu")

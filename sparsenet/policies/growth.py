@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsenet import distributed, functional
 from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern
-from sparsenet.policies.places import BadScores, best_places, hash_uniform
+from sparsenet.policies.places import BadScores, best_places, checked_places, hash_uniform, random_places
 from sparsenet.policies.policy import Policy
 
 __all__ = ["KEPT_BYTES", "Growth", "View"]
@@ -46,6 +46,10 @@ class View:
     def random(self, places: Tensor) -> Tensor:
         """float32 [n] in [0, 1), a function of seed, step, layer and place."""
         return hash_uniform(places, self.key)
+
+    def random_places(self, count: int) -> Tensor:
+        """int64 [<= count]: inactive places, ascending, drawn without looking at the others."""
+        return random_places(self.pattern, count, self.key)
 
     def gradient_squared_norms(self, places: Tensor) -> Tensor:
         """float32 [n]: of the dense weight gradient's blocks at int64 ``places`` [n], ascending."""
@@ -129,8 +133,9 @@ class Growth:
 
     # --- at the rewire ---
 
-    def settle(self) -> None:
-        """Finds the places now, where backward has left that to the rewire. Every rank calls it."""
+    def settle(self, count: int) -> None:
+        """Finds ``count`` places now, where backward has left that to the rewire. Every rank calls it."""
+        self.count = count
         if not self.policy.needs_gradient:
             self._select(None)
         elif distributed.any_rank(self._candidates is not None):
@@ -148,10 +153,11 @@ class Growth:
         """int64 [count], ascending: the best of what was found."""
         if count >= len(self.places):
             return self.places
-        return self.places[functional.select_extreme(self.scores, count, largest=True)]
+        scores = self.view.random(self.places) if self.scores is None else self.scores
+        return self.places[functional.select_extreme(scores, count, largest=True)]
 
     def _select(self, operands: Operands | None) -> None:
-        """Scores every inactive place, a slice of block rows at a time, and keeps the ``count`` best."""
+        """Asks the policy for places, or scores every inactive one, a slice of block rows at a time, for the best."""
         pattern = self.view.pattern
         self.places, self.error = None, ""
         if operands is not None and not len(operands[0]):
@@ -159,6 +165,10 @@ class Growth:
             return
         self.view.operands = operands
         try:
+            chosen = self.policy.grow_places(self.view, self.count)
+            if chosen is not None:
+                self.places, self.scores = checked_places(pattern, chosen, self.count), None
+                return
             share = distributed.share_of(pattern.block_rows) if operands is not None else (0, pattern.block_rows)
             best = best_places(pattern, lambda places: self.policy.grow_scores(self.view, places), self.count, share)
             if operands is not None:

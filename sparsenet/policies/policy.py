@@ -1,8 +1,9 @@
 """Which blocks go and which come.
 
 A policy is two scores: ``drop_scores``, one per active block (the lowest leave), and ``grow_scores``, one per inactive
-place (the highest enter). How many of each is the Sparsifier's business: ``drop_fraction`` of the blocks is exchanged
-at every rewire, and a density schedule adds or removes the rest.
+place (the highest enter). A policy that need not look at every inactive place, because it grows at random or from a
+list of its own, answers ``grow_places`` instead. How many of each is the Sparsifier's business: ``drop_fraction`` of
+the blocks is exchanged at every rewire, and a density schedule adds or removes the rest.
 
 Adding one: a frozen dataclass with the two methods, a line in ``POLICIES`` (of ``sparsenet.policies``), a test with
 numbers worked by hand. What the trainer and the planner of memory need to know about it are class attributes.
@@ -34,6 +35,13 @@ class LayerView(Protocol):
 
     def random(self, places: Tensor) -> Tensor:
         """float32 [n] in [0, 1): a function of seed, step, layer and place only, the same on every device and rank."""
+
+    def random_places(self, count: int) -> Tensor:
+        """int64, ascending: ``count`` inactive places, or all if there are fewer; each set of them equally likely.
+
+        A function of seed, step, layer and pattern only, the same on every device and rank. It takes the time and
+        memory of what is drawn and of the active blocks, however many places are free.
+        """
 
     def gradient_squared_norms(self, places: Tensor) -> Tensor:
         """float32 [n]: squared norms of the dense weight gradient's blocks at ``places``; needs ``needs_gradient``."""
@@ -67,6 +75,11 @@ class Policy:
     exchanges = True
     follows_density = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "grow_scores" in vars(cls) and "grow_places" not in vars(cls):
+            cls.grow_places = Policy.grow_places  # scores of its own are not passed over for inherited places
+
     def __post_init__(self):
         schedule = as_schedule(self.drop_fraction)
         if not callable(self.drop_fraction) and not 0.0 <= schedule(0) <= 1.0:
@@ -81,8 +94,8 @@ class Policy:
 
     @classmethod
     def grows(cls) -> bool:
-        """Whether places are scored for growth at a rewire."""
-        return cls.grow_scores is not Policy.grow_scores
+        """Whether it can grow blocks."""
+        return cls.grow_scores is not Policy.grow_scores or cls.grow_places is not Policy.grow_places
 
     @classmethod
     def largest_share(cls, drop_fraction: float) -> float:
@@ -98,6 +111,13 @@ class Policy:
         raise ValueError(
             f"{type(self).__name__}: density must not increase: this policy grows nothing (layer {layer.name})"
         )
+
+    def grow_places(self, layer: LayerView, count: int) -> Tensor | None:
+        """The places that enter: int64 [n <= count], inactive, ascending, distinct. None: ``grow_scores`` says.
+
+        For policies that need not look at every inactive place.
+        """
+        return None
 
 
 def block_squared_norms(values: Tensor) -> Tensor:

@@ -43,6 +43,10 @@ class SET(Policy):
         """Random numbers."""
         return layer.random(places)
 
+    def grow_places(self, layer: LayerView, count: int) -> Tensor:
+        """Random places: the same law without a number for every free place."""
+        return layer.random_places(count)
+
 
 @dataclass(frozen=True)
 class RigL(Policy):

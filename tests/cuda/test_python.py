@@ -144,7 +144,7 @@ def test_patterns_are_equal_and_refused_alike(module):
         with pytest.raises(TypeError, match=r"BlockPattern: col_indices must be int32, got torch\.int64"):
             emulated.kernels().Pattern(torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), 4, 4, 4)
         with pytest.raises(ValueError, match=r"BlockPattern: places must differ, got \(1, 2\) twice"):
-            functional.row_order(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 2]))
+            sn.BlockPattern.from_places(torch.tensor([1, 0, 1]), torch.tensor([2, 0, 2]), (8, 12), 4)
 
 
 SCORES = {
@@ -174,26 +174,37 @@ def refusal(run) -> str:
     return str(caught.value)
 
 
+def listed(places):
+    return sn.BlockPattern.from_linear_places(places, (3, 5), 1)
+
+
 def test_ranking_and_sorting_refuse_in_the_words_of_the_cpu(module):
     nan = torch.tensor([1.0, float("nan"), 0.0, float("nan")])
-    places = torch.tensor([3, -1, 3, -1, 3]), torch.tensor([2, 7, 2, 7, 2])
+    places = torch.tensor([13, 1, 13, 1, 13])
     for run, words in (
         (lambda: functional.select_extreme(nan, 1, True), "select_extreme: scores must not be NaN, got NaN at 1"),
         (lambda: functional.select_extreme(nan, 5, True), "select_extreme: k must lie in [0, 4], got 5"),
         (lambda: functional.select_extreme(nan, -1, False), "select_extreme: k must lie in [0, 4], got -1"),
-        (lambda: functional.row_order(*places), "BlockPattern: places must differ, got (-1, 7) twice"),
+        (lambda: listed(places), "BlockPattern: places must differ, got (0, 1) twice"),
+        (lambda: listed(places + 3), "BlockPattern: places must lie in [0, 15), got 16"),
+        (lambda: listed(places[1:2] - 2), "BlockPattern: places must lie in [0, 15), got -1"),
     ):
         assert on_both(lambda run=run: refusal(run)) == (words, words)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 700])
-def test_places_are_sorted_by_row_then_column(module, count):
-    """Any int32 numbers, the extreme ones too; the pattern refuses later what does not lie in it."""
-    extremes = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1])
-    every = torch.cartesian_prod(torch.cat([extremes, torch.arange(5, 40)]), torch.cat([extremes, torch.arange(7, 30)]))
-    rows, cols = every[torch.randperm(len(every))[:count]].unbind(1)
-    ours, theirs = on_both(lambda: functional.row_order(rows, cols).tolist())
-    assert ours == theirs == sorted(range(count), key=lambda i: (int(rows[i]), int(cols[i])))
+def test_places_in_any_order(module, count):
+    """The pattern of shuffled places, and what is carried to it from every other one of them."""
+    shuffled = torch.randperm(31 * 41)[:count]
+
+    def run():
+        pattern, old = (sn.BlockPattern.from_linear_places(p, (31, 41), 1) for p in (shuffled, shuffled[::2]))
+        return pattern.linear_places().tolist(), sn.pattern.carried_from(old, pattern).tolist()
+
+    ours, theirs = on_both(run)
+    assert ours == theirs and ours[0] == sorted(shuffled.tolist())
+    kept = sorted(shuffled[::2].tolist())
+    assert ours[1] == [kept.index(place) if place in kept else -1 for place in ours[0]]
 
 
 def test_work_lists_are_made_once_and_not_while_capturing(module, monkeypatch):

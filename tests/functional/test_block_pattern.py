@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sparsenet as sn
 from sparsenet import _C, functional
-from sparsenet.functional import registry, row_order, select_extreme
+from sparsenet.functional import registry, select_extreme
 
 MASKS = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 2**32), st.floats(0, 1))
 
@@ -121,23 +121,38 @@ def test_arrays_of_other_types_are_refused_by_the_binding():
 
 
 @given(MASKS, st.randoms(use_true_random=False))
-def test_row_order(drawn, random):
-    row, col = random_mask(*drawn).nonzero()
-    shuffled = list(range(len(row)))
-    random.shuffle(shuffled)
-    rows, cols = torch.from_numpy(row)[shuffled], torch.from_numpy(col)[shuffled]
-    order = row_order(rows, cols)
-    assert order.dtype == torch.int64
-    assert rows[order].tolist() == row.tolist() and cols[order].tolist() == col.tolist()
+def test_places_in_any_order(drawn, random):
+    """Ascending, two ascending runs as a rewire has them, and shuffled: the same rows and columns."""
+    mask = random_mask(*drawn)
+    row, col = mask.nonzero()
+    places = (row * mask.shape[1] + col).tolist()
+    shuffled = random.sample(places, len(places))
+    for order in (places, places[::2] + places[1::2], shuffled):
+        crow, columns = _C.csr_from_places(np.array(order, dtype=np.int64), *mask.shape)
+        assert crow.tolist() == [0, *mask.sum(1).cumsum().tolist()] and columns.tolist() == col.tolist()
+        assert crow.dtype == columns.dtype == np.int32
 
 
-def test_row_order_refuses():
-    with pytest.raises(ValueError, match=r"places must differ, got \(1, 5\) twice"):
-        row_order(torch.tensor([1, 0, 1]), torch.tensor([5, 5, 5]))
-    with pytest.raises(ValueError, match="one length"):
-        row_order(torch.tensor([1, 0, 1]), torch.tensor([5, 5]))
-    with pytest.raises(ValueError, match="int32"):  # never cut down to 0
-        row_order(torch.tensor([2**32, 0]), torch.tensor([0, 0]))
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([5, 3, 5], r"places must differ, got \(1, 2\) twice"),
+        ([3, 5, 5], r"places must differ, got \(1, 2\) twice"),
+        ([0, 6], r"places must lie in \[0, 6\), got 6"),
+        ([-1, 0], r"places must lie in \[0, 6\), got -1"),
+        ([2**32, 0], r"places must lie in \[0, 6\), got 4294967296"),  # never cut down to 0
+    ],
+)
+def test_places_are_refused(places, message):
+    with pytest.raises(ValueError, match=f"^BlockPattern: {message}"):
+        _C.csr_from_places(np.array(places, dtype=np.int64), 2, 3)
+
+
+def test_many_free_places_are_sorted():
+    """More than a radix pass takes at least, and more digits than one."""
+    drawn = _C.draw_free_places(np.arange(0, 900, 3), 2**40, 50_000, 11)
+    assert (np.diff(drawn) > 0).all() and not np.isin(drawn, np.arange(0, 900, 3)).any()
+    assert drawn[0] >= 0 and drawn[-1] < 2**40 and abs(drawn.mean() / 2**39 - 1) < 0.02
 
 
 # --- top k ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 import re
 import signal
@@ -143,6 +144,101 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     monkeypatch.chdir(tmp_path)
     assert sparsenet(*arguments) == 2
     assert_one_line(capsys, message)
+
+
+def test_row84_a_training_that_diverges_is_one_line(tmp_path, capsys):
+    run = ["train", *QUICK, "--no-plots", "--out", str(tmp_path), "--lr"]
+    assert sparsenet(*run, "1e6") == 2
+    out, err = capsys.readouterr()
+    line = r"sparsenet: error: Trainer: the loss must be finite, got (nan|inf) at step \d+; try a lower lr or .*"
+    assert "Traceback" not in out and re.fullmatch(line + "\n", err)
+    assert sparsenet(*run, "1e6", "--patience", "1", "--log-every", "1000") == 2
+    assert re.fullmatch(line + "\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "Trainer: device must be on this machine, got 'cuda'; torch finds no CUDA device that works"),
+        ("nonsense", "TrainConfig: device must be cpu or cuda, got 'nonsense'"),
+        ("cuda:x", "TrainConfig: device must be cpu or cuda, got 'cuda:x'"),
+    ],
+)
+def test_row84_a_device_that_is_not_here_is_one_line(tmp_path, monkeypatch, capsys, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sparsenet("train", *QUICK, "--out", str(tmp_path / "runs"), "--device", device) == 2
+    assert_one_line(capsys, message)
+    assert not (tmp_path / "runs").exists()
+
+
+LIMITED = """
+    import resource, sys
+    import torch
+    from sparsenet import cli
+    try:
+        cli.main([*sys.argv[1:], "--help"])  # what the command needs is loaded
+    except SystemExit:
+        pass
+    used = int(open("/proc/self/statm").read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and RLIMIT_AS")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data", "digits", "--hidden", "30000", "30000", "--density", "1", "--budget", "99GiB"],
+        ["bench", "--sizes", "30000x30000", "--density", "1", "--phase", "forward", "--no-crossover"],
+    ],
+)
+def test_row84_memory_that_is_refused_is_one_line(run_child, arguments):
+    done = run_child(LIMITED, *arguments, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"sparsenet: error: out of memory: .*; a smaller network, batch .* needs less\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "reproduce"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory: an allocation was refused; a smaller network"),
+        (MemoryError("Unable to allocate 8 GiB"), "out of memory: Unable to allocate 8 GiB; a smaller network"),
+        (
+            RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes."),
+            "out of memory: 4 MiB could not be had; a smaller network",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "out of memory: CUDA out of memory.",
+        ),
+        (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
+        (ImportError("libx.so: failed to map segment from shared object"), "out of memory: libx.so: failed to map"),
+        (RuntimeError("search: a worker failed; run again to resume."), "error: search: a worker failed; run again"),
+        (RuntimeError("sparsenet: no kernels for device cuda"), "error: sparsenet: no kernels for device cuda"),
+    ],
+)
+def test_row84_every_command_ends_in_one_line(monkeypatch, capsys, name, error, message):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(f"sparsenet.commands.{name}"), "run", run)
+    assert sparsenet(name, *(["some.file"] if name in ("compact", "inspect") else [])) == 2
+    assert_one_line(capsys, "sparsenet: error: ", message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shape mismatch"), AssertionError("no"), KeyError("a"), ImportError("cannot import name 'x'")],
+)
+def test_row84_errors_of_the_program_keep_their_traceback(monkeypatch, error):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+    with pytest.raises(type(error)):
+        sparsenet("doctor")
 
 
 def test_tracebacks_on_request(monkeypatch):

@@ -87,18 +87,26 @@ void copy_segment(const GatheredBlocks& t, int32_t b, int64_t old_block, int64_t
                 size_t(s.length * bytes));
 }
 
-void gather_block_row(const CompactBlocks& op, const Segments& segments, int64_t new_row) {
-  const int32_t b = op.to.block_size;
+// Room for the rows of every new block row, taken before the threads start: an exception must not leave their region.
+struct RowLists {
+  explicit RowLists(int64_t count) : rows(size_t(count)), groups(size_t(count)) {}
   std::vector<Row> rows;
-  for (int64_t i = new_row * b; i < std::min<int64_t>((new_row + 1) * b, op.to.rows); ++i)
-    rows.push_back({op.rows[i] / b, op.rows[i] % b, int32_t(i - new_row * b)});
-  std::stable_sort(rows.begin(), rows.end(),
-                   [](const Row& a, const Row& c) { return a.old_block_row < c.old_block_row; });
   std::vector<RowGroup> groups;
-  for (int32_t i = 0; i < int32_t(rows.size()); ++i) {
-    if (groups.empty() || groups.back().old_block_row != rows[size_t(i)].old_block_row)
-      groups.push_back({rows[size_t(i)].old_block_row, i, i});
-    groups.back().end = i + 1;
+};
+
+void gather_block_row(const CompactBlocks& op, const Segments& segments, RowLists& lists, int64_t new_row) noexcept {
+  const int32_t b = op.to.block_size;
+  const int64_t first = new_row * b, count = std::min<int64_t>(b, op.to.rows - first);
+  Row* const rows = lists.rows.data() + first;
+  for (int64_t i = 0; i < count; ++i) rows[i] = {op.rows[first + i] / b, op.rows[first + i] % b, int32_t(i)};
+  std::sort(rows, rows + count, [](const Row& a, const Row& c) {
+    return a.old_block_row != c.old_block_row ? a.old_block_row < c.old_block_row : a.new_offset < c.new_offset;
+  });
+  RowGroup* const groups = lists.groups.data() + first;
+  RowGroup* groups_end = groups;
+  for (int32_t i = 0; i < int32_t(count); ++i) {
+    if (i == 0 || rows[i - 1].old_block_row != rows[i].old_block_row) *groups_end++ = {rows[i].old_block_row, i, i};
+    groups_end[-1].end = i + 1;
   }
   for (int64_t n = op.to.crow[new_row]; n < op.to.crow[new_row + 1]; ++n) {
     for (int64_t t = 0; t < op.num_tensors; ++t) {
@@ -106,7 +114,8 @@ void gather_block_row(const CompactBlocks& op, const Segments& segments, int64_t
       std::memset(static_cast<char*>(op.tensors[t].to) + n * bytes, 0, size_t(bytes));
     }
     const size_t c = size_t(op.to.col[n]);
-    for (const RowGroup& g : groups) {
+    for (const RowGroup* group = groups; group != groups_end; ++group) {
+      const RowGroup& g = *group;
       int32_t looked_up = -1;
       int64_t old_block = -1;
       for (size_t k = segments.begin[c]; k < segments.begin[c + 1]; ++k) {
@@ -114,7 +123,7 @@ void gather_block_row(const CompactBlocks& op, const Segments& segments, int64_t
         if (s.old_block_col != looked_up) old_block = find_block(op.from, g.old_block_row, looked_up = s.old_block_col);
         if (old_block < 0) continue;
         for (int64_t t = 0; t < op.num_tensors; ++t)
-          copy_segment(op.tensors[t], b, old_block, n, s, rows.data() + g.begin, g.end - g.begin);
+          copy_segment(op.tensors[t], b, old_block, n, s, rows + g.begin, g.end - g.begin);
       }
     }
   }
@@ -128,9 +137,10 @@ void compact_blocks(const CompactBlocks& op, int threads) {
   check_sources("rows", op.rows, op.to.rows, op.from.rows);
   check_sources("cols", op.cols, op.to.cols, op.from.cols);
   const Segments segments(op);
+  RowLists lists(op.to.rows);
   const int64_t block_rows = op.to.block_rows();
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t r = 0; r < block_rows; ++r) gather_block_row(op, segments, r);
+  for (int64_t r = 0; r < block_rows; ++r) gather_block_row(op, segments, lists, r);
 }
 
 } // namespace sparsenet::cpu

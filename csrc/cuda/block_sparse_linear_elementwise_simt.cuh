@@ -48,9 +48,8 @@ activation_gradient_kernel(const ActivationGradient<T> p) {
     const T grad_y = load_global(p.grad_y + m * p.grad_y_stride + n);
     T grad_z = grad_y; // as it is, NaN's bits too
     if (p.activation != Activation::none)
-      grad_z = from_accumulator<T>(
-          to_accumulator(grad_y) *
-          activation_derivative(to_accumulator(load_global(p.saved + m * p.saved_stride + n)), p.activation));
+      grad_z = from_accumulator<T>(activation_gradient(
+          to_accumulator(grad_y), to_accumulator(load_global(p.saved + m * p.saved_stride + n)), p.activation));
     store_global(p.grad_z + m * p.grad_z_stride + n, grad_z);
   }
 }

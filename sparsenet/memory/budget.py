@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import sys
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ class PeakMemory:
             self.baseline_bytes = _resident_bytes()
             self._ignored = 0 if self.method == "VmHWM" else _high_water_bytes()
         self._seen, self._running = self.baseline_bytes, True
-        _running.append(self)
+        _running.add(self)
         return self
 
     def stop(self) -> int:
@@ -166,7 +167,7 @@ class PeakMemory:
         if self._running:
             self._look()
             self._running = False
-            _running.remove(self)
+            _running.discard(self)
         return self.bytes
 
     @property
@@ -213,7 +214,7 @@ class PeakMemory:
         self.stop()
 
 
-_running: list[PeakMemory] = []
+_running: weakref.WeakSet[PeakMemory] = weakref.WeakSet()  # one that nobody holds is measured for nobody
 
 
 def measure_peak(device: torch.device | str = "cpu", warm_up: bool = True) -> PeakMemory:

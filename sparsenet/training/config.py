@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from sparsenet.memory.planning import OPTIMIZER_STATES, MemoryPlan, plan
 from sparsenet.pattern import BLOCK_SIZES
 from sparsenet.policies import POLICIES
 
-__all__ = ["TrainConfig"]
+__all__ = ["TrainConfig", "usable_device"]
 
 LR_SCHEDULES = ("one_cycle", "cosine", "constant")
 
@@ -119,7 +120,9 @@ class TrainConfig:
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     """``value`` in the type of the field's default; integers serve as floats, lists of integers as tuples."""
     name, kind = f"TrainConfig: {field.name}", type(field.default)
+    value = _plain(value)
     if kind is tuple:
+        value = tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
         if not isinstance(value, (tuple, list)) or any(type(n) is not int or n < 1 for n in value):
             raise ValueError(f"{name} must be integers of at least 1, got {value!r}")
         return tuple(value)
@@ -133,6 +136,11 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if choices and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for one of NumPy or torch; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -154,6 +162,25 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ValueError(f"TrainConfig: patience needs validation data, got validation {config.validation}")
     if config.name in (".", "..") or "/" in config.name or "\\" in config.name:
         raise ValueError(f"TrainConfig: name must be a plain folder name, got {config.name!r}")
-    if config.device.split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise ValueError(f"TrainConfig: device must be cpu or cuda, got {config.device!r}")
     MemoryBudget(config.budget)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        ValueError: it is not on this machine.
+
+    Example:
+        >>> from sparsenet.training.config import usable_device
+        >>> usable_device("cpu")
+        device(type='cpu')
+    """
+    device = torch.device(name)
+    found = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        there = f"{found} CUDA devices" if found else "no CUDA device that works"
+        raise ValueError(f"Trainer: device must be on this machine, got {name!r}; torch finds {there}")
+    return device

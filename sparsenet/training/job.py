@@ -20,7 +20,7 @@ from sparsenet.layers import sparse_layers
 from sparsenet.memory.budget import format_bytes, release_freed_memory
 from sparsenet.memory.planning import MemoryPlan
 from sparsenet.training.comparison import Comparison, compare_in_child
-from sparsenet.training.config import TrainConfig
+from sparsenet.training.config import TrainConfig, usable_device
 from sparsenet.training.plots import draw_run
 from sparsenet.training.trainer import CHECKPOINT, FitResult, Trainer
 
@@ -41,6 +41,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         Interrupted: by Ctrl-C or SIGTERM. ValueError, TypeError, OSError: bad settings, data or files.
     """
     started = time.perf_counter()
+    usable_device(config.device)  # before there is a folder
     folder, config, resumes = _open_folder(config)
     say = print if config.progress else (lambda *_: None)
     dataset = data.load(config.data)
@@ -149,7 +150,7 @@ def _summary(
         "budget_bytes": plan.budget_bytes,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
         "measured_peak_bytes": trainer.peak.bytes,
-        "memory": _memory(trainer, plan),
+        "memory": _memory(trainer, plan, result.optimizer_bytes),
         "seconds_per_step": result.seconds_per_step,
         **dataclasses.asdict(comparison),
         "speedup_over_dense": comparison.speedup,
@@ -165,12 +166,11 @@ def _summary(
     }
 
 
-def _memory(trainer: Trainer, plan: MemoryPlan) -> dict[str, Any]:
+def _memory(trainer: Trainer, plan: MemoryPlan, optimizer_bytes: int) -> dict[str, Any]:
     """Predicted and measured bytes by item and by phase; of the items, those that can be counted."""
-    state = [t for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     measured = {
         "weights": sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
-        "optimizer state": sum(t.numel() * t.element_size() for t in state),
+        "optimizer state": optimizer_bytes,
         "kernel workspace": functional.workspace_bytes(),
     }
     return {

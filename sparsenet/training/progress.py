@@ -1,22 +1,100 @@
-"""What a training run shows and writes while it runs, and how it is asked to stop."""
+"""What a training run counts, shows and writes, and how it is asked to stop."""
 
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from sparsenet.data.examples import Evaluation
 from sparsenet.files import replace_text
 
-__all__ = ["MetricsFile", "ProgressBar", "StopSignal"]
+__all__ = ["FitResult", "MetricsFile", "ProgressBar", "StopSignal", "Tally"]
 
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a training went.
+
+    ``steps``: taken in all, with those before a resume and of earlier fits, as are ``rewires`` and ``blocks_moved``;
+    ``seconds``: spent on them, rewires included, evaluation and saving not; ``seconds_per_step``: their mean over the
+    steps of this call. ``interrupted``: by Ctrl-C or SIGTERM. ``optimizer_bytes``: of the optimizer's state at the end.
+    ``peak_bytes``, ``peak_phases``, ``peak_method``: as in :class:`sparsenet.memory.budget.PeakMemory`.
+    """
+
+    steps: int
+    seconds: float
+    seconds_per_step: float
+    rewires: int
+    blocks_moved: int
+    interrupted: bool
+    stopped_early: bool
+    validation: Evaluation | None
+    optimizer_bytes: int
+    peak_bytes: int
+    peak_phases: dict[str, int] = field(default_factory=dict)
+    peak_method: str = ""
+
+
+@dataclass
+class Tally:
+    """What a Trainer has counted, over all its fits; part of a checkpoint.
+
+    Attributes:
+        seconds, rewires, blocks_moved: in all.
+        best_loss, epochs_without_better: of the validation in this fit.
+        began: the step at which this fit did. epochs, per_epoch: how many it has, and steps of each.
+        epochs_before: those that earlier fits began. density: at the beginning; first_density: of the first fit.
+    """
+
+    seconds: float = 0.0
+    rewires: int = 0
+    blocks_moved: int = 0
+    best_loss: float = math.inf
+    epochs_without_better: int = 0
+    began: int = 0
+    epochs: int = 0
+    per_epoch: int = 0
+    epochs_before: int = 0
+    density: float = 1.0
+    first_density: float = 0.0
+
+    @property
+    def end(self) -> int:
+        """The step at which this fit ends."""
+        return self.began + self.epochs * self.per_epoch
+
+    def next_fit(self, step: int, per_epoch: int, epochs: int, density: float) -> Tally:
+        """The tally of a fit that begins at ``step``."""
+        return replace(
+            self,
+            best_loss=math.inf,
+            epochs_without_better=0,
+            began=step,
+            epochs=epochs,
+            per_epoch=per_epoch,
+            epochs_before=self.epochs_at(step),
+            density=density,
+            first_density=self.first_density or density,
+        )
+
+    def epochs_at(self, step: int) -> int:
+        """Epochs begun until ``step``, in all."""
+        return self.epochs_before + math.ceil((step - self.began) / max(self.per_epoch, 1))
+
+    def epoch_at(self, step: int) -> str:
+        """For progress: the epoch of ``step``, of how many."""
+        return f"epoch {self.epochs_at(step)}/{self.epochs_before + self.epochs}"
 
 
 class StopSignal:

@@ -255,3 +255,19 @@ def test_offsets_past_2_to_the_31(module, variant, batch):
     assert (np.abs(got - x @ w[0]) <= tolerance("bfloat16", block, np.abs(x) @ np.abs(w[0]))).all()
     module.clear_memory()
     assert elements > 2**31
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_row25_relu_gives_zero_for_what_it_switched_off(module, dtype):
+    """Whatever comes from above, Inf and NaN too, where the result was 0; where it was not, they propagate."""
+    rng = np.random.default_rng(0)
+    pattern = Pattern.random("dense", 8, 16, 8, rng)
+    grad_y = np.ones((5, 8))
+    grad_y[0, :3], grad_y[1, 7] = (np.inf, -np.inf, np.nan), np.inf
+    saved = np.ones((5, 8))
+    saved[0, :3] = 0.0, -0.0, 0.0
+    x = rounded(rng.standard_normal((5, 16)), dtype)
+    _, _, bias, _ = run_backward(
+        module, pattern, grad_y, saved, x, pattern.values(rng, dtype), dtype, "relu", wanted="b"
+    )
+    assert bias.tolist() == [4.0, 4.0, 4.0, 5.0, 5.0, 5.0, 5.0, np.inf]

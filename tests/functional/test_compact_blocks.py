@@ -1,5 +1,7 @@
 """compact_blocks: rows and columns gathered into another pattern, bit for bit, against the reference and by hand."""
 
+import os
+import platform
 import re
 
 import pytest
@@ -142,3 +144,49 @@ def test_the_native_module_checks_indices_itself():
         _C.compact_blocks(pattern, pattern, (bad, good), [], 1)
     with pytest.raises(ValueError, match="rows and cols must have 8 and 8 entries, got 8 and 3"):
         _C.compact_blocks(pattern, pattern, (good, good[:3]), [], 1)
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or torch.version.cuda is not None or "asan" in os.environ.get("LD_PRELOAD", ""),
+    reason="needs glibc's malloc, and address space that nobody reserves",
+)
+def test_row41_an_allocation_that_fails_among_the_threads_is_an_exception(run_child):
+    """All memory is taken, then given back half a kilobyte at a time: every place where the call allocates fails once.
+
+    One heap for all threads, without caches, so that what is free is known. Python itself allocates nothing meanwhile.
+    """
+    code = """
+        import ctypes, os, resource, torch
+        import sparsenet as sn
+        from sparsenet import _C
+
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        pattern = sn.BlockPattern([0, 1], [0], shape=(128, 128), block_size=128)
+        values, out = torch.rand(1, 128, 128), torch.empty(1, 128, 128)
+        every = torch.arange(128, dtype=torch.int32).numpy()
+        moved = [(values.data_ptr(), out.data_ptr(), 4)]
+        _C.compact_blocks(pattern.native, pattern.native, (every, every), moved, 2)  # the threads are started here
+        kept = []
+        for _ in range(40):
+            kept.append(libc.malloc(512))
+            libc.malloc(24)  # between two of them, so that they do not become one
+        used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used, used))
+        for size in (1 << 20, 1 << 16, 1 << 12, 256, 64, 24):
+            while libc.malloc(size):
+                pass
+        refused = served = 0
+        for chunk in kept:
+            try:
+                _C.compact_blocks(pattern.native, pattern.native, (every, every), moved, 2)
+                served += 1
+            except MemoryError:
+                refused += 1
+            libc.free(chunk)
+        os.write(1, b"both" if refused and served else b"only one")
+        os._exit(0)
+    """
+    tunables = "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"
+    assert run_child(code, GLIBC_TUNABLES=tunables).stdout == "both"

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -153,6 +155,18 @@ def test_peak_without_a_mark_that_can_be_set_back(monkeypatch):
         del held
     assert peak.method == "VmHWM without reset"
     assert peak.phases == {}
+
+
+def test_row84_measurements_are_freed_with_their_trainer():
+    """A Trainer measures from its construction on; whoever drops it drops the measurement, which nobody reads then."""
+    running = len(budget._running)
+    trainer = sn.Trainer(sn.SparseMLP([16, 8], block_size=4), sn.TrainConfig(epochs=1, progress=False))
+    trainer.fit((torch.rand(32, 16), torch.arange(32) % 8))
+    watched = [weakref.ref(thing) for thing in (trainer, trainer.peak, trainer.model, trainer.optimizer)]
+    assert len(budget._running) == running + 1
+    del trainer
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * 4 and len(budget._running) == running
 
 
 def test_warm_up_leaves_random_numbers_alone():

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 import os
@@ -6,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from small_trainings import DIGITS, SMALL, TRAIN, VALIDATION, batches_of, small_model, with_config
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,20 +14,6 @@ from sparsenet import checkpoint
 from sparsenet.data import augmentation
 from sparsenet.training import progress
 from sparsenet.training.progress import read_metrics
-
-SMALL = sn.TrainConfig(epochs=3, batch_size=32, lr=0.01, rewire_every=4, log_every=3, progress=False, threads=1)
-DIGITS = sn.data.load("digits")
-TRAIN = sn.Examples(DIGITS.train_x, DIGITS.train_y, torch.arange(330))  # 11 batches, the last one short
-VALIDATION = sn.Examples(DIGITS.train_x, DIGITS.train_y, torch.arange(330, 400))
-
-
-def small_model(seed=0, density=0.5):
-    return sn.SparseMLP([64, 96, 80, 10], density, 16, generator=torch.Generator().manual_seed(seed))
-
-
-def with_config(**changes):
-    return dataclasses.replace(SMALL, **changes)
-
 
 # --- training ---
 
@@ -205,11 +191,6 @@ class Interrupting:
             if self.made == self.at:
                 os.kill(os.getpid(), self.number)
             yield batch
-
-
-def batches_of(examples):
-    x, y = examples.x[examples.indices].float().flatten(1) / 16, examples.y[examples.indices]
-    return list(zip(x.split(32), y.split(32), strict=True))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -20,21 +20,22 @@ SPARSENET_DEVICE A activate(A z, Activation activation) {
   }
 }
 
-// The factor on grad_y: of the result y for relu, of the pre-activation z for gelu and silu.
+// grad_y * activation'(z); `saved` is the result y for relu (its sign decides) and the pre-activation z for gelu and
+// silu.
 template <typename A>
-SPARSENET_DEVICE A activation_derivative(A saved, Activation activation) {
+SPARSENET_DEVICE A activation_gradient(A grad_y, A saved, Activation activation) {
   switch (activation) {
   case Activation::relu:
-    return saved > A(0) ? A(1) : A(0);
+    return saved <= A(0) ? A(0) : grad_y; // chosen, not multiplied: 0 where grad_y is infinite or NaN, too
   case Activation::gelu:
-    return A(0.5) * (A(1) + error_function(saved * A(0.70710678118654752440))) +
-           saved * A(0.39894228040143267794) * exponential(A(-0.5) * saved * saved);
+    return grad_y * (A(0.5) * (A(1) + error_function(saved * A(0.70710678118654752440))) +
+                     saved * A(0.39894228040143267794) * exponential(A(-0.5) * saved * saved));
   case Activation::silu: {
     const A sigmoid = divide(A(1), A(1) + exponential(-saved));
-    return sigmoid * (A(1) + saved * (A(1) - sigmoid));
+    return grad_y * (sigmoid * (A(1) + saved * (A(1) - sigmoid)));
   }
   default:
-    return A(1);
+    return grad_y;
   }
 }
 

@@ -71,7 +71,7 @@ class SparseLinear(nn.Module):
         self.activation = _check_activation(activation)
         drawn = pattern is None
         pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
-        if drawn:
+        if drawn and density != 0:
             warn_unreached("SparseLinear", {"": pattern}, stacklevel=3)
         device = torch.device(device) if device is not None else torch.get_default_device()
         pattern = pattern.to(device)

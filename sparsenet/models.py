@@ -84,7 +84,8 @@ class SparseMLP(nn.Sequential):
             )
             layers[-1].topology.label = f"block_sparse_linear ({i})"
         super().__init__(*layers)
-        warn_unreached("SparseMLP", {str(i): layer.pattern for i, layer in enumerate(layers)}, stacklevel=3)
+        if any(densities):
+            warn_unreached("SparseMLP", {str(i): layer.pattern for i, layer in enumerate(layers)}, stacklevel=3)
         self.register_load_state_dict_pre_hook(refuse_unfit_state)
 
     @property

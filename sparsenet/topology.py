@@ -43,16 +43,8 @@ class Topology:
     """
 
     __slots__ = (
-        "__weakref__",
-        "element_mask",
-        "expected_calls",
-        "family",
-        "label",
-        "observer",
-        "pattern",
-        "trained",
-        "written",
-    )
+        "__weakref__", "element_mask", "expected_calls", "family", "label", "observer", "pattern", "trained", "written",
+    )  # fmt: skip
 
     def __init__(self, pattern: BlockPattern, element_mask: Tensor | None = None, label: str = "block_sparse_linear"):
         self.pattern = pattern

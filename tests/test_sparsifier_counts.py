@@ -1,4 +1,4 @@
-"""How many blocks a Sparsifier leaves each layer: proportions, falling and rising densities, ramps that end or are cut."""
+"""How many blocks a Sparsifier leaves each layer: proportions, falling and rising densities, ramps that end."""
 
 import copy
 import warnings
@@ -241,7 +241,7 @@ def test_row81_a_falling_density_keeps_reaching_all_as_long_as_it_can():
 
 
 def test_row81_an_output_behind_a_relu_stays_alive_under_rigl():
-    """One block per row: without coverage the first rewires empty rows, whose gradient behind the ReLU is zero for ever."""
+    """One block per row: without coverage rewires empty rows, whose gradient behind the ReLU is zero for ever."""
     torch.manual_seed(0)
     model = sn.SparseMLP([256, 512, 10], density=[0.03, 0.5], block_size=16)
     assert model[0].pattern.num_blocks < 1.0 * model[0].pattern.block_rows

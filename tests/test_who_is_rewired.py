@@ -1,4 +1,4 @@
-"""Whose blocks move: optimizers that hold the values or do not, state of every kind, frozen layers, followers, restored states."""
+"""Whose blocks move: optimizers and their state of every kind, frozen layers, followers, restored states."""
 
 import copy
 import logging
@@ -59,9 +59,7 @@ def test_row65_an_optimizer_made_before_sparsify_is_refused_by_name():
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
     sn.sparsify_(net, 0.5, 16)
     before = [net[0].pattern, net[0].values.detach().clone()]
-    with pytest.raises(
-        ValueError, match=r"optimizer must hold the values of every trainable layer, got none for '0'; make"
-    ):
+    with pytest.raises(ValueError, match=r"must hold the values of every trainable layer, got none for '0'; make"):
         sn.Sparsifier(net, optimizer, sn.RigL(0.3), every=2)
     assert net[0].pattern is before[0] and torch.equal(net[0].values, before[1]) and net[0].topology.observer is None
 
@@ -95,7 +93,7 @@ def test_row66_state_of_several_optimizers_follows(together):
 
 
 class Sharpness(torch.optim.Optimizer):
-    """Keeps its moments in an optimizer of its own, as sharpness-aware minimisation does; its own state is the weights."""
+    """Keeps its moments in an optimizer of its own, as sharpness-aware minimisation does."""
 
     def __init__(self, params, base):
         super().__init__(params, {})
@@ -354,7 +352,7 @@ def test_row68_an_average_that_does_not_follow_is_noticed_once(kind):
 
 
 def test_row68_an_average_that_begins_after_the_last_rewire_is_noticed():
-    """Stochastic weight averaging: the copy was made at the start, and is written to when the blocks have moved away."""
+    """Stochastic weight averaging: the copy is from the start, and written to when the blocks have moved away."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     average = AveragedModel(model)
@@ -390,7 +388,7 @@ def test_row68_snapshots_and_copies_that_train_are_left_alone():
 @pytest.mark.parametrize("policy", [sn.SET(0.3), sn.RigL(0.3), sn.GMP()])
 @pytest.mark.parametrize("armed", [False, True])
 def test_row74_moments_follow_an_earlier_state_of_the_model(policy, armed):
-    """Best weights are put back while the optimizer goes on, perhaps just before a rewire: moments stay at their places."""
+    """Best weights are put back while the optimizer goes on, perhaps before a rewire: moments stay at their places."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     density = sn.Linear(0.3, 0.1, 12) if policy.follows_density else None

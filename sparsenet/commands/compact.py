@@ -103,7 +103,7 @@ def _build(contents: FileContents, builder: str | None) -> nn.Module:
     model = SparseMLP(
         sizes,
         density=0.0,
-        block_size=layers[0]["block_size"],
+        block_size=[layer["block_size"] for layer in layers],
         activation=layers[0]["activation"] if len(layers) > 1 else "none",
         bias="0.bias" in contents.tensors,
         dtype=dtype[contents.tensors["0.values"][0]],

@@ -47,7 +47,7 @@ class TrainConfig:
     budget: str = _knob("128MiB", "memory for weights, gradients, optimizer, activations and workspace together")
     density: float = _knob(0.0, "share of active blocks; 0: the largest that fits the budget")
     block_size: int = _knob(0, "side of a block; 0: chosen for each layer from the density", (0, *BLOCK_SIZES))
-    distribution: str = _knob("erdos_renyi", "how the density is spread over the layers", DISTRIBUTIONS)
+    distribution: str = _knob("erdos_renyi", "how the first density is spread over the layers", DISTRIBUTIONS)
     dtype: str = _knob("float32", "of weights, gradients and activations", ("float32", "bfloat16", "float64"))
     policy: str = _knob("rigl", "which blocks go and which come", POLICIES)
     drop_fraction: float = _knob(0.3, "share of the blocks exchanged at the first rewire; falls to 0 as half a cosine")

@@ -79,8 +79,7 @@ def make_sparsifier(
         optimizer,
         policy(**exchanging),
         density,
-        config.distribution,
-        config.rewire_every,
+        every=config.rewire_every,
         end=rewiring if policy.exchanges or policy.follows_density else 0,
         seed=config.seed + tally.began,
     )

@@ -353,10 +353,10 @@ class Trainer:
 
     @property
     def density(self) -> float:
-        """Active blocks / all block places, over all sparse layers; 1 where there are none."""
+        """Weights in blocks / those in all block places, over all sparse layers; 1 where there are none."""
         patterns = [layer.pattern for layer in sparse_layers(self.model).values()]
-        places = sum(p.block_rows * p.block_cols for p in patterns)
-        return sum(p.num_blocks for p in patterns) / places if places else 1.0
+        places = sum(p.block_rows * p.block_cols * p.block_size**2 for p in patterns)
+        return sum(p.num_blocks * p.block_size**2 for p in patterns) / places if places else 1.0
 
     # --- saving ---
 

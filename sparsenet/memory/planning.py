@@ -296,7 +296,7 @@ def plan(
         dtype=dtype,
         states=OPTIMIZER_STATES[optimizer] if optimizer != "sgd" or momentum else 0,
         grows_by_gradient=POLICIES[policy].needs_gradient,
-        grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].grows(),
+        grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].scores_places(),
         drop_fraction=POLICIES[policy].largest_share(drop_fraction),
         threads=threads or torch.get_num_threads(),
         input_bytes=input_bytes,

@@ -98,6 +98,11 @@ class Policy:
         return cls.grow_scores is not Policy.grow_scores or cls.grow_places is not Policy.grow_places
 
     @classmethod
+    def scores_places(cls) -> bool:
+        """Whether every inactive place is scored for growth at a rewire."""
+        return cls.grow_scores is not Policy.grow_scores and cls.grow_places is Policy.grow_places
+
+    @classmethod
     def largest_share(cls, drop_fraction: float) -> float:
         """The largest share of the blocks that leaves at one rewire, where training starts with ``drop_fraction``."""
         return drop_fraction if cls.exchanges else 0.0

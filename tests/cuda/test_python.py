@@ -326,7 +326,8 @@ def test_a_rewire_takes_neither_weights_nor_scores_to_the_host(module, monkeypat
     """What a GPU would have to wait for: single numbers, and never more of a layer's values, scores or moments."""
     monkeypatch.setattr(functional.native, "handed", lambda t: t)  # CPU tensors go to the kernels as a GPU's would
     # numpy is the way of CPU tensors alone
-    monkeypatch.setattr("sparsenet.policies.places._true_places", lambda mask: mask.nonzero().flatten())
+    for module_of in ("policies.places", "layers"):
+        monkeypatch.setattr(f"sparsenet.{module_of}.where_true", lambda mask: mask.nonzero().flatten())
     taken = []
 
     def watch(name):

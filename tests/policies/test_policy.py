@@ -20,6 +20,9 @@ class View:
     def random(self, places):
         return places.float() / 10
 
+    def random_places(self, count):
+        return torch.arange(count)
+
     def gradient_squared_norms(self, places):
         return places.float() * 2
 
@@ -42,6 +45,9 @@ def test_set_grows_at_random_and_rigl_by_gradient():
     assert sn.SET().grow_scores(View(VALUES), places).tolist() == pytest.approx([0.1, 0.4])
     assert sn.RigL().grow_scores(View(VALUES), places).tolist() == [2.0, 8.0]
     assert sn.RigL.needs_gradient and not sn.SET.needs_gradient
+    assert (
+        sn.SET().grow_places(View(VALUES), 3).tolist() == [0, 1, 2] and sn.RigL().grow_places(View(VALUES), 3) is None
+    )
 
 
 @pytest.mark.parametrize("policy", [sn.GMP(), sn.Static()])
@@ -77,17 +83,18 @@ def test_policies_are_found_by_name():
 
 
 @pytest.mark.parametrize(
-    ("name", "exchanges", "follows_density", "grows", "largest_share"),
+    ("name", "exchanges", "follows_density", "grows", "scores_places", "largest_share"),
     [
-        ("static", False, False, False, 0.0),
-        ("set", True, False, True, 0.3),
-        ("rigl", True, False, True, 0.3),
-        ("gmp", False, True, False, 0.05),
+        ("static", False, False, False, False, 0.0),
+        ("set", True, False, True, False, 0.3),
+        ("rigl", True, False, True, True, 0.3),
+        ("gmp", False, True, False, False, 0.05),
     ],
 )
-def test_what_trainer_and_planner_ask(name, exchanges, follows_density, grows, largest_share):
+def test_what_trainer_and_planner_ask(name, exchanges, follows_density, grows, scores_places, largest_share):
     policy = POLICIES[name]
     assert (policy.exchanges, policy.follows_density, policy.grows()) == (exchanges, follows_density, grows)
+    assert policy.scores_places() == scores_places
     assert policy.largest_share(0.3) == largest_share
 
 
@@ -118,7 +125,10 @@ def test_a_policy_is_a_class_and_a_line(monkeypatch):
     monkeypatch.setitem(POLICIES, "shrinking", Shrinking)
     sizes, options = [64, 256, 10], {"density": 0.3, "block_size": 16, "batch_size": 32, "threads": 1}
     plans = {name: sn.plan(sizes, None, policy=name, **options) for name in POLICIES}
-    assert plans["largest"].moments == plans["set"].moments
+    assert plans["largest"].moments.keys() == plans["set"].moments.keys()
+    assert (
+        plans["largest"].moments["rewire of layer 0"] >= plans["set"].moments["rewire of layer 0"]
+    )  # it scores places
     assert plans["static"].moments["optimizer step"] == plans["shrinking"].moments["optimizer step"]
     assert "rewire of layer 0" in plans["shrinking"].moments and "rewire of layer 0" not in plans["static"].moments
     config = sn.TrainConfig(epochs=2, batch_size=32, rewire_every=2, progress=False, threads=1)

@@ -162,10 +162,10 @@ class Named(sn.Policy):
 
 
 def test_a_policy_may_name_the_places_that_grow():
-    layer = sn.SparseLinear(16, 16, pattern=sn.BlockPattern.from_linear_places(torch.arange(4), (16, 16), 4))
+    layer = sn.SparseLinear(16, 16, pattern=sn.BlockPattern.from_linear_places(torch.arange(8), (16, 16), 4))
     assert Named.grows()
-    update = sn.Sparsifier(layer, None, Named(0.5, torch.tensor([5, 9])), every=1).step().layers[""]
-    assert update.grown_places.tolist() == [5, 9] and update.dropped == 2 and layer.pattern.num_blocks == 4
+    update = sn.Sparsifier(layer, None, Named(0.25, torch.tensor([9, 13])), every=1).step().layers[""]
+    assert update.grown_places.tolist() == [9, 13] and update.dropped == 2 and layer.pattern.num_blocks == 8
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_a_policy_may_name_the_places_that_grow():
     ],
 )
 def test_places_that_cannot_grow_are_refused_before_anything_changes(places, message):
-    layer = sn.SparseLinear(16, 16, pattern=sn.BlockPattern.from_linear_places(torch.arange(4), (16, 16), 4))
+    layer = sn.SparseLinear(16, 16, pattern=sn.BlockPattern.from_linear_places(torch.arange(8), (16, 16), 4))
     before, values = layer.pattern, layer.values.detach().clone()
     with pytest.raises(ValueError, match=message):
-        sn.Sparsifier(layer, None, Named(0.5, places), every=1).step()
+        sn.Sparsifier(layer, None, Named(0.25, places), every=1).step()
     assert layer.pattern is before and torch.equal(layer.values.detach(), values)
 
 
@@ -206,6 +206,6 @@ def test_scores_of_a_subclass_are_not_passed_over():
         pass
 
     for policy in (First, StillFirst):
-        layer = sn.SparseLinear(16, 16, pattern=sn.BlockPattern.from_linear_places(torch.arange(4, 8), (16, 16), 4))
-        update = sn.Sparsifier(layer, None, policy(0.5), every=1).step().layers[""]
+        layer = sn.SparseLinear(16, 16, pattern=sn.BlockPattern.from_linear_places(torch.arange(8, 16), (16, 16), 4))
+        update = sn.Sparsifier(layer, None, policy(0.25), every=1).step().layers[""]
         assert update.grown_places.tolist() == [0, 1]

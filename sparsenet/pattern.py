@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.functional import BLOCK_SIZES, native, registry, row_order
+from sparsenet.functional.checks import refuse_tracing
 
 __all__ = ["BLOCK_SIZES", "BlockPattern"]
 
@@ -17,6 +18,7 @@ _INT32_MAX = 2**31 - 1
 
 
 def _check_shape(shape, block_size: int) -> tuple[int, int]:
+    refuse_tracing("BlockPattern")
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
         raise ValueError(f"BlockPattern: block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
     try:
@@ -264,7 +266,8 @@ class BlockPattern:
         return self.copy()
 
     def __reduce__(self):
-        return BlockPattern, (self.crow_indices, self.col_indices, self.shape, self.block_size)
+        # Arrays on the CPU: tensors would be shared with a spawned process, and copies of them do not live that long.
+        return BlockPattern, (native.handed(self.crow), native.handed(self.col), self.shape, self.block_size)
 
     def __repr__(self) -> str:
         return (

@@ -79,8 +79,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_name(model: nn.Module, name: str) -> str:
-    """A name in ``model`` as it would be without wrappers; what belongs to a wrapper itself keeps its name."""
-    return plain_name(name.removeprefix(wrapper_path(model)))
+    """A name in ``model`` as it would be without wrappers; what belongs to a wrapper itself has its last name."""
+    for part in wrapper_path(model).split(".")[:-1]:
+        if not name.startswith(f"{part}."):
+            break
+        name = name.removeprefix(f"{part}.")
+    return plain_name(name)
 
 
 def check_resizable(model: nn.Module, layer: str) -> None:

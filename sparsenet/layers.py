@@ -150,6 +150,14 @@ class SparseLinear(nn.Module):
             raise RuntimeError(NO_WEIGHT)
         super().register_parameter(name, param)
 
+    def __delattr__(self, name: str) -> None:
+        if name == "values" and name in self._parameters:  # parametrize begins with this, and then fails half-way
+            raise RuntimeError(
+                "SparseLinear: values cannot be removed, parametrized or given a spectral norm; give computed values "
+                "to torch.func.functional_call, or name values to torch.nn.utils.weight_norm or prune"
+            )
+        super().__delattr__(name)
+
     @property
     def num_active(self) -> int:
         """Active weights inside the matrix: the part of edge blocks outside it and masked elements are not counted."""
@@ -260,6 +268,8 @@ class SparseLinear(nn.Module):
         expected = [pattern.num_blocks, pattern.block_size, pattern.block_size]
         if mask.dtype != torch.bool or list(mask.shape) != expected:
             raise ValueError(f"SparseLinear: element_mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")
+        if mask.is_meta:
+            raise ValueError("SparseLinear: element_mask must hold data, got a meta tensor")
         mask = mask.to(pattern.device, copy=True)  # a layer without data keeps its pattern and mask
         zero_outside(mask, pattern)
         return mask
@@ -319,7 +329,8 @@ class SparseLinear(nn.Module):
     # --- moving, saving, loading ---
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+        with torch.inference_mode(False):  # what is moved in inference mode can be trained outside it
+            super()._apply(fn, recurse)
         if self.values.device.type != "meta":
             self.topology.move(self.values.device)
         return self
@@ -375,7 +386,7 @@ class SparseLinear(nn.Module):
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         except _Unfit as error:
-            errors.append(f"{prefix[:-1] or type(self).__name__}: {error}")
+            errors.append(f"{prefix[:-1]}: {error}" if prefix else str(error))
             return
         finally:
             hook.remove()
@@ -486,7 +497,7 @@ def refuse_unfit_state(model: nn.Module, state_dict, prefix: str, *_) -> None:
             try:
                 read_state(layer, state_dict, path)
             except (ValueError, TypeError) as error:
-                wrong.append(f"{path[:-1] or type(layer).__name__}: {error}")
+                wrong.append(f"{path[:-1]}: {error}" if path else str(error))
     if wrong:
         raise RuntimeError("load_state_dict: nothing was loaded:\n\t" + "\n\t".join(wrong))
 

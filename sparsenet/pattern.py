@@ -94,6 +94,9 @@ class BlockPattern:
 
     def _fill(self, crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int, checked=None) -> None:
         """Takes ``crow`` and ``col`` as its own; ``checked``: what the native module made of them before."""
+        if crow.is_inference():  # the pattern outlives inference mode, and graphs keep its indices
+            with torch.inference_mode(False):
+                crow, col = crow.clone(), col.clone()
         kernels = native.kernels_of(crow.device)
         if checked is None:
             checked = kernels.Pattern(native.handed(crow), native.handed(col), *shape, block_size)
@@ -166,6 +169,11 @@ class BlockPattern:
         """The ``round(density * places)`` blocks of ``weight`` [out, in] with the largest Frobenius norm."""
         if weight.dim() != 2:
             raise ValueError(f"BlockPattern: weight must have two dimensions, got {list(weight.shape)}")
+        if weight.is_meta:
+            raise ValueError(
+                "BlockPattern: weight must hold data for its largest blocks to be kept, got a meta tensor; "
+                "load it first, or build the sparse layers on meta"
+            )
         shape = _check_shape(weight.shape, block_size)
         norms = _block_norms(weight, block_size)
         count = round(_check_density(density) * norms.numel())

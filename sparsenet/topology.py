@@ -206,13 +206,14 @@ NO_WEIGHT = (
 )
 _FACTS = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_leaf", "is_quantized")
-    ),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.is_floating_point),
-    *(Tensor.is_complex, Tensor.element_size, Tensor.get_device, Tensor.ndimension, Tensor.itemsize.__get__),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor),
+    *(Tensor.is_complex, Tensor.element_size, Tensor.get_device, Tensor.itemsize.__get__),
+    *(torch.numel, torch.is_floating_point, torch.is_complex),
+}
+_OTHERS = {  # make or convert another tensor by dtype and device alone
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
+    *(Tensor.to, Tensor.type_as),
 }
 
 
@@ -252,7 +253,9 @@ class DenseWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func not in _FACTS:
+        if func in _OTHERS and (func.__name__.startswith("new_") or not isinstance(args[0], cls)):
+            args = [torch.empty(0, dtype=a.dtype, device=a.device) if isinstance(a, cls) else a for a in args]
+        elif func not in _FACTS:
             raise RuntimeError(NO_WEIGHT)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -236,10 +236,12 @@ def _check_beginning(path: Path) -> None:
             size = path.stat().st_size
     except FileNotFoundError:
         raise FileNotFoundError(f"load: {path} does not exist") from None
-    if beginning[:4] == b"PK\x03\x04" or (beginning[:1] == b"\x80" and beginning[1:2] in b"\x02\x03\x04\x05"):
-        raise ValueError(f"load: {path} must be a safetensors file, got a pickle (torch.save), which is never read")
     length = int.from_bytes(beginning, "little")
-    if len(beginning) < 8 or length > size - 8:
+    whole = len(beginning) == 8 and length <= size - 8
+    pickled = beginning[:1] == b"\x80" and beginning[1:2] in b"\x02\x03\x04\x05"  # or the length of a small header
+    if beginning[:4] == b"PK\x03\x04" or (pickled and not whole):
+        raise ValueError(f"load: {path} must be a safetensors file, got a pickle (torch.save), which is never read")
+    if not whole:
         raise ValueError(
             f"load: {path} must be a whole safetensors file, got {size} bytes for a header of {length} bytes"
         )

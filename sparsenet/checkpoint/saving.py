@@ -27,7 +27,7 @@ from sparsenet.checkpoint.encoding import encode
 from sparsenet.checkpoint.file import FORMAT_VERSION, CheckpointFile, is_elementwise, is_meta, parameter_names
 from sparsenet.distributed import unwrap, unwrapped_name, wrapper_path
 from sparsenet.files import replace_file
-from sparsenet.layers import plain_name, sparse_layers
+from sparsenet.layers import sparse_layers
 
 __all__ = ["FORMAT_VERSION", "Checkpoint", "FileContents", "describe", "load", "save"]
 
@@ -113,7 +113,7 @@ def save(
     header: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "layers": _layer_table(unwrap(model))}
     header["model"] = _model_values(model, tensors)
     inside = wrapper_path(model)
-    header["wrapper"] = [plain_name(name) for name in model.state_dict() if not name.startswith(inside)]
+    header["wrapper"] = [unwrapped_name(model, name) for name in model.state_dict() if not name.startswith(inside)]
     if optimizer is not None:
         names = parameter_names(model, optimizer, "save")
         header["optimizer"] = encode({"names": names, "state": optimizer.state_dict()}, "@optimizer", tensors)

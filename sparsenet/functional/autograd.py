@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsenet.functional import registry
-from sparsenet.functional.checks import check_linear, fits, refuse_onnx
+from sparsenet.functional.checks import check_linear, fits, refuse_onnx, refuse_tracing
 from sparsenet.functional.native import (
     ACTIVATIONS,
     DTYPES,
@@ -129,6 +129,8 @@ class _BlockSparseLinear(torch.autograd.Function):
         pattern, topology = ctx.pattern, ctx.topology
         if topology is not None and topology.pattern is not pattern:
             raise registry.stale(topology.label)
+        if _dispatch_modes() or _jit_trace() is not None:
+            refuse_tracing("block_sparse_linear: a backward pass of a forward from before")
         x, data, saved = ctx.saved_tensors
         operands = (grad_y, saved, x, data, pattern, topology, ctx.activation, ctx.needs_input_grad)
         if not torch.is_grad_enabled():

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from sparsenet import functional
-from sparsenet.layers import sparse_layers
+from sparsenet.layers import plain_name, sparse_layers
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["DataParallel", "assert_same_topology", "synchronize"]
@@ -58,9 +59,32 @@ class DataParallel(nn.Module):
         return self.__dict__["_wrapped"](*args, **kwargs)
 
 
+def wrapper_path(model: nn.Module) -> str:
+    """Where in ``model`` the network itself is: ``module._orig_mod.``, or nothing where nothing wraps it."""
+    if "_orig_mod" in model._modules:  # torch.compile
+        return "_orig_mod." + wrapper_path(model._orig_mod)
+    if isinstance(model, (DistributedDataParallel, DataParallel, nn.DataParallel, AveragedModel)):
+        return "module." + wrapper_path(model.module)
+    return ""
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside a DistributedDataParallel or :class:`DataParallel`, else ``model``."""
-    return model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
+    """The module inside ``torch.compile``, DDP, ``nn.DataParallel``, AveragedModel and :class:`DataParallel`.
+
+    They may be nested in any order; a model that nothing wraps is itself.
+    """
+    for name in wrapper_path(model).split(".")[:-1]:
+        model = getattr(model, name)
+    return model
+
+
+def unwrapped_name(model: nn.Module, name: str) -> str:
+    """A name in ``model`` as it would be without wrappers; what belongs to a wrapper itself has its last name."""
+    for part in wrapper_path(model).split(".")[:-1]:
+        if not name.startswith(f"{part}."):
+            break
+        name = name.removeprefix(f"{part}.")
+    return plain_name(name)
 
 
 def check_resizable(model: nn.Module, layer: str) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sparsenet import functional
 from sparsenet.after_step import after_every_step
 from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size
 from sparsenet.pattern import BlockPattern, carried_from, where_true
-from sparsenet.topology import Topology
+from sparsenet.topology import NO_WEIGHT, DenseWeight, LayerState, Topology, read_state
 
 __all__ = ["SparseLinear"]
 
@@ -50,6 +51,7 @@ class SparseLinear(nn.Module):
         torch.Size([7, 300])
     """
 
+    @torch.inference_mode(False)  # what is made in inference mode can be trained outside it
     def __init__(
         self,
         in_features: int,
@@ -140,6 +142,34 @@ class SparseLinear(nn.Module):
         return self.topology.element_mask
 
     @property
+    def weight(self) -> Tensor:
+        """Stands for the dense weight: its dtype, device and shape; whatever wants its data is refused in words."""
+        values = self._fast("values")
+        return DenseWeight(self.out_features, self.in_features, values)
+
+    @weight.setter
+    def weight(self, _) -> None:
+        raise RuntimeError(NO_WEIGHT)
+
+    @weight.deleter
+    def weight(self) -> None:
+        raise RuntimeError(NO_WEIGHT)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; ``weight`` is refused."""
+        if name == "weight":
+            raise RuntimeError(NO_WEIGHT)
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "values" and name in self._parameters:  # parametrize begins with this, and then fails half-way
+            raise RuntimeError(
+                "SparseLinear: values cannot be removed, parametrized or given a spectral norm; give computed values "
+                "to torch.func.functional_call, or name values to torch.nn.utils.weight_norm or prune"
+            )
+        super().__delattr__(name)
+
+    @property
     def num_active(self) -> int:
         """Active weights inside the matrix: the part of edge blocks outside it and masked elements are not counted."""
         if self.element_mask is not None:
@@ -159,7 +189,25 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if type(x) is Proxy:
+            return self._called_in_graph(x)
         return functional.layer_linear(x, self._fast("values"), self.topology, self._fast("bias"), self.activation)
+
+    def __prepare_scriptable__(self):
+        """Refuses ``torch.jit.script``, which compiles Python code."""
+        raise RuntimeError(
+            "SparseLinear: torch.jit.script cannot compile it; use torch.jit.trace or torch.export, or script a dense "
+            "copy, sparsenet.densify_(copy.deepcopy(model))"
+        )
+
+    def _called_in_graph(self, x: Proxy) -> Proxy:
+        """What ``torch.fx.symbolic_trace`` records: a call of this layer as a whole, as of one of torch's own."""
+        if x.tracer.root is self:
+            raise RuntimeError(
+                "SparseLinear: symbolic_trace records calls of the layer, it must be traced in a model; "
+                "give it torch.nn.Sequential(layer)"
+            )
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
     def _fast(self, name: str) -> Tensor | None:
         """A parameter, or what torch.nn.utils put in its place, without nn.Module's slow look for attributes."""
@@ -170,6 +218,7 @@ class SparseLinear(nn.Module):
 
     # --- changing the pattern ---
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_pattern(
         self, pattern: BlockPattern, values: Tensor | None = None, element_mask: Tensor | None = None
@@ -186,11 +235,17 @@ class SparseLinear(nn.Module):
 
         Raises:
             ValueError: another shape or block size.
+            RuntimeError: ``values`` is computed by a parametrization, weight norm or pruning of torch.
 
         Graphs recorded before keep the old tensors, and their backward raises ``StaleTopologyError``. Another
         thread may run forward, or backward by ``torch.autograd.grad``; one that adds to ``.grad`` has to wait, as torch
         itself does not guard that.
         """
+        if "values" not in self._parameters:
+            raise RuntimeError(
+                "SparseLinear: values must be a Parameter for the pattern to change, got one that a parametrization, "
+                "weight norm or pruning computes; remove that first"
+            )
         carried = carried_from(self.pattern, pattern)
         fresh = pattern.copy().to(self.values.device)
         if values is None:
@@ -211,8 +266,9 @@ class SparseLinear(nn.Module):
         """Takes pattern, values (as their owner) and mask together. Whatever can fail comes before the first change."""
         if element_mask is not None:
             element_mask = self._checked_mask(element_mask, pattern)
-            values = values * element_mask
-        zero_outside(values, pattern)
+            values = values * element_mask.to(values.device)
+        if not values.is_meta:
+            zero_outside(values, pattern)
         self.topology.replace(pattern, element_mask, self.values, values)
         if self.topology.written >= 0:
             self.topology.written = _times_written(self)
@@ -225,7 +281,9 @@ class SparseLinear(nn.Module):
         expected = [pattern.num_blocks, pattern.block_size, pattern.block_size]
         if mask.dtype != torch.bool or list(mask.shape) != expected:
             raise ValueError(f"SparseLinear: element_mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")
-        mask = mask.to(self.values.device, copy=True)
+        if mask.is_meta:
+            raise ValueError("SparseLinear: element_mask must hold data, got a meta tensor")
+        mask = mask.to(pattern.device, copy=True)  # a layer without data keeps its pattern and mask
         zero_outside(mask, pattern)
         return mask
 
@@ -287,7 +345,8 @@ class SparseLinear(nn.Module):
     # --- moving, saving, loading ---
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+        with torch.inference_mode(False):  # what is moved in inference mode can be trained outside it
+            super()._apply(fn, recurse)
         if self.values.device.type != "meta":
             self.topology.move(self.values.device)
         return self
@@ -308,6 +367,8 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        if not self._fast("values").is_meta:
+            self.topology.move(self._fast("values").device)
         if self.element_mask is not None:
             after_every_step(self, _zero_masked_elements)
 
@@ -318,53 +379,56 @@ class SparseLinear(nn.Module):
         if self.element_mask is not None:
             destination[prefix + "element_mask"] = self.element_mask.clone()
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        keys = [prefix + k for k in ("crow_indices", "col_indices", "values")]
-        absent = [k for k in keys if k not in state_dict]
-        if not absent:
-            try:
-                pattern, values, mask = self.read_state(state_dict, prefix)
-            except (ValueError, TypeError) as error:
-                errors.append(f"{prefix[:-1]}: {error}")
-                return
-            self._install(pattern.to(self.values.device), values.to(self.values), mask)
-        elif strict:
-            missing.extend(absent)
-        bias = prefix + "bias"
-        if self.bias is not None and bias in state_dict:
-            if state_dict[bias].shape != self.bias.shape:
-                errors.append(f"{bias} must have shape {list(self.bias.shape)}, got {list(state_dict[bias].shape)}")
-            else:
-                with torch.no_grad():
-                    self.bias.copy_(state_dict[bias])
-        elif self.bias is not None and strict:
-            missing.append(bias)
-        known = {*keys, bias, prefix + "element_mask"} if self.bias is not None else {*keys, prefix + "element_mask"}
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As of any module; the pattern and the element mask come with the values. A failed load changes nothing."""
+        refuse_unfit_state(self, state_dict, "")
         if strict:
-            unexpected.extend(k for k in state_dict if k.startswith(prefix) and k not in known)
+            refuse_other_keys(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
-    def read_state(self, state_dict, prefix: str = "") -> tuple[BlockPattern, Tensor, Tensor | None]:
-        """Pattern, values and element mask that ``state_dict`` holds for this layer, checked; changes nothing.
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        absent: list[str] = []
 
-        Raises:
-            ValueError, TypeError: indices out of range, sizes that do not fit this layer or each other.
-        """
-        values = state_dict[prefix + "values"]
-        b = self.block_size
-        if values.dim() != 3 or values.shape[1:] != self.values.shape[1:]:
-            raise ValueError(f"SparseLinear: values must have shape [num_blocks, {b}, {b}], got {list(values.shape)}")
-        if not values.is_floating_point():
-            raise TypeError(f"SparseLinear: values must be floating-point, got {values.dtype}")
-        shape = (self.out_features, self.in_features)
-        pattern = BlockPattern(state_dict[prefix + "crow_indices"], state_dict[prefix + "col_indices"], shape, b)
-        if pattern.num_blocks != values.shape[0]:
-            raise ValueError(
-                f"SparseLinear: values must have one block per index, got {values.shape[0]} for {pattern.num_blocks}"
-            )
-        mask = state_dict.get(prefix + "element_mask")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != values.shape):
-            raise ValueError(f"SparseLinear: element_mask must be bool {list(values.shape)}, got {list(mask.shape)}")
-        return pattern, values.detach().clone(), mask
+        def take(*_):
+            try:
+                state = read_state(self, state_dict, prefix)
+            except (ValueError, TypeError) as error:
+                raise _Unfit(str(error)) from error
+            absent.extend(prefix + name for name in state.absent)
+            for name in ("crow_indices", "col_indices", "element_mask"):
+                state_dict.pop(prefix + name, None)
+            if state.values is not None:
+                self._take(state, local_metadata.get("assign_to_params_buffers", False))
+                if not self.values.is_meta:  # else torch warns that nothing was copied
+                    del state_dict[prefix + "values"]
+
+        hook = self._register_load_state_dict_pre_hook(take)  # after those of others, which may rename keys
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        except _Unfit as error:
+            errors.append(f"{prefix[:-1]}: {error}" if prefix else str(error))
+            return
+        finally:
+            hook.remove()
+        missing[:] = [key for key in missing if key != prefix + "values"] + (absent if strict else [])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _take(self, state: LayerState, assign: bool) -> None:
+        """Takes pattern, values and mask together; ``assign``: the tensor of values itself, as torch does."""
+        pattern, values, mask = state.pattern, state.values, state.element_mask
+        if values.is_meta and not assign and not self.values.is_meta:
+            raise _Unfit("SparseLinear: values must hold data, got a meta tensor")
+        if mask is None and self.element_mask is not None:
+            mask = take_blocks(self.element_mask, carried_from(self.pattern, pattern), True)
+        if not assign:
+            values = values.detach().to(self.values, copy=True, memory_format=torch.contiguous_format)
+        if not values.is_meta:
+            pattern = pattern.to(values.device)
+        if assign:
+            parameter = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+            self.values, values = parameter.requires_grad_(self.values.requires_grad), parameter.detach()
+        self._install(pattern, values, mask)
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -488,6 +552,10 @@ def _zero_masked_elements(layer: SparseLinear) -> None:
         layer.values.mul_(layer.element_mask)
 
 
+class _Unfit(Exception):
+    """What ``state_dict`` holds for a layer does not fit it; leaves torch's loading of the layer."""
+
+
 def refuse_unfit_state(model: nn.Module, state_dict, prefix: str, *_) -> None:
     """Pre-hook of ``load_state_dict`` on a whole model: no layer is touched unless all sparse layers' states fit.
 
@@ -495,17 +563,54 @@ def refuse_unfit_state(model: nn.Module, state_dict, prefix: str, *_) -> None:
         RuntimeError: naming each layer whose indices, sizes or mask do not fit, and why.
     """
     wrong = []
-    for name, layer in sparse_layers(model).items():
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SparseLinear):
+            continue
         path = f"{prefix}{name}." if name else prefix
-        if all(path + key in state_dict for key in ("values", "crow_indices", "col_indices")):
+        if not layer._load_state_dict_pre_hooks:  # else its keys may have other names still
             try:
-                layer.read_state(state_dict, path)
+                read_state(layer, state_dict, path)
             except (ValueError, TypeError) as error:
-                wrong.append(f"{path[:-1]}: {error}")
+                wrong.append(f"{path[:-1]}: {error}" if path else str(error))
+    if wrong:
+        raise RuntimeError("load_state_dict: nothing was loaded:\n\t" + "\n\t".join(wrong))
+
+
+def refuse_other_keys(model: nn.Module, state_dict) -> None:
+    """Says before anything is loaded what torch would say afterwards: keys that are missing or too many.
+
+    Raises:
+        RuntimeError: naming them.
+    """
+    for module in model.modules():
+        hooks = [*module._load_state_dict_pre_hooks.values(), *module._state_dict_hooks.values()]
+        own = type(module)._load_from_state_dict not in (
+            nn.Module._load_from_state_dict,
+            SparseLinear._load_from_state_dict,
+        )
+        if own or any(getattr(hook, "hook", hook) is not refuse_unfit_state for hook in hooks):
+            return  # keys may have other names still
+    wanted = set(model.state_dict())
+    masks = {f"{name}.element_mask".lstrip(".") for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    kinds = {"Missing": sorted(wanted - set(state_dict)), "Unexpected": sorted(set(state_dict) - wanted - masks)}
+    wrong = [
+        f"{kind} key(s) in state_dict: " + ", ".join(f'"{k}"' for k in keys) for kind, keys in kinds.items() if keys
+    ]
     if wrong:
         raise RuntimeError("load_state_dict: nothing was loaded:\n\t" + "\n\t".join(wrong))
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    """The sparse layers of ``model`` by name, each once, in module order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    """The sparse layers of ``model`` by name, each once, in module order. Compiled or not, the names are the same."""
+    return {plain_name(name): m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def plain_name(name: str) -> str:
+    """A name in a model without what ``torch.compile`` puts into it.
+
+    Example:
+        >>> from sparsenet.layers import plain_name
+        >>> plain_name("0._orig_mod.values")
+        '0.values'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name

@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sparsenet.densities import block_places, choose_block_size, distribute
-from sparsenet.layers import SparseLinear, refuse_unfit_state, sparse_layers, warn_unreached
+from sparsenet.layers import SparseLinear, refuse_other_keys, refuse_unfit_state, sparse_layers, warn_unreached
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["SparseMLP", "densify_", "sparsify_"]
@@ -93,13 +94,20 @@ class SparseMLP(nn.Sequential):
         """Feature counts, input first; compaction makes them smaller."""
         return (self[0].in_features, *(layer.out_features for layer in self))
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As of any module; a load that fails has changed nothing."""
+        if strict:
+            refuse_unfit_state(self, state_dict, "")
+            refuse_other_keys(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def __getitem__(self, index):
         """A layer, or for a slice an ``nn.Sequential`` of layers."""
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, ...] -> [batch, sizes[-1]]."""
-        x = x.reshape(len(x), math.prod(x.shape[1:])) if x.dim() > 2 else x
+        x = x.flatten(1) if type(x) is Proxy or x.dim() > 2 else x
         return super().forward(x)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.functional import BLOCK_SIZES, draw_free_places, largest_reaching_all, native, registry
+from sparsenet.functional.checks import refuse_tracing
 
 __all__ = ["BLOCK_SIZES", "BlockPattern"]
 
@@ -18,6 +19,7 @@ _INT32_MAX = 2**31 - 1
 
 
 def _check_shape(shape, block_size: int) -> tuple[int, int]:
+    refuse_tracing("BlockPattern")
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
         raise ValueError(f"BlockPattern: block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
     try:
@@ -93,6 +95,9 @@ class BlockPattern:
 
     def _fill(self, crow: Tensor, col: Tensor, shape: tuple[int, int], block_size: int, checked=None) -> None:
         """Takes ``crow`` and ``col`` as its own; ``checked``: what the native module made of them before."""
+        if crow.is_inference():  # the pattern outlives inference mode, and graphs keep its indices
+            with torch.inference_mode(False):
+                crow, col = crow.clone(), col.clone()
         kernels = native.kernels_of(crow.device)
         if checked is None:
             checked = kernels.Pattern(native.handed(crow), native.handed(col), *shape, block_size)
@@ -184,6 +189,11 @@ class BlockPattern:
         """
         if weight.dim() != 2:
             raise ValueError(f"BlockPattern: weight must have two dimensions, got {list(weight.shape)}")
+        if weight.is_meta:
+            raise ValueError(
+                "BlockPattern: weight must hold data for its largest blocks to be kept, got a meta tensor; "
+                "load it first, or build the sparse layers on meta"
+            )
         shape = _check_shape(weight.shape, block_size)
         norms = _block_norms(weight, block_size)
         count = round(_check_density(density) * norms.numel())
@@ -297,7 +307,8 @@ class BlockPattern:
         return self.copy()
 
     def __reduce__(self):
-        return BlockPattern, (self.crow_indices, self.col_indices, self.shape, self.block_size)
+        # Arrays on the CPU: tensors would be shared with a spawned process, and copies of them do not live that long.
+        return BlockPattern, (native.handed(self.crow), native.handed(self.col), self.shape, self.block_size)
 
     def __repr__(self) -> str:
         return (

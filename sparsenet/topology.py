@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sparsenet.functional import native, registry
 from sparsenet.pattern import BlockPattern
 
-__all__ = ["Topology", "replace_data"]
+__all__ = ["DenseWeight", "LayerState", "Topology", "read_state", "replace_data"]
 
 Observer = Callable[[Tensor, Tensor], None]
 
@@ -116,3 +117,161 @@ def _exchange(parameter: nn.Parameter, data: Tensor) -> None:
         other = torch.float64 if data.dtype != torch.float64 else torch.float32
         parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
+
+
+# --- what a state dict holds for a layer ----------------------------------------------------------------------------
+
+
+class LayerState(NamedTuple):
+    """Pattern, values and mask that go together, and the names that the state dict lacks. No values: no change."""
+
+    pattern: BlockPattern
+    values: Tensor | None
+    element_mask: Tensor | None
+    absent: list[str]
+
+
+def read_state(layer: nn.Module, state_dict, prefix: str = "") -> LayerState:
+    """What ``state_dict`` holds for a SparseLinear under names that begin with ``prefix``, checked; changes nothing.
+
+    Indices and values come together, or what is there has to fit the pattern that the layer has.
+
+    Raises:
+        ValueError, TypeError: indices out of range, sizes that do not fit the layer or each other, a dense weight.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> from sparsenet.topology import read_state
+        >>> layer, other = (sn.SparseLinear(64, 48, density=d, block_size=16) for d in (0.5, 0.25))
+        >>> state = read_state(layer, other.state_dict())
+        >>> state.pattern == other.pattern, state.absent
+        (True, [])
+    """
+    names = ("values", "crow_indices", "col_indices", "element_mask")
+    values, crow, col, mask = given = [state_dict.get(prefix + name) for name in names]
+    computed = "values" not in layer._parameters  # torch keeps what they are computed from under names of its own
+    wanted = [not computed, True, True, layer.element_mask is not None]
+    absent = [name for name, tensor, want in zip(names, given, wanted, strict=True) if want and tensor is None]
+    _check_dense(state_dict, prefix)
+    bias = state_dict.get(prefix + "bias")
+    if layer._parameters.get("bias") is not None and bias is not None and bias.shape != layer.bias.shape:
+        raise ValueError(f"SparseLinear: bias must have shape {list(layer.bias.shape)}, got {list(bias.shape)}")
+    pattern = layer.pattern
+    if values is not None and not computed:
+        _check_values(values, pattern.block_size)
+    if computed or values is None or crow is None or col is None:
+        _check_part(pattern, None if computed else values, crow, col, mask, layer.element_mask)
+        return LayerState(pattern, None if computed else values, layer.element_mask, absent)
+    pattern = BlockPattern(crow, col, pattern.shape, pattern.block_size)
+    if pattern.num_blocks != values.shape[0]:
+        raise ValueError(
+            f"SparseLinear: values must have one block per index, got {values.shape[0]} for {pattern.num_blocks}"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != values.shape):
+        raise ValueError(f"SparseLinear: element_mask must be bool {list(values.shape)}, got {list(mask.shape)}")
+    return LayerState(pattern, values, mask, absent)
+
+
+def _check_dense(state_dict, prefix: str) -> None:
+    if prefix + "weight" in state_dict and prefix + "values" not in state_dict:
+        raise ValueError(
+            "SparseLinear: the state must hold values, crow_indices and col_indices, got the weight of a dense layer; "
+            "load it before sparsify_, or make the layer with SparseLinear.from_linear"
+        )
+
+
+def _check_values(values: Tensor, b: int) -> None:
+    if values.dim() != 3 or values.shape[1] != values.shape[2]:
+        raise ValueError(f"SparseLinear: values must have shape [num_blocks, {b}, {b}], got {list(values.shape)}")
+    if values.shape[1] != b:
+        raise ValueError(
+            f"SparseLinear: values must have shape [num_blocks, {b}, {b}] for the layer's block size {b}, got "
+            f"{list(values.shape)} of block size {values.shape[1]}"
+        )
+    if not values.is_floating_point():
+        raise TypeError(f"SparseLinear: values must be floating-point, got {values.dtype}")
+
+
+def _check_part(pattern: BlockPattern, values, crow, col, mask, own_mask) -> None:
+    """Some of the tensors are not there: the others have to be those of ``pattern``, on which the layer stays."""
+    pairs = (("crow_indices", crow, pattern.crow), ("col_indices", col, pattern.col), ("element_mask", mask, own_mask))
+    other = [
+        name
+        for name, tensor, own in pairs
+        if tensor is not None
+        and (own is None or not torch.equal(tensor.to(own), own) or tensor.dtype.is_floating_point)
+    ]
+    if values is not None and tuple(values.shape) != pattern.values_shape:
+        other.append("values")
+    if other:
+        raise ValueError(
+            "SparseLinear: values, crow_indices and col_indices must come together or fit the layer's pattern of "
+            f"{pattern.num_blocks} blocks, got {other[0]} of another pattern alone"
+        )
+
+
+# --- what stands for the weight of a dense layer --------------------------------------------------------------------
+
+NO_WEIGHT = (
+    "SparseLinear: weight only stands for the dtype, device and shape of a dense weight and has no data; "
+    "use values (the Parameter), weight_dense() (a dense copy) or to_linear()"
+)
+_FACTS = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.is_floating_point),
+    *(Tensor.is_complex, Tensor.element_size, Tensor.get_device, Tensor.itemsize.__get__),
+    *(torch.numel, torch.is_floating_point, torch.is_complex),
+}
+_OTHERS = {  # make or convert another tensor by dtype and device alone
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor),
+    *(Tensor.to, Tensor.type_as),
+}
+
+
+class DenseWeight(Tensor):
+    """Stands for a dense weight [out, in] that does not exist: tells dtype, device and shape, refuses all else.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> weight = sn.SparseLinear(64, 48, density=0.5, block_size=16).weight
+        >>> weight.shape, weight.dtype
+        (torch.Size([48, 64]), torch.float32)
+        >>> weight.sum()
+        Traceback (most recent call last):
+        ...
+        RuntimeError: SparseLinear: weight only stands for the dtype, device and shape of a dense weight and has ...
+    """
+
+    @staticmethod
+    def __new__(cls, out_features: int, in_features: int, values: Tensor):
+        """Takes no memory; dtype, device and requires_grad are those of ``values``."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            (out_features, in_features),
+            dtype=values.dtype,
+            device=values.device,
+            requires_grad=values.requires_grad,
+        )
+
+    def __init__(self, *_):
+        pass
+
+    def __repr__(self) -> str:
+        return f"DenseWeight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}: stands for no data)"
+
+    def __setattr__(self, name, value):
+        raise RuntimeError(NO_WEIGHT)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _OTHERS and (func.__name__.startswith("new_") or not isinstance(args[0], cls)):
+            args = [torch.empty(0, dtype=a.dtype, device=a.device) if isinstance(a, cls) else a for a in args]
+        elif func not in _FACTS:
+            raise RuntimeError(NO_WEIGHT)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(NO_WEIGHT)

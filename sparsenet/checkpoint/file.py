@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparsenet.checkpoint.encoding import decode
-from sparsenet.layers import SparseLinear, sparse_layers
+from sparsenet.distributed import unwrap, unwrapped_name
+from sparsenet.layers import SparseLinear, plain_name, sparse_layers
+from sparsenet.topology import read_state
 
 __all__ = ["FORMAT_VERSION", "CheckpointFile", "parameter_names"]
 
 FORMAT_VERSION = 1
 _LAYER_KEYS = ("values", "crow_indices", "col_indices", "element_mask")
+_INDICES = _LAYER_KEYS[1:]
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -40,6 +43,8 @@ class CheckpointFile:
             raise self.error(f"must be a whole safetensors file, got: {error}") from error
         self._names = set(self._reader.keys())
         self.header = self._read_header()
+        stored = self._names | set(self.header["aliases"])
+        self._by_plain_name = {plain_name(name): name for name in stored if not name.startswith("@")}
 
     def __enter__(self) -> CheckpointFile:
         self._reader.__enter__()
@@ -81,10 +86,11 @@ class CheckpointFile:
         return sorted(self._names)
 
     def model_names(self) -> set[str]:
-        """The tensors of the model's state dict."""
-        return {name for name in self._names | set(self.header["aliases"]) if not name.startswith("@")}
+        """The tensors of the model's state dict, under the names they have without wrappers."""
+        return set(self._by_plain_name)
 
     def _stored(self, name: str) -> str:
+        name = self._by_plain_name.get(name, name)
         stored = self.header["aliases"].get(name, name)
         if stored not in self._names:
             raise self.error(f"must hold the tensor {name!r} that its header names")
@@ -116,7 +122,7 @@ class CheckpointFile:
         tensor = tensor or self.tensor
         try:
             if part == "model":
-                return {name: decode(value, tensor) for name, value in self.header["model"].items()}
+                return {plain_name(name): decode(value, tensor) for name, value in self.header["model"].items()}
             return decode(self.header.get(part), tensor)
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             if str(error).startswith("load: "):
@@ -125,21 +131,35 @@ class CheckpointFile:
 
     # --- checking ---
 
-    def check_model(self, model: nn.Module) -> None:
-        """Everything in the file for ``model``, against it; changes nothing and reads indices only."""
-        state = model.state_dict()
-        there, wanted = self.model_names() | set(self.header["model"]), set(state)
-        layers = sparse_layers(model)
-        masks = {f"{_prefix(name)}element_mask" for name in layers}  # come and go with the file
-        if there - masks != wanted - masks:
-            missing, more = sorted(wanted - there - masks)[:5], sorted(there - wanted - masks)[:5]
-            raise self.error(f"must hold this model: missing in the file {missing}, not in the model {more}")
+    def check_model(self, model: nn.Module, strict: bool = True) -> tuple[list[str], list[str]]:
+        """Everything in the file for ``model``, against it; changes nothing and reads indices only.
+
+        Returns:
+            Names that the file lacks and names that the model lacks; none where ``strict``, which refuses them.
+        """
+        state = {unwrapped_name(model, name): value for name, value in model.state_dict().items()}
+        is_meta(state)
+        there, wanted = self.model_names() | {plain_name(name) for name in self.header["model"]}, set(state)
+        layers = sparse_layers(unwrap(model))
+        masks = {f"{_prefix(name)}element_mask" for name in layers}  # a layer without one takes that of the file
+        more = there - wanted - masks - set(self.header.get("wrapper", ()))
+        missing = sorted(wanted - there)
+        if strict and (missing or more):
+            dense = [
+                name for name in layers if f"{_prefix(name)}values" in missing and f"{_prefix(name)}weight" in more
+            ]
+            hint = f"; {dense[0]!r} is dense there: load before sparsify_" if dense else ""
+            names = f"missing in the file {missing[:5]}, not in the model {sorted(more)[:5]}"
+            raise self.error(f"must hold this model: {names}{hint}")
         for name, layer in layers.items():
             self._check_layer(name, layer)
         of_layers = {f"{p}{key}" for p in map(_prefix, layers) for key in _LAYER_KEYS}
         for name, tensor in state.items():
-            if isinstance(tensor, Tensor) and name not in of_layers and self.spec(name)[1] != tuple(tensor.shape):
+            if not isinstance(tensor, Tensor) or name in of_layers or name in missing:
+                continue
+            if self.spec(name)[1] != tuple(tensor.shape):
                 raise self.error(f"must hold {name} of shape {list(tensor.shape)}, got {list(self.spec(name)[1])}")
+        return missing, sorted(more)
 
     def _check_layer(self, name: str, layer: SparseLinear) -> None:
         sizes = self.header["layers"].get(name, {})
@@ -149,13 +169,12 @@ class CheckpointFile:
             if here != there:
                 text = "{} -> {} with blocks of {}"
                 raise self.error(f"must hold layer {name!r} as {text.format(*here)}, got {text.format(*there)}")
-        prefix = _prefix(name)
-        state = {prefix + "values": self._meta(prefix + "values")}
-        state |= {prefix + key: self.tensor(prefix + key) for key in ("crow_indices", "col_indices")}
-        if prefix + "element_mask" in self.model_names():
-            state[prefix + "element_mask"] = self._meta(prefix + "element_mask")
+        prefix, there = _prefix(name), self.model_names()
+        data = ("values", self._meta), ("element_mask", self._meta), ("weight", self._meta)
+        indices = ("crow_indices", self.tensor), ("col_indices", self.tensor)
+        state = {prefix + key: read(prefix + key) for key, read in (*data, *indices) if prefix + key in there}
         try:
-            layer.read_state(state, prefix)
+            read_state(layer, state, prefix)
         except (ValueError, TypeError) as error:
             raise self.error(f"must hold layer {name!r}: {error}") from error
 
@@ -163,9 +182,15 @@ class CheckpointFile:
         """The optimizer's part against the parameters that ``optimizer`` holds."""
         if "optimizer" not in self.header:
             raise self.error("must hold an optimizer's state, got none")
+        if any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
+            raise self.error("must be loaded into a model before its optimizer is made when the model is on meta")
         part = self.decoded("optimizer", self._meta)
         here = parameter_names(model, optimizer, "load")
         there, state = (part.get("names"), part.get("state")) if isinstance(part, dict) else (None, None)
+        if isinstance(there, list):
+            there = [
+                [plain_name(n) if isinstance(n, str) else n for n in g] if isinstance(g, list) else g for g in there
+            ]
         if there != here:
             raise self.error(f"must hold the state of an optimizer over {_short(here)}, got {_short(there)}")
         groups, states = (state.get("param_groups"), state.get("state")) if isinstance(state, dict) else (None, None)
@@ -175,7 +200,7 @@ class CheckpointFile:
         for group, expected in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
             if not isinstance(group, dict) or set(group) != set(expected) or group["params"] != expected["params"]:
                 raise self.error(f"must hold the state of a {kind} with {sorted(expected)}, got {_short(group)}")
-        if _is_elementwise(optimizer):
+        if is_elementwise(optimizer):
             for number, name in enumerate(n for group in here for n in group):
                 self._check_state(name, states.get(number, {}))
 
@@ -211,10 +236,12 @@ def _check_beginning(path: Path) -> None:
             size = path.stat().st_size
     except FileNotFoundError:
         raise FileNotFoundError(f"load: {path} does not exist") from None
-    if beginning[:4] == b"PK\x03\x04" or (beginning[:1] == b"\x80" and beginning[1:2] in b"\x02\x03\x04\x05"):
-        raise ValueError(f"load: {path} must be a safetensors file, got a pickle (torch.save), which is never read")
     length = int.from_bytes(beginning, "little")
-    if len(beginning) < 8 or length > size - 8:
+    whole = len(beginning) == 8 and length <= size - 8
+    pickled = beginning[:1] == b"\x80" and beginning[1:2] in b"\x02\x03\x04\x05"  # or the length of a small header
+    if beginning[:4] == b"PK\x03\x04" or (pickled and not whole):
+        raise ValueError(f"load: {path} must be a safetensors file, got a pickle (torch.save), which is never read")
+    if not whole:
         raise ValueError(
             f"load: {path} must be a whole safetensors file, got {size} bytes for a header of {length} bytes"
         )
@@ -222,7 +249,8 @@ def _check_beginning(path: Path) -> None:
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, op: str) -> list[list[str]]:
     """The names of the optimizer's parameters, by group."""
-    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    named = reversed(list(model.named_parameters(remove_duplicate=False)))
+    names = {id(p): unwrapped_name(model, name) for name, p in named}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in names:
@@ -231,11 +259,20 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, op: str)
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
+def is_meta(state: Mapping[str, Any]) -> bool:
+    """Whether a model with this ``state_dict`` holds no data yet; its indices do."""
+    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name.split(".")[-1] not in _INDICES}
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta and len(meta) < len(tensors):
+        raise ValueError(f"load: model must be on meta as a whole or not at all, got {meta[0]} there and others not")
+    return bool(meta)
+
+
 def _prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
     """Whether all state tensors have their parameter's shape or broadcast to it: torch's optimizers except LBFGS."""
     return type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, torch.optim.LBFGS)
 

@@ -8,11 +8,13 @@ everything is checked before anything is changed.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsenet.checkpoint.encoding import encode
-from sparsenet.checkpoint.file import FORMAT_VERSION, CheckpointFile, parameter_names
-from sparsenet.distributed import unwrap
+from sparsenet.checkpoint.file import FORMAT_VERSION, CheckpointFile, is_elementwise, is_meta, parameter_names
+from sparsenet.distributed import unwrap, unwrapped_name, wrapper_path
 from sparsenet.files import replace_file
 from sparsenet.layers import sparse_layers
 
@@ -32,11 +34,16 @@ __all__ = ["FORMAT_VERSION", "Checkpoint", "FileContents", "describe", "load", "
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What :func:`load` returns: the step and the ``extra`` of :func:`save`, and torch's random state at that time."""
+    """What :func:`load` returns: the step and the ``extra`` of :func:`save`, and torch's random state at that time.
+
+    ``missing_keys``, ``unexpected_keys``: what ``strict=False`` did not find in the file, and found in it for nothing.
+    """
 
     step: int
     extra: Any = None
     random_state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
 
     def restore_random_state(self) -> None:
         """Sets torch's generators, of the CPU and of CUDA devices that are there, to what they were at the save."""
@@ -81,7 +88,8 @@ def save(
 
     Args:
         path: the file, by custom ``*.safetensors``.
-        model: its parameters, buffers and patterns are saved (a DDP wrapper is looked through).
+        model: its parameters, buffers and patterns are saved. Wrappers are looked through (``torch.compile``, DDP,
+            ``nn.DataParallel``, AveragedModel): names in the file are those of the model inside.
         optimizer: any ``torch.optim`` optimizer over parameters of ``model``.
         sparsifier, scheduler: whatever has ``state_dict()`` and ``load_state_dict()``.
         step: of the training.
@@ -101,10 +109,11 @@ def save(
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"save: step must be an integer of at least 0, got {step!r}")
-    model = unwrap(model)
     tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "layers": _layer_table(model)}
+    header: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "layers": _layer_table(unwrap(model))}
     header["model"] = _model_values(model, tensors)
+    inside = wrapper_path(model)
+    header["wrapper"] = [unwrapped_name(model, name) for name in model.state_dict() if not name.startswith(inside)]
     if optimizer is not None:
         names = parameter_names(model, optimizer, "save")
         header["optimizer"] = encode({"names": names, "state": optimizer.state_dict()}, "@optimizer", tensors)
@@ -147,9 +156,14 @@ def _layer_table(model: nn.Module) -> dict[str, dict[str, Any]]:
 def _model_values(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Puts the state dict's tensors into ``tensors``; returns its other entries (extra states) as JSON."""
     values = {}
-    for name, value in model.state_dict().items():
+    for raw, value in model.state_dict().items():
+        name = unwrapped_name(model, raw)
         if name.startswith("@"):
             raise ValueError(f"save: names in the model must not begin with @, got {name!r}")
+        if name in tensors or name in values:
+            raise ValueError(f"save: names in the model must differ without wrappers, got {name!r} twice")
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"save: {name} must hold data, got a meta tensor")
         if isinstance(value, Tensor):
             tensors[name] = value
         else:
@@ -183,21 +197,27 @@ def load(
     optimizer: torch.optim.Optimizer | None = None,
     sparsifier: Any = None,
     scheduler: Any = None,
+    *,
+    strict: bool = True,
 ) -> Checkpoint:
     """Reads a checkpoint into a model and, where given, optimizer, sparsifier and scheduler.
 
     Args:
         path: written by :func:`save`.
         model: of the same layers and sizes; its patterns and numbers of blocks may differ and become the file's.
+            Wrappers are looked through. A model on meta gets the file's tensors, in its own dtypes, on the CPU.
         optimizer: over the same parameters; its state is replaced, its parameters stay the same objects.
         sparsifier, scheduler: made as they were for the saved run.
+        strict: refuse a file that lacks names of the model or has others; False loads what is there.
 
     Returns:
         Step, ``extra`` and random state (which is not restored: see :meth:`Checkpoint.restore_random_state`).
 
     Raises:
         FileNotFoundError: no such file. ValueError: a file that is damaged, no safetensors file (a pickle is never
-        read), of a newer format, with indices out of range, or that does not fit; nothing has been changed then.
+        read), of a newer format, with indices out of range, or that does not fit.
+
+    Whatever is raised, also by one of the things that are loaded: nothing has been changed then.
 
     Example:
         >>> import tempfile, torch, sparsenet as sn
@@ -208,25 +228,65 @@ def load(
         >>> checkpoint.extra, fresh[0].pattern == saved[0].pattern, torch.equal(fresh[0].values, saved[0].values)
         ({'note': 'ours'}, True, True)
     """
-    model = unwrap(model)
     with CheckpointFile(path) as file:
-        file.check_model(model)
+        missing, unexpected = file.check_model(model, strict)
         if optimizer is not None:
             file.check_optimizer(model, optimizer)
-        for part, thing in (("sparsifier", sparsifier), ("scheduler", scheduler)):
-            if thing is not None:
-                file.check_part(part, thing)
+        things = {p: t for p, t in (("sparsifier", sparsifier), ("scheduler", scheduler)) if t is not None}
+        for part, thing in things.items():
+            file.check_part(part, thing)
         random_state = {n.removeprefix("@random/"): file.tensor(n) for n in file.names() if n.startswith("@random/")}
-        checkpoint = Checkpoint(file.header["step"], file.decoded("extra"), random_state)
-        parts = {p: file.decoded(p) for p, t in (("sparsifier", sparsifier), ("scheduler", scheduler)) if t is not None}
-        model.load_state_dict({name: file.tensor(name) for name in file.model_names()} | file.decoded("model"))
-        if optimizer is not None:
-            _load_optimizer(optimizer, file.decoded("optimizer")["state"])
-        if sparsifier is not None:
-            sparsifier.load_state_dict(parts["sparsifier"])
-        if scheduler is not None:
-            scheduler.load_state_dict(parts["scheduler"])
+        extra = file.decoded("extra")
+        checkpoint = Checkpoint(file.header["step"], extra, random_state, tuple(missing), tuple(unexpected))
+        parts = {part: file.decoded(part) for part in things}
+        undo: list[Callable[[], Any]] = []
+        try:
+            if things or file.header["model"] or not (optimizer is None or is_elementwise(optimizer)):
+                undo.append(_copy_of(model))  # what follows is the code of others
+            _load_model(model, file, strict)
+            if optimizer is not None:
+                undo.append(partial(_load_optimizer, optimizer, optimizer.state_dict()))
+                _load_optimizer(optimizer, file.decoded("optimizer")["state"])
+            for part, thing in things.items():
+                undo.append(partial(thing.load_state_dict, copy.deepcopy(thing.state_dict())))
+                thing.load_state_dict(parts[part])
+        except BaseException:
+            for back in reversed(undo):
+                back()
+            raise
     return checkpoint
+
+
+def _load_model(model: nn.Module, file: CheckpointFile, strict: bool) -> None:
+    """Loads what the file holds for ``model``, which fits."""
+    here = model.state_dict()
+    raw = {unwrapped_name(model, name): name for name in here}
+    for name in [n for n in raw if n.split(".")[-1] == "crow_indices"]:  # a layer without a mask takes that of the file
+        raw.setdefault(_mask_of(name), _mask_of(raw[name]))
+    meta = is_meta(here)
+    state = {raw[name]: file.tensor(name) for name in file.model_names() if name in raw}
+    if meta:  # torch then takes the tensors as they are
+        state = {k: v.to(here[k].dtype) if k in here else v for k, v in state.items()}
+    state |= {raw[name]: value for name, value in file.decoded("model").items() if name in raw}
+    model.load_state_dict(state, strict, assign=meta)
+
+
+def _mask_of(crow_indices: str) -> str:
+    return crow_indices.removesuffix("crow_indices") + "element_mask"
+
+
+def _copy_of(model: nn.Module) -> Callable[[], Any]:
+    """Copies what ``model`` holds; returns what puts it back."""
+    here = model.state_dict(keep_vars=True)
+    copies = {k: v.detach().clone() if isinstance(v, Tensor) and not v.is_meta else v for k, v in here.items()}
+    masks = {layer.topology: layer.element_mask for layer in sparse_layers(model).values()}
+
+    def back() -> None:
+        for topology, mask in masks.items():
+            topology.element_mask = mask
+        model.load_state_dict(copies, assign=is_meta(here))
+
+    return back
 
 
 def describe(path: str | Path) -> FileContents:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsenet.functional import registry
-from sparsenet.functional.checks import check_linear, fits
+from sparsenet.functional.checks import check_linear, fits, refuse_onnx, refuse_tracing
 from sparsenet.functional.native import (
     ACTIVATIONS,
     DTYPES,
@@ -27,6 +27,7 @@ from sparsenet.functional.native import (
 __all__ = ["block_sparse_linear", "layer_linear"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NOT_FORWARD = "block_sparse_linear: has no forward-mode derivative; sparsenet.reference.block_sparse_linear has"
 _NOT_TWICE = "block_sparse_linear: cannot be differentiated twice; sparsenet.reference.block_sparse_linear can"
 
 
@@ -132,6 +133,8 @@ class _BlockSparseLinear(torch.autograd.Function):
         pattern, topology = ctx.pattern, ctx.topology
         if topology is not None and topology.pattern is not pattern:
             raise registry.stale(topology.label)
+        if _dispatch_modes() or _jit_trace() is not None:
+            refuse_tracing("block_sparse_linear: a backward pass of a forward from before")
         x, data, saved = ctx.saved_tensors
         operands = (grad_y, saved, x, data, pattern, topology, ctx.activation, ctx.needs_input_grad)
         if not torch.is_grad_enabled():
@@ -139,6 +142,11 @@ class _BlockSparseLinear(torch.autograd.Function):
         with torch.no_grad():  # create_graph=True
             grads = backward(*operands)
         return (*_refuse_second_derivatives(grads), None)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        """Always raises."""
+        raise NotImplementedError(_NOT_FORWARD)
 
 
 # Function.apply looks for functorch transforms and dead functorch wrappers first; here both are known to be absent, and
@@ -174,11 +182,12 @@ def library_backward(ctx, grad_y, _grad_pre):
 
 
 class _Transformed(torch.autograd.Function):
-    """Door for functorch transforms, which refuse the autograd formula of a library operation. No jvp: it raises."""
+    """Door for functorch transforms, which refuse the autograd formula of a library operation."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(save_for_library_backward)
     backward = staticmethod(library_backward)
+    jvp = _BlockSparseLinear.jvp
 
     @staticmethod
     def forward(*arguments):
@@ -207,15 +216,24 @@ class _TransformedBackward(torch.autograd.Function):
 
 
 def _is_eager(x: Tensor, values: Tensor) -> bool:
-    """Whether plain tensors meet the kernels directly; else the library's operation serves whoever traces."""
+    """Whether plain tensors meet the kernels directly; else the library's operation serves whoever traces.
+
+    Who records calls (``torch.jit.trace``, ``make_fx``, FLOP counters) would see memory being taken, and nothing that
+    writes to it.
+    """
     return (
         type(x) in _PLAIN
         and type(values) in _PLAIN
-        and not torch.compiler.is_compiling()
         and not x.is_meta
-        and not torch._C._are_functorch_transforms_active()
+        and not _transforms_active()
+        and not _dispatch_modes()
+        and _jit_trace() is None
     )
 
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_jit_trace = torch._C._get_tracing_state
 
 # Whether autocast is on for any device: a tenth of the time of asking for one device.
 _may_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
@@ -315,7 +333,10 @@ def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str, au
 
 def _traced(x, values, bias, pattern, activation: str) -> Tensor:
     """The operation of torch.library, for whoever traces: compilers, fake tensors, functorch transforms."""
-    check_linear(x, values, pattern, bias, activation)
+    if torch.compiler.is_compiling() or _jit_trace() is None:
+        check_linear(x, values, pattern, bias, activation)
+    else:  # torch.jit.trace, where sizes are tensors: the operation itself checks
+        refuse_onnx()
     transformed = torch._C._are_functorch_transforms_active()
     op = _Transformed.apply if transformed else torch.ops.sparsenet.block_sparse_linear
     return op(x, values, bias, pattern.crow, pattern.col, *pattern.shape, pattern.block_size, activation)[0]

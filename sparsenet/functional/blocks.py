@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.functional import native
+from sparsenet.functional.checks import refuse_tracing
 from sparsenet.functional.native import as_int32
 
 __all__ = ["compact_blocks", "draw_free_places", "select_extreme"]
@@ -40,6 +41,7 @@ def compact_blocks(tensors: Sequence[Tensor], pattern, rows: Tensor, cols: Tenso
         >>> sn.functional.compact_blocks([values], old, torch.arange(4), torch.arange(4, 8), new)[0].equal(values[:1])
         True
     """
+    refuse_tracing("compact_blocks")
     name, new_pattern = "compact_blocks", new_pattern.to(pattern.device)
     if pattern.block_size != new_pattern.block_size:
         raise ValueError(f"{name}: block_size must stay {pattern.block_size}, got {new_pattern.block_size}")
@@ -89,6 +91,7 @@ def draw_free_places(active: Tensor, places: int, count: int, key: int) -> Tenso
         >>> len(drawn), set(drawn.tolist()) <= {0, 2, 3, 5}
         (3, True)
     """
+    refuse_tracing("draw_free_places")
     if active.dtype != torch.int64:
         raise TypeError(f"draw_free_places: active must be int64, got {active.dtype}")
     drawn = native.draw_free_places(active.contiguous().numpy(force=True), places, count, key)
@@ -106,6 +109,7 @@ def select_extreme(scores: Tensor, k: int, largest: bool) -> Tensor:
         >>> select_extreme(torch.tensor([0.5, 2.0, 2.0, 1.0]), k=3, largest=False)   # ties: smaller index
         tensor([0, 1, 3])
     """
+    refuse_tracing("select_extreme")
     if scores.dtype == torch.float64:  # float32 would make ties of close scores: pass their ranks on
         unique, ranks = scores.unique(return_inverse=True)
         scores = torch.where(scores.isnan(), torch.nan, ranks) if len(unique) < 2**24 else scores

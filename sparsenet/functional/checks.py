@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparsenet.functional.native import ACTIVATIONS, DTYPES, rows_of
@@ -13,6 +14,24 @@ def check_dtype(name: str, argument: str, tensor: Tensor) -> None:
     """Raises where the kernels do not serve a dtype."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: {argument} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def refuse_tracing(name: str) -> None:
+    """Raises where a graph is being recorded that would hold the memory an operation fills, and not the operation."""
+    modes = torch._C._TorchDispatchModeKey
+    if torch._C._get_tracing_state() is not None or any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE)
+    ):
+        raise RuntimeError(f"{name}: cannot be traced; call it outside torch.jit.trace, make_fx and fake tensors")
+
+
+def refuse_onnx() -> None:
+    """Raises while a model is exported to ONNX, by either of torch's exporters."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "block_sparse_linear: ONNX has no operation for it; export a dense copy, "
+            "sparsenet.densify_(copy.deepcopy(model))"
+        )
 
 
 def fits(x: Tensor, values: Tensor, pattern, bias: Tensor | None, activation: str) -> bool:
@@ -62,6 +81,7 @@ def check_linear(x: Tensor, values: Tensor, pattern, bias: Tensor | None, activa
 
 def check_gradient_operands(name: str, x: Tensor, grad_output: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Both operands as 2-D rows of the same length and dtype."""
+    refuse_tracing(name)
     check_dtype(name, "x", x)
     if grad_output.dtype != x.dtype:
         raise TypeError(f"{name}: grad_output must have the dtype of x, {x.dtype}, got {grad_output.dtype}")

@@ -6,12 +6,15 @@ exported program's constants, a direct caller's) are validated at every call.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from sparsenet.functional import registry
 from sparsenet.functional.autograd import backward, forward, library_backward, save_for_library_backward
-from sparsenet.functional.checks import check_linear
+from sparsenet.functional.checks import check_linear, refuse_onnx
 from sparsenet.functional.native import NEEDS_PRE_ACTIVATION, storage_lock
 
 
@@ -43,6 +46,7 @@ def _linear_op(
 
 @_linear_op.register_fake
 def _(x, values, bias, crow, col, out_features, in_features, block_size, activation):
+    refuse_onnx()
     y = x.new_empty((*x.shape[:-1], out_features))
     return y, torch.empty_like(y) if activation in NEEDS_PRE_ACTIVATION else x.new_empty(0)
 
@@ -131,6 +135,19 @@ def _(info, in_dims, grad_y, saved, x, values, *rest):
         for i in range(info.batch_size)
     ]
     return tuple(torch.stack(g) for g in zip(*grads, strict=True)), (0, 0, 0)
+
+
+@register_flop_formula(torch.ops.sparsenet.block_sparse_linear)
+def _linear_flops(x_shape, values_shape, *_, **__) -> int:
+    """A multiplication and an addition per active weight and row."""
+    return 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
+
+
+@register_flop_formula(torch.ops.sparsenet.block_sparse_linear_backward)
+def _linear_backward_flops(grad_shape, _saved, _x, values_shape, *rest, **__) -> int:
+    """The same for each of grad_x and grad_values that is wanted."""
+    need_x, need_values = rest[6:8]
+    return 2 * math.prod(grad_shape[:-1]) * math.prod(values_shape) * (need_x + need_values)
 
 
 # The number of blocks changes with the density: torch.compile must take it as dynamic from the start, though values is

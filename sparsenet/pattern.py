@@ -13,6 +13,7 @@ from sparsenet.functional import BLOCK_SIZES, native, registry, row_order
 
 __all__ = ["BLOCK_SIZES", "BlockPattern"]
 
+INDEX_BYTES = 24  # per block: 6 int32, rows, columns and their transposes
 _INT32_MAX = 2**31 - 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparsenet.functional.native import ACTIVATIONS, DTYPES, rows_of
@@ -10,9 +11,12 @@ BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128)
 
 
 def check_dtype(name: str, argument: str, tensor: Tensor) -> None:
-    """Raises where the kernels do not serve a dtype."""
+    """Raises where the kernels do not serve a dtype, or memory that is not strided."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: {argument} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: {argument} must be an ordinary dense tensor, got {kind}")
 
 
 def fits(x: Tensor, values: Tensor, pattern, bias: Tensor | None, activation: str) -> bool:

@@ -17,6 +17,7 @@ from sparsenet import functional
 from sparsenet.densities import block_places, distribute
 from sparsenet.memory.budget import MemoryBudget, format_bytes
 from sparsenet.models import SparseMLP
+from sparsenet.pattern import INDEX_BYTES
 from sparsenet.policies import POLICIES
 from sparsenet.policies.places import PLACES_AT_ONCE
 
@@ -26,10 +27,10 @@ OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # tensors of state per weight; SGD's 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 
-# Bytes per block: of a layer's pattern (6 int32: rows, columns, their transposes), of the patterns that a rewire plans
-# for all layers, and of the layer it works on (int64 places, orders, masks). Per place scored at a time: int64 place,
-# block row, float32 score and their selection. Other: Python objects, small tensors, the heap's rounding.
-_INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 31, 27, 31
+# Bytes per block: of the patterns that a rewire plans for all layers, and of the layer it works on (int64 places,
+# orders, masks). Per place scored at a time: int64 place, block row, float32 score and their selection. Other: Python
+# objects, small tensors, the heap's rounding.
+_PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 31, 27, 31
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
 
 
@@ -168,7 +169,7 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     kept = {
         "weights": sum(weights),
         "optimizer state": sum(weights) * job.states,
-        "indices": blocks * _INDEX_BYTES,
+        "indices": blocks * INDEX_BYTES,
         "kernel workspace": _workspace_bytes(job, counts),
         "batch": job.batch_size * first_in * (4 + job.input_bytes)
         + (job.rows_bytes(first_in) if job.element_bytes != 4 else 0),

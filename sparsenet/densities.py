@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+
+from sparsenet.schedules import as_integer, as_number, numbers_of
 
 __all__ = ["DISTRIBUTIONS", "block_places", "distribute"]
 
@@ -57,7 +58,7 @@ def block_places(shape: Shape, block_size: int = 1) -> int:
     (25, 8)
     """
     out, *columns = _checked_shape("block_places", "shape", shape)
-    _check_integer("block_places", "block_size", block_size)
+    block_size = as_integer("block_places", "block_size", block_size, at_least=1)
     return _whole_blocks(out, block_size) * _whole_blocks(math.prod(columns), block_size)
 
 
@@ -91,9 +92,9 @@ def distribute(
     [689, 1154, 128]
     """
     shapes = [_checked_shape("distribute", f"shapes[{i}]", shape) for i, shape in enumerate(shapes)]
-    _check_density(density)
-    _check_integer("distribute", "block_size", block_size)
-    _check_integer("distribute", "min_blocks", min_blocks)
+    density = as_number("distribute", "density", density, within=(0, 1))
+    block_size = as_integer("distribute", "block_size", block_size, at_least=1)
+    min_blocks = as_integer("distribute", "min_blocks", min_blocks, at_least=1)
     relative = DISTRIBUTIONS.get(distribution) if isinstance(distribution, str) else None
     if relative is None:
         raise ValueError(f"distribute: distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
@@ -147,24 +148,9 @@ def _round_to_sum(shares: list[float], places: list[int], target: int, min_block
 
 def _checked_shape(owner: str, argument: str, shape: Shape) -> tuple[int, ...]:
     rule = "two or more integers >= 0 (out, in, *kernel)"
-    if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes)):
+    sizes = numbers_of(shape)
+    if not all(isinstance(n, int) for n in sizes):
         raise TypeError(f"{owner}: {argument} must be {rule}, got {shape!r}")
-    if any(isinstance(n, bool) or not isinstance(n, Integral) for n in shape):
-        raise TypeError(f"{owner}: {argument} must be {rule}, got {shape!r}")
-    if len(shape) < 2 or any(n < 0 for n in shape):
-        raise ValueError(f"{owner}: {argument} must be {rule}, got {tuple(shape)}")
-    return tuple(int(n) for n in shape)
-
-
-def _check_integer(owner: str, argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{owner}: {argument} must be an integer >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{owner}: {argument} must be an integer >= 1, got {value!r}")
-
-
-def _check_density(density: float) -> None:
-    if isinstance(density, bool) or not isinstance(density, Real):
-        raise TypeError(f"distribute: density must be a number in [0, 1], got {density!r}")
-    if not 0 <= density <= 1:  # NaN fails both
-        raise ValueError(f"distribute: density must be a number in [0, 1], got {density!r}")
+    if len(sizes) < 2 or any(n < 0 for n in sizes):
+        raise ValueError(f"{owner}: {argument} must be {rule}, got {tuple(sizes)}")
+    return tuple(sizes)

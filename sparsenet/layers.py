@@ -58,10 +58,9 @@ class SparseLinear(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
         self.activation = _check_activation(activation)
         pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
+        self.out_features, self.in_features = pattern.shape
         device = torch.device(device) if device is not None else torch.get_default_device()
         pattern = pattern.to(device)
         b, factory = pattern.block_size, {"device": device, "dtype": dtype}
@@ -184,6 +183,8 @@ class SparseLinear(nn.Module):
         fresh = pattern.copy().to(self.values.device)
         if values is None:
             values = take_blocks(self.values, carried, 0.0)
+        elif (values := functional.checks.as_tensor("SparseLinear", "values", values)).is_complex():
+            raise TypeError(f"SparseLinear: values must be real numbers, got {values.dtype}")
         elif values.shape != (pattern.num_blocks, *self.values.shape[1:]):
             raise ValueError(
                 f"SparseLinear: values must have shape {[pattern.num_blocks, *self.values.shape[1:]]}, "
@@ -209,6 +210,7 @@ class SparseLinear(nn.Module):
 
     def _checked_mask(self, mask: Tensor, pattern: BlockPattern) -> Tensor:
         """A copy of ``mask`` [num_blocks, b, b] for ``pattern``, False outside the matrix."""
+        mask = functional.checks.as_tensor("SparseLinear", "element_mask", mask)
         expected = [pattern.num_blocks, pattern.block_size, pattern.block_size]
         if mask.dtype != torch.bool or list(mask.shape) != expected:
             raise ValueError(f"SparseLinear: element_mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from sparsenet.densities import distribute
+from sparsenet.functional.checks import check_block_size
 from sparsenet.layers import SparseLinear, refuse_unfit_state, sparse_layers
 from sparsenet.pattern import BlockPattern
 from sparsenet.swapping.refusals import (
@@ -156,6 +157,7 @@ def sparsify_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify_: model must be a torch.nn.Module, got {type(model).__name__}")
+    block_size = check_block_size("sparsify_", block_size)
     refuse_wrapped("sparsify_", model)
     chosen, left = _choose(model, filter_fn)
     for name, linear in chosen.items():

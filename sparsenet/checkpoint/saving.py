@@ -26,6 +26,7 @@ from sparsenet.checkpoint.file import FORMAT_VERSION, CheckpointFile, parameter_
 from sparsenet.distributed import unwrap
 from sparsenet.files import replace_file
 from sparsenet.layers import sparse_layers
+from sparsenet.schedules import as_integer
 
 __all__ = ["FORMAT_VERSION", "Checkpoint", "FileContents", "describe", "load", "save"]
 
@@ -99,8 +100,7 @@ def save(
         ...     sn.load(f"{folder}/a.safetensors", sn.SparseMLP([64, 128, 10], density=0.1)).step
         7
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"save: step must be an integer of at least 0, got {step!r}")
+    step = as_integer("save", "step", step, at_least=0)
     model = unwrap(model)
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "layers": _layer_table(model)}

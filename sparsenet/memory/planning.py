@@ -20,6 +20,7 @@ from sparsenet.models import SparseMLP
 from sparsenet.pattern import INDEX_BYTES
 from sparsenet.policies import POLICIES
 from sparsenet.policies.places import PLACES_AT_ONCE
+from sparsenet.schedules import as_integer, as_number, numbers_of
 
 __all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
 
@@ -279,9 +280,18 @@ def plan(
         >>> plan.predicted_peak_bytes <= 24 << 20 < plan.dense_bytes
         True
     """
-    _check_arguments(sizes, batch_size, optimizer, dtype, policy)
+    features = numbers_of(sizes)
+    if not all(isinstance(n, int) and n >= 1 for n in features):
+        raise ValueError(f"plan: sizes must be integers of at least 1, got {sizes}")
+    if len(features) < 2:
+        raise ValueError(f"plan: sizes must name at least input and output, got {sizes}")
+    batch_size = as_integer("plan", "batch_size", batch_size, at_least=1)
+    input_bytes = as_integer("plan", "input_bytes", input_bytes, at_least=1)
+    drop_fraction = as_number("plan", "drop_fraction", drop_fraction, within=(0, 1))
+    block_size = as_integer("plan", "block_size", block_size, at_least=1)
+    _check_names(optimizer, dtype, policy)
     job = _Training(
-        shapes=tuple((out, inp) for inp, out in pairwise(sizes)),
+        shapes=tuple((out, inp) for inp, out in pairwise(features)),
         block_size=block_size,
         batch_size=batch_size,
         activation=activation,
@@ -290,7 +300,7 @@ def plan(
         grows_by_gradient=POLICIES[policy].needs_gradient,
         grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].grows(),
         drop_fraction=POLICIES[policy].largest_share(drop_fraction),
-        threads=threads or torch.get_num_threads(),
+        threads=as_integer("plan", "threads", threads or torch.get_num_threads(), at_least=1),
         input_bytes=input_bytes,
     )
 
@@ -313,7 +323,7 @@ def plan(
     if limit is not None and max(moments.values()) > limit:
         raise BudgetError(_shortage(f"density {density}", items, moments, limit))
     return MemoryPlan(
-        sizes=tuple(sizes),
+        sizes=tuple(features),
         density=sum(counts) / max(places, 1),
         layers=tuple(_layer_plans(job, counts)),
         items=items,
@@ -331,14 +341,7 @@ def plan(
     )
 
 
-def _check_arguments(sizes: Sequence[int], batch_size: int, optimizer: str, dtype: str, policy: str) -> None:
-    for n in sizes:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"plan: sizes must be integers of at least 1, got {list(sizes)}")
-    if len(sizes) < 2:
-        raise ValueError(f"plan: sizes must name at least input and output, got {list(sizes)}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"plan: batch_size must be an integer of at least 1, got {batch_size!r}")
+def _check_names(optimizer: str, dtype: str, policy: str) -> None:
     for name, value, known in (
         ("optimizer", optimizer, OPTIMIZER_STATES),
         ("dtype", dtype, _DTYPE_BYTES),

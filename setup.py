@@ -1,6 +1,7 @@
 """Builds the native module with CMake; everything else is declared in pyproject.toml."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,10 @@ from setuptools.command.build_ext import build_ext
 
 if sys.version_info < (3, 10):
     sys.exit(f"sparsenet needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+
+
+ROOT = Path(__file__).resolve().parent
+source_digest = runpy.run_path(str(ROOT / "sparsenet" / "files.py"))["source_digest"]
 
 
 class CMakeBuild(build_ext):
@@ -31,7 +36,7 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             "-S",
-            str(Path(__file__).resolve().parent),
+            str(ROOT),
             "-B",
             str(build),
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -39,6 +44,7 @@ class CMakeBuild(build_ext):
             # pip's build environment is gone after a build, and CMake would go on looking for its ninja there.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
             f"-DSPARSENET_VERSION={self.distribution.get_version()}",
+            f"-DSPARSENET_SOURCES={source_digest(ROOT)}",
             f"-DCMAKE_INSTALL_PREFIX={target.parent}",
             *os.environ.get("SPARSENET_CMAKE_ARGS", "").split(),
         ]

@@ -171,6 +171,11 @@ py::dict build_info() {
   for (const char* const* name = cpu::available_sets(); *name != nullptr; ++name) sets.append(*name);
   py::dict info;
   info["version"] = SPARSENET_VERSION;
+#if defined(SPARSENET_SOURCES)
+  info["sources"] = SPARSENET_SOURCES; // a digest of them
+#else
+  info["sources"] = "";
+#endif
   info["isa"] = cpu::active_set();
   info["isa_available"] = sets;
   info["compiler"] = __VERSION__;

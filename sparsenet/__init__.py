@@ -17,6 +17,7 @@ from sparsenet.pattern import BlockPattern
 from sparsenet.policies import GMP, SET, Policy, RigL, Static
 from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
+from sparsenet.swapping import SparsifyReport
 
 __version__ = functional.native_build_info()["version"]
 
@@ -73,6 +74,7 @@ __all__ = [
     "SparseLinear",
     "SparseMLP",
     "Sparsifier",
+    "SparsifyReport",
     "Static",
     "TrainConfig",
     "Trainer",

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heapreplace
-from numbers import Integral, Real
+
+from sparsenet.schedules import as_integer, as_number, numbers_of
 
 __all__ = ["DISTRIBUTIONS", "apportion", "block_places", "choose_block_size", "distribute", "proportions"]
 
@@ -61,7 +62,7 @@ def block_places(shape: Shape, block_size: int = 1) -> int:
     (25, 8)
     """
     out, *columns = _checked_shape("block_places", "shape", shape)
-    _check_integer("block_places", "block_size", block_size)
+    block_size = as_integer("block_places", "block_size", block_size, at_least=1)
     return _whole_blocks(out, block_size) * _whole_blocks(math.prod(columns), block_size)
 
 
@@ -96,13 +97,12 @@ def distribute(
     [689, 1154, 128]
     """
     shapes = [_checked_shape("distribute", f"shapes[{i}]", shape) for i, shape in enumerate(shapes)]
-    _check_density(density)
+    density = as_number("distribute", "density", density, within=(0, 1))
     block_sizes = [block_size] * len(shapes) if not isinstance(block_size, Sequence) else list(block_size)
     if len(block_sizes) != len(shapes):
         raise ValueError(f"distribute: block_size must have one entry per shape, {len(shapes)}, got {len(block_sizes)}")
-    for size in block_sizes if isinstance(block_size, Sequence) else [block_size]:
-        _check_integer("distribute", "block_size", size)
-    _check_integer("distribute", "min_blocks", min_blocks)
+    block_sizes = [as_integer("distribute", "block_size", size, at_least=1) for size in block_sizes]
+    min_blocks = as_integer("distribute", "min_blocks", min_blocks, at_least=1)
     if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribute: distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     places = [block_places(shape, size) for shape, size in zip(shapes, block_sizes, strict=True)]
@@ -197,24 +197,9 @@ def choose_block_size(fan_in: int, density: float) -> int:
 
 def _checked_shape(owner: str, argument: str, shape: Shape) -> tuple[int, ...]:
     rule = "two or more integers >= 0 (out, in, *kernel)"
-    if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes)):
+    sizes = numbers_of(shape)
+    if not all(isinstance(n, int) for n in sizes):
         raise TypeError(f"{owner}: {argument} must be {rule}, got {shape!r}")
-    if any(isinstance(n, bool) or not isinstance(n, Integral) for n in shape):
-        raise TypeError(f"{owner}: {argument} must be {rule}, got {shape!r}")
-    if len(shape) < 2 or any(n < 0 for n in shape):
-        raise ValueError(f"{owner}: {argument} must be {rule}, got {tuple(shape)}")
-    return tuple(int(n) for n in shape)
-
-
-def _check_integer(owner: str, argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{owner}: {argument} must be an integer >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{owner}: {argument} must be an integer >= 1, got {value!r}")
-
-
-def _check_density(density: float) -> None:
-    if isinstance(density, bool) or not isinstance(density, Real):
-        raise TypeError(f"distribute: density must be a number in [0, 1], got {density!r}")
-    if not 0 <= density <= 1:  # NaN fails both
-        raise ValueError(f"distribute: density must be a number in [0, 1], got {density!r}")
+    if len(sizes) < 2 or any(n < 0 for n in sizes):
+        raise ValueError(f"{owner}: {argument} must be {rule}, got {tuple(sizes)}")
+    return tuple(sizes)

@@ -1,7 +1,8 @@
-"""Writing files so that they are there whole or not at all."""
+"""Writing files so that they are there whole or not at all; the digest of the native sources."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["replace_file", "replace_text"]
+__all__ = ["replace_file", "replace_text", "source_digest"]
 
 
 def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -65,6 +66,30 @@ def replace_text(path: str | Path, text: str) -> None:
         'new'
     """
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def source_digest(root: str | Path) -> str:
+    """Hexadecimal digest of the native sources below ``root``: ``CMakeLists.txt`` and ``csrc``, names and contents.
+
+    The build compiles it into the native module, which so can be told from one of other sources. This file imports
+    nothing but the standard library, because ``setup.py`` takes the function from it.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from sparsenet.files import source_digest
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     empty = source_digest(root)
+        ...     _ = Path(root, "CMakeLists.txt").write_text("project(other)")
+        ...     source_digest(root) == empty
+        False
+    """
+    root, digest = Path(root), hashlib.sha256()
+    for file in sorted([root / "CMakeLists.txt", *(root / "csrc").rglob("*")]):
+        if file.is_file() and file.suffix in (".txt", ".h", ".cpp", ".cu", ".cuh"):
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:32]
 
 
 def _flush_folder(folder: Path) -> None:

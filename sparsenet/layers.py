@@ -68,11 +68,10 @@ class SparseLinear(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
         self.activation = _check_activation(activation)
         drawn = pattern is None
         pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
+        self.out_features, self.in_features = pattern.shape
         if drawn and density != 0:
             warn_unreached("SparseLinear", {"": pattern}, stacklevel=3)
         device = torch.device(device) if device is not None else torch.get_default_device()
@@ -250,6 +249,8 @@ class SparseLinear(nn.Module):
         fresh = pattern.copy().to(self.values.device)
         if values is None:
             values = take_blocks(self.values, carried, 0.0)
+        elif (values := functional.checks.as_tensor("SparseLinear", "values", values)).is_complex():
+            raise TypeError(f"SparseLinear: values must be real numbers, got {values.dtype}")
         elif values.shape != (pattern.num_blocks, *self.values.shape[1:]):
             raise ValueError(
                 f"SparseLinear: values must have shape {[pattern.num_blocks, *self.values.shape[1:]]}, "
@@ -278,6 +279,7 @@ class SparseLinear(nn.Module):
 
     def _checked_mask(self, mask: Tensor, pattern: BlockPattern) -> Tensor:
         """A copy of ``mask`` [num_blocks, b, b] for ``pattern``, False outside the matrix."""
+        mask = functional.checks.as_tensor("SparseLinear", "element_mask", mask)
         expected = [pattern.num_blocks, pattern.block_size, pattern.block_size]
         if mask.dtype != torch.bool or list(mask.shape) != expected:
             raise ValueError(f"SparseLinear: element_mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from sparsenet.densities import block_places, choose_block_size, distribute
+from sparsenet.functional.checks import check_block_size
 from sparsenet.layers import SparseLinear, refuse_other_keys, refuse_unfit_state, sparse_layers, warn_unreached
 from sparsenet.pattern import BlockPattern
+from sparsenet.schedules import as_number, number_of, numbers_of
+from sparsenet.swapping.refusals import (
+    check_swappable,
+    refuse_computed,
+    refuse_own_forward,
+    refuse_shared_weights,
+    refuse_watched,
+    refuse_wrapped,
+)
+from sparsenet.swapping.report import SparsifyReport, announce, describe, quoted
 
 __all__ = ["SparseMLP", "densify_", "sparsify_"]
 
@@ -58,7 +72,7 @@ class SparseMLP(nn.Sequential):
     ):
         if isinstance(sizes, str) or len(sizes) < 2:
             raise ValueError(f"SparseMLP: sizes must name at least input and output, got {sizes!r}")
-        shapes = [(out, inp) for inp, out in pairwise(sizes)]
+        shapes = [(out, inp) for inp, out in pairwise(numbers_of(sizes))]
         densities = _per_layer("density", density, len(shapes))
         if block_size is None:
             block_size = [choose_block_size(inp, d) for (_, inp), d in zip(shapes, densities, strict=True)]
@@ -113,7 +127,7 @@ class SparseMLP(nn.Sequential):
 
 def _per_layer(name: str, value, count: int) -> Sequence:
     """``value`` if it has one entry per layer, else as many of it."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if number_of(value) is not None or isinstance(value, str):
         return [value] * count
     if len(value) != count:
         raise ValueError(f"SparseMLP: {name} must have {count} entries, one per layer, got {len(value)}")
@@ -129,7 +143,7 @@ def sparsify_(
     block_size: int | None = None,
     distribution: str = "uniform",
     filter_fn: Callable[[str, nn.Linear], bool] | None = None,
-) -> nn.Module:
+) -> SparsifyReport:
     """Swaps every ``nn.Linear`` of ``model`` in place for a SparseLinear that keeps its largest blocks.
 
     Args:
@@ -140,26 +154,38 @@ def sparsify_(
         filter_fn: ``filter_fn(name, linear)`` says which are swapped; default all.
 
     Returns:
-        ``model`` (or the layer, if ``model`` itself is a Linear).
+        A :class:`SparsifyReport`: which layers were swapped, and which modules with a matrix were left and why. It is
+        also logged (level INFO, on rank 0); where nothing was swapped, a warning gives the reasons.
+        ``report.model`` is ``model``, or the new layer if ``model`` itself is a Linear.
 
     Raises:
-        ValueError: a weight is shared between different modules, which one pattern cannot serve.
+        ValueError, TypeError: a layer that cannot be swapped rightly, by name and with what to do: its weight is shared
+            with another module, pruned, parametrized, normalised, lazy, on meta, sharded, not floating-point or watched
+            by hooks; it has a forward of its own; the model is wrapped in DistributedDataParallel. Nothing was changed.
+
+    Hooks of a swapped layer, what was added to it (attributes, buffers, parameters, submodules), its mode, and what is
+    frozen are carried over. Its bias stays the same Parameter; ``values`` is a new one without ``.grad``, so make
+    optimizers after the swap. References to the Linear in attributes, lists and dicts of the model's modules are
+    replaced as well; the ones that others keep are not.
 
     Example:
         >>> import torch, sparsenet as sn
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
-        >>> model = sn.sparsify_(model, density=0.25, block_size=16)
+        >>> report = sn.sparsify_(model, density=0.25, block_size=16)
         >>> [layer.density for layer in model if isinstance(layer, sn.SparseLinear)]
         [0.25, 0.25]
+        >>> report.layers["0"].num_blocks, report.left
+        (16, {})
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify_: model must be a torch.nn.Module, got {type(model).__name__}")
-    chosen = {
-        name: m
-        for name, m in model.named_modules()
-        if type(m) is nn.Linear and (filter_fn is None or filter_fn(name, m))
-    }
-    _refuse_shared_weights(model, chosen)
+    block_size = None if block_size is None else check_block_size("sparsify_", block_size)
+    density = as_number("sparsify_", "density", density, within=(0, 1))
+    refuse_wrapped("sparsify_", model)
+    chosen, left = _choose(model, filter_fn)
+    for name, linear in chosen.items():
+        check_swappable(name, linear)
+    refuse_shared_weights(model, chosen)
     shapes = [(m.out_features, m.in_features) for m in chosen.values()]
     sides = [choose_block_size(inp, density) if block_size is None else block_size for _, inp in shapes]
     counts = distribute(shapes, density, distribution, block_size=sides)
@@ -169,15 +195,27 @@ def sparsify_(
         layer = SparseLinear.from_linear(linear, pattern=pattern)
         layer.topology.label = f"block_sparse_linear ({name})"
         swapped[linear] = layer
+    for name, linear in chosen.items():
+        _carry("sparsify_", name, linear, swapped[linear])
+    report = SparsifyReport(
+        _swap(model, swapped), {name: describe(linear, swapped[linear]) for name, linear in chosen.items()}, left
+    )
     warn_unreached("sparsify_", {name: swapped[m].pattern for name, m in chosen.items()}, stacklevel=3)
-    model = _swap(model, swapped)
-    if swapped and not isinstance(model, SparseLinear):
+    if swapped and not isinstance(report.model, SparseLinear):
         model.register_load_state_dict_pre_hook(refuse_unfit_state)
-    return model
+    announce(report)
+    return report
 
 
 def densify_(model: nn.Module) -> nn.Module:
     """Swaps every SparseLinear of ``model`` in place for an ``nn.Linear`` (and its fused activation's module).
+
+    Hooks and what was added to a layer are carried over as by :func:`sparsify_`; with a fused activation the hooks go
+    to the pair of both modules.
+
+    Raises:
+        ValueError: by name, a layer that a Linear cannot replace: a subclass with a forward of its own, or ``values``
+            that are pruned or parametrized. Nothing was changed.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -189,37 +227,106 @@ def densify_(model: nn.Module) -> nn.Module:
         >>> any(isinstance(layer, sn.SparseLinear) for layer in model.modules())
         False
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"densify_: model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_wrapped("densify_", model)
     modules = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+    layers = sparse_layers(model)
+    for name, layer in layers.items():
+        refuse_computed("densify_", name, layer, "values")
+        refuse_own_forward("densify_", name, layer, SparseLinear)
+        refuse_watched("densify_", name, layer.values, "values")
     swapped: dict[nn.Module, nn.Module] = {}
-    for layer in sparse_layers(model).values():
+    for name, layer in layers.items():
         linear = layer.to_linear()
+        swapped[layer] = linear
         if layer.activation != "none":
-            linear = nn.Sequential(linear, modules[layer.activation]())
-        swapped[layer] = linear.train(layer.training)
+            swapped[layer] = nn.Sequential(linear, modules[layer.activation]())
+        swapped[layer].train(layer.training)
+        _carry("densify_", name, layer, linear, hooks_to=swapped[layer])
     return _swap(model, swapped)
 
 
 def _swap(model: nn.Module, swapped: dict[nn.Module, nn.Module]) -> nn.Module:
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if child in swapped:
-                module._modules[name] = swapped[child]
-                if isinstance(module, nn.TransformerEncoderLayer):
-                    module.activation_relu_or_gelu = 0  # its fused inference path would ask for dense weights
-        if isinstance(module, nn.TransformerEncoder) and any(m in swapped for m in module.modules()):
+    """Puts the new modules in the places of the old ones."""
+    for old, new in swapped.items():
+        for hook in old._load_state_dict_pre_hooks.values():
+            if getattr(hook, "module", None) is not None:  # a weak reference to the module it is called with
+                hook.module = weakref.ref(new)
+    for module in [*model.modules(), *swapped.values()]:
+        for holder in (vars(module), *(v for v in vars(module).values() if isinstance(v, (dict, list)))):
+            for key, child in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+                if isinstance(child, nn.Module) and child in swapped:
+                    holder[key] = swapped[child]
+                    if isinstance(module, nn.TransformerEncoderLayer):
+                        module.activation_relu_or_gelu = 0  # its fused inference path would ask for dense weights
+    new = set(swapped.values())
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(m in new for m in module.modules()):
             module.use_nested_tensor = False  # likewise
     return swapped.get(model, model)
 
 
-def _refuse_shared_weights(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
-    owners: dict[int, list[str]] = {}
+def _choose(
+    model: nn.Module, filter_fn: Callable[[str, nn.Linear], bool] | None
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """By name: the Linears to swap, and why each other module that holds a matrix is left."""
+    chosen, left = {}, {}
+    parts: list[str] = []  # prefixes of modules that are parts of another one
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    for name, linear in chosen.items():
-        others = [n for n in owners[id(linear.weight)] if n != name]
-        if others:
-            raise ValueError(
-                f"sparsify_: the weight of {name!r} must not be shared, got it in {', '.join(map(repr, others))} too"
-            )
+        kind, prefix = type(module).__name__, f"{name}." if name else ""
+        if name.startswith(tuple(parts)):
+            continue
+        if parametrize.is_parametrized(module):
+            parts.append(f"{prefix}parametrizations.")
+        if parametrize.type_before_parametrizations(module) in (nn.Linear, nn.LazyLinear):
+            if filter_fn is None or filter_fn(name, module):
+                chosen[name] = module
+            else:
+                left[name] = "left out by filter_fn"
+        elif isinstance(module, SparseLinear):
+            left[name] = "sparse already"
+        elif isinstance(module, nn.Linear):
+            left[name] = f"{kind} is a subclass of nn.Linear, which other code may know"
+        elif hasattr(module, "_packed_params"):
+            left[name] = f"{kind} is quantized"
+            parts.append(f"{prefix}_packed_params")
+        elif _holds_a_matrix(module):
+            left[name] = f"{kind} is not an nn.Linear"
+    return chosen, left
+
+
+def _holds_a_matrix(module: nn.Module) -> bool:
+    """Whether it has one as a parameter, or is called a linear layer and keeps it in another form."""
+    packed = "Linear" in type(module).__name__ and not any(True for _ in module.children())
+    return packed or any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def _carry(op: str, name: str, old: nn.Module, new: nn.Module, hooks_to: nn.Module | None = None) -> None:
+    """Gives ``new`` the bias of ``old``, its hooks and all that was added to it; ``old`` stays as it is.
+
+    The dictionaries of hooks become common to both, so that handles which users keep go on removing them.
+    """
+    fresh = nn.Linear(1, 1, device="meta") if isinstance(old, nn.Linear) else _empty_layer()
+    state = ("_parameters", "_buffers", "_modules")
+    added = {key: {k: v for k, v in vars(old)[key].items() if k not in vars(fresh)[key]} for key in state}
+    attributes = {key: value for key, value in vars(old).items() if key not in vars(fresh) and key != "bias"}
+    kept = {"crow_indices", "col_indices", "element_mask"} if isinstance(new, SparseLinear) else set()
+    for key in (*attributes, *(key for group in added.values() for key in group)):
+        if hasattr(new, key) or key in kept:
+            raise ValueError(f"{op}: {quoted(name)} must not hold a {key!r} of its own, which {type(new).__name__} has")
+    for key, group in added.items():
+        vars(new)[key].update(group)
+    vars(new).update(attributes)
+    new._non_persistent_buffers_set.update(old._non_persistent_buffers_set)
+    if old.bias is not None:
+        new._parameters["bias"] = old.bias
+    theirs, ours = (m._parameters["weight" if isinstance(m, nn.Linear) else "values"] for m in (old, new))
+    vars(ours).update(vars(theirs))
+    target = new if hooks_to is None else hooks_to
+    vars(target).update({key: value for key, value in vars(old).items() if key in vars(fresh) and "hook" in key})
+
+
+def _empty_layer() -> SparseLinear:
+    """One that draws no random numbers."""
+    return SparseLinear(1, 1, pattern=BlockPattern([0, 0], [], (1, 1), 1), device="meta")

@@ -4,45 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import math
-import operator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsenet.functional import BLOCK_SIZES, draw_free_places, largest_reaching_all, native, registry
-from sparsenet.functional.checks import refuse_tracing
+from sparsenet.functional.checks import as_tensor, check_block_size, check_dense, refuse_tracing
+from sparsenet.schedules import as_integer, number_of, numbers_of
 
 __all__ = ["BLOCK_SIZES", "BlockPattern"]
 
+INDEX_BYTES = 24  # per block: 6 int32, rows, columns and their transposes
 _INT32_MAX = 2**31 - 1
 
 
-def _check_shape(shape, block_size: int) -> tuple[int, int]:
+def _check_shape(shape, block_size: int) -> tuple[tuple[int, int], int]:
+    """Both as Python integers."""
     refuse_tracing("BlockPattern")
-    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
-        raise ValueError(f"BlockPattern: block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
-    try:
-        out_features, in_features = (operator.index(n) for n in shape)  # 4.5 is refused, not cut
-    except (TypeError, ValueError):
-        raise ValueError(f"BlockPattern: shape must be two integers (out, in), got {shape!r}") from None
+    block_size = check_block_size("BlockPattern", block_size)
+    sizes = numbers_of(shape)
+    if len(sizes) != 2 or not all(isinstance(n, int) for n in sizes):  # 4.5 is refused, not cut
+        raise ValueError(f"BlockPattern: shape must be two integers (out, in), got {shape!r}")
+    out_features, in_features = sizes
     if not (0 <= out_features <= _INT32_MAX and 0 <= in_features <= _INT32_MAX):
         raise ValueError(f"BlockPattern: shape must have sizes from 0 to {_INT32_MAX}, got {tuple(shape)}")
-    return out_features, in_features
+    return (out_features, in_features), block_size
 
 
 def _check_density(density: float) -> float:
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 <= density <= 1.0:
+    number = number_of(density)
+    if number is None or not 0.0 <= number <= 1.0:
         raise ValueError(f"BlockPattern: density must lie in [0, 1], got {density!r}")
-    return float(density)
+    return float(number)
 
 
 def _as_int32(name: str, indices) -> Tensor:
     """``indices`` as a new int32 tensor; floats and bools are a TypeError, what does not fit a ValueError."""
     if isinstance(indices, (list, tuple)) and not indices:
         indices = torch.empty(0, dtype=torch.int32, device="cpu")  # torch would make it float
-    if not isinstance(indices, Tensor):
-        indices = torch.as_tensor(indices, device="cpu")  # whatever the default device
+    indices = as_tensor("BlockPattern", name, indices)
+    if indices.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        indices = indices.to(torch.int64)  # above 2^63 negative, which is refused below
     if indices.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"BlockPattern: {name} must be integers, got {indices.dtype}")
     if indices.dim() != 1:
@@ -89,7 +92,7 @@ class BlockPattern:
     )  # fmt: skip
 
     def __init__(self, crow_indices, col_indices, shape: tuple[int, int], block_size: int = 32):
-        shape = _check_shape(shape, block_size)
+        shape, block_size = _check_shape(shape, block_size)
         crow, col = _as_int32("crow_indices", crow_indices), _as_int32("col_indices", col_indices)
         self._fill(crow, col, shape, block_size)
 
@@ -126,7 +129,7 @@ class BlockPattern:
     @classmethod
     def from_places(cls, rows: Tensor, cols: Tensor, shape: tuple[int, int], block_size: int = 32) -> BlockPattern:
         """From block places in any order: int ``rows`` [n] and ``cols`` [n]; equal places are refused."""
-        shape = _check_shape(shape, block_size)
+        shape, block_size = _check_shape(shape, block_size)
         rows, cols = _as_int32("rows", rows), _as_int32("cols", cols)
         if rows.shape != cols.shape:
             raise ValueError(f"BlockPattern: rows and cols must be of one length, got {len(rows)} and {len(cols)}")
@@ -148,7 +151,7 @@ class BlockPattern:
         if not isinstance(places, Tensor) or places.dtype != torch.int64 or places.dim() != 1:
             kind = f"{places.dtype} {list(places.shape)}" if isinstance(places, Tensor) else type(places).__name__
             raise TypeError(f"BlockPattern: places must be an int64 tensor with one dimension, got {kind}")
-        return cls._from_linear(places.detach(), _check_shape(shape, block_size), block_size)
+        return cls._from_linear(places.detach(), *_check_shape(shape, block_size))
 
     @classmethod
     def _from_linear(cls, places: Tensor, shape: tuple[int, int], block_size: int) -> BlockPattern:
@@ -171,10 +174,11 @@ class BlockPattern:
 
         When there are enough blocks, every block row and every block column gets at least one.
         """
-        shape = _check_shape(shape, block_size)
+        shape, block_size = _check_shape(shape, block_size)
         block_rows, block_cols = (-(-n // block_size) for n in shape)
         places = block_rows * block_cols
         count = round(_check_density(density) * places) if num_blocks is None else num_blocks
+        count = as_integer("BlockPattern", "num_blocks", count)
         if not 0 <= count <= places:
             raise ValueError(f"BlockPattern: num_blocks must lie in [0, {places}], got {count}")
         if count > _INT32_MAX:
@@ -187,6 +191,7 @@ class BlockPattern:
 
         When there are enough blocks, every block row and every block column gets at least one.
         """
+        weight = as_tensor("BlockPattern", "weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"BlockPattern: weight must have two dimensions, got {list(weight.shape)}")
         if weight.is_meta:
@@ -194,7 +199,8 @@ class BlockPattern:
                 "BlockPattern: weight must hold data for its largest blocks to be kept, got a meta tensor; "
                 "load it first, or build the sparse layers on meta"
             )
-        shape = _check_shape(weight.shape, block_size)
+        check_dense("BlockPattern", "weight", weight)
+        shape, block_size = _check_shape(weight.shape, block_size)
         norms = _block_norms(weight, block_size)
         count = round(_check_density(density) * norms.numel())
         if torch.isnan(norms).any():
@@ -205,11 +211,13 @@ class BlockPattern:
     @classmethod
     def from_mask(cls, block_mask: Tensor, block_size: int = 32, shape: tuple[int, int] | None = None) -> BlockPattern:
         """From a bool mask of blocks [ceil(out / b), ceil(in / b)]; ``shape`` defaults to whole blocks."""
+        block_mask = as_tensor("BlockPattern", "block_mask", block_mask)
         if block_mask.dim() != 2 or block_mask.dtype != torch.bool:
             raise TypeError(f"BlockPattern: block_mask must be bool with two dimensions, got {block_mask.dtype}")
         if shape is None:
+            block_size = check_block_size("BlockPattern", block_size)
             shape = (block_mask.shape[0] * block_size, block_mask.shape[1] * block_size)
-        shape = _check_shape(shape, block_size)
+        shape, block_size = _check_shape(shape, block_size)
         expected = [-(-n // block_size) for n in shape]
         if list(block_mask.shape) != expected:
             raise ValueError(f"BlockPattern: block_mask must have shape {expected}, got {list(block_mask.shape)}")

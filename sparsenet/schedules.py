@@ -11,6 +11,9 @@ With ``t = (step - begin) / steps`` clamped to [0, 1]::
     Exponential  start (end / start)^t
 
 Schedules hold no state, so a resumed run needs only its step. Adding one: one frozen dataclass here.
+
+Here is also what all of sparsenet takes for a number: Python's, NumPy's scalars, arrays and tensors of no dimension.
+They are stored as Python's own. Truth values and arrays with a dimension are no numbers.
 """
 
 from __future__ import annotations
@@ -34,34 +37,93 @@ __all__ = [
     "Piecewise",
     "Polynomial",
     "Schedule",
+    "as_integer",
+    "as_number",
     "as_schedule",
     "last_step",
+    "number_of",
+    "numbers_of",
 ]
 
 
-def _number(owner: str, argument: str, value: object) -> float:
+# --- numbers ---
+
+
+def number_of(value: object) -> int | float | None:
+    """``value`` as a Python int or float; None where it is no real number.
+
+    >>> import numpy, torch
+    >>> number_of(numpy.float32(0.5)), number_of(torch.tensor(3)), number_of(True), number_of([3])
+    (0.5, 3, None, None)
+    """
+    if type(value) in (int, float):
+        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError):  # a tensor without data
+            return None
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {argument} must be a finite number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{owner}: {argument} must be a finite number, got {value!r}")
-    return float(value)
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def numbers_of(values: object) -> list[int | float | None]:
+    """:func:`number_of` of each of ``values``; ``[None]`` where they cannot be listed.
+
+    >>> import numpy
+    >>> numbers_of(numpy.array([3, 4])), numbers_of("34"), numbers_of(34)
+    ([3, 4], [None, None], [None])
+    """
+    try:
+        return [number_of(value) for value in values]
+    except TypeError:
+        return [None]
+
+
+def as_number(owner: str, argument: str, value: object, within: tuple[float, float] | None = None) -> float:
+    """``value`` as a finite Python float.
+
+    Raises TypeError where it is no real number, ValueError where it is NaN, infinite or not ``within`` the bounds; the
+    message begins with ``owner``, what was called, and names the ``argument``.
+
+    >>> as_number("train", "density", 1)
+    1.0
+    >>> as_number("train", "density", 1.5, within=(0, 1))
+    Traceback (most recent call last):
+    ValueError: train: density must be a number in [0, 1], got 1.5
+    """
+    rule = "a finite number" if within is None else f"a number in [{within[0]}, {within[1]}]"
+    number = number_of(value)
+    if number is None:
+        raise TypeError(f"{owner}: {argument} must be {rule}, got {value!r}")
+    if not math.isfinite(number) or (within is not None and not within[0] <= number <= within[1]):
+        raise ValueError(f"{owner}: {argument} must be {rule}, got {value!r}")
+    return float(number)
 
 
 def as_integer(owner: str, argument: str, value: object, at_least: int | None = None) -> int:
-    """TO BE REPLACED BY MERGE."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{owner}: {argument} must be an integer, got {value!r}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{owner}: {argument} must be an integer of at least {at_least}, got {value!r}")
-    return int(value)
+    """``value`` as a Python int.
+
+    Raises TypeError where it is no integer, as 3.0 is none, ValueError where it is below ``at_least``; see
+    :func:`as_number`.
+
+    >>> as_integer("train", "steps", 3, at_least=1)
+    3
+    >>> as_integer("train", "steps", 0, at_least=1)
+    Traceback (most recent call last):
+    ValueError: train: steps must be an integer >= 1, got 0
+    """
+    rule = "an integer" if at_least is None else f"an integer >= {at_least}"
+    number = number_of(value)
+    if not isinstance(number, int):
+        raise TypeError(f"{owner}: {argument} must be {rule}, got {value!r}")
+    if at_least is not None and number < at_least:
+        raise ValueError(f"{owner}: {argument} must be {rule}, got {value!r}")
+    return number
 
 
-def _integer(owner: str, argument: str, value: object, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{owner}: {argument} must be an integer >= {at_least}, got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{owner}: {argument} must be an integer >= {at_least}, got {value!r}")
-    return int(value)
+# --- schedules ---
 
 
 @dataclass(frozen=True)
@@ -77,11 +139,11 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", _number("Constant", "value", self.value))
+        object.__setattr__(self, "value", as_number("Constant", "value", self.value))
 
     def __call__(self, step: float) -> float:
         """The value, whatever the step."""
-        _number("Constant", "step", step)
+        as_number("Constant", "step", step)
         return self.value
 
 
@@ -96,14 +158,14 @@ class _Ramp:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        object.__setattr__(self, "start", _number(owner, "start", self.start))
-        object.__setattr__(self, "end", _number(owner, "end", self.end))
-        object.__setattr__(self, "steps", _integer(owner, "steps", self.steps, at_least=1))
-        object.__setattr__(self, "begin", _integer(owner, "begin", self.begin, at_least=0))
+        object.__setattr__(self, "start", as_number(owner, "start", self.start))
+        object.__setattr__(self, "end", as_number(owner, "end", self.end))
+        object.__setattr__(self, "steps", as_integer(owner, "steps", self.steps, at_least=1))
+        object.__setattr__(self, "begin", as_integer(owner, "begin", self.begin, at_least=0))
 
     def __call__(self, step: float) -> float:
         """The value at ``step``."""
-        t = (_number(type(self).__name__, "step", step) - self.begin) / self.steps
+        t = (as_number(type(self).__name__, "step", step) - self.begin) / self.steps
         if t <= 0.0:
             return self.start
         return self.end if t >= 1.0 else self._at(t)
@@ -169,7 +231,7 @@ class Polynomial(_Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "power", _number("Polynomial", "power", self.power))
+        object.__setattr__(self, "power", as_number("Polynomial", "power", self.power))
         if self.power <= 0.0:
             raise ValueError(f"Polynomial: power must be > 0, got {self.power!r}")
 
@@ -218,7 +280,7 @@ class Piecewise:
         for argument in ("boundaries", "pieces"):
             if not isinstance(getattr(self, argument), (tuple, list)):
                 raise TypeError(f"Piecewise: {argument} must be a tuple, got {getattr(self, argument)!r}")
-        boundaries = tuple(_integer("Piecewise", "boundaries", b, at_least=1) for b in self.boundaries)
+        boundaries = tuple(as_integer("Piecewise", "boundaries", b, at_least=1) for b in self.boundaries)
         if any(after <= before for before, after in pairwise(boundaries)):
             raise ValueError(f"Piecewise: boundaries must be increasing, got {self.boundaries!r}")
         if len(self.pieces) != len(boundaries) + 1:
@@ -231,7 +293,8 @@ class Piecewise:
 
     def __call__(self, step: float) -> float:
         """The value at ``step``, from the piece that holds there."""
-        i = bisect_right(self.boundaries, _number("Piecewise", "step", step))
+        step = as_number("Piecewise", "step", step)
+        i = bisect_right(self.boundaries, step)
         return self.pieces[i](step - (self.boundaries[i - 1] if i else 0))
 
 
@@ -271,11 +334,12 @@ def last_step(schedule: object) -> int | None:
 def _as_schedule(owner: str, argument: str, value: object) -> Schedule:
     if callable(value) and not isinstance(value, type):
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    number = number_of(value)
+    if number is None:
         raise TypeError(f"{owner}: {argument} must be a finite number or a schedule, got {value!r}")
-    if not math.isfinite(value):
+    if not math.isfinite(number):
         raise ValueError(f"{owner}: {argument} must be a finite number or a schedule, got {value!r}")
-    return Constant(value)
+    return Constant(number)
 
 
 def as_schedule(value: float | Schedule) -> Schedule:

@@ -36,6 +36,8 @@ WITHOUT_EXAMPLE = {
     "MemoryPlan": "returned by plan",
     "SearchOutcome": "returned by search_embedding",
     "SearchReport": "returned by search",
+    "SparsifyReport": "returned by sparsify_",
+    "SwappedLayer": "part of a SparsifyReport",
     "TrialRecord": "part of a SearchReport",
     "TrialResult": "returned by retrain",
     "UnitStatistics": "returned by UnitView.statistics",

@@ -13,6 +13,7 @@ import pytest
 
 import sparsenet as sn
 from sparsenet import _C
+from sparsenet.files import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = Path(_C.__file__)
@@ -141,7 +142,7 @@ def test_missing_native_module_is_one_line_with_the_remedy(run_child, tmp_path):
     child = run_child("import sparsenet", package=copy_of_package(tmp_path / "package"), check=False)
     assert child.returncode == 1
     last = child.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: sparsenet: the native module is missing or does not load")
+    assert last.startswith("ImportError: sparsenet: the native module is missing")
     assert "pip install" in last and "Segmentation" not in child.stderr
 
 
@@ -166,6 +167,77 @@ def test_a_native_module_that_is_too_old_is_one_line_with_the_remedy(run_child, 
     assert "pip install" in last
     used = set(re.findall(r"\b_C\.(\w+)", (MODULE.parent / "functional" / "native.py").read_text()))
     assert {n for n in used if not n.startswith("_")} <= set(sn.functional.native._NATIVE)
+
+
+# --- Python in the folder of the sources, whose native module is in the installed package ---
+
+
+def checkout(tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the sources without a native module, and a folder with an installed package that has one."""
+    folder = copy_of_package(tmp_path / "checkout")
+    shutil.copy(ROOT / "CMakeLists.txt", folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    installed = copy_of_package(tmp_path / "site-packages")
+    shutil.copy(MODULE, installed / "sparsenet")
+    return folder, installed
+
+
+def import_in(folder: Path, installed: Path, run_child):
+    """Python in ``folder`` finds it first, as it does the folder it is started in."""
+    code = """
+        import sparsenet as sn, torch
+        from sparsenet import _C
+        sn.SparseLinear(64, 32)(torch.randn(2, 64)).sum().backward()
+        print(sn.__file__, _C.__file__, sn.functional.native._C is _C, sep="|")
+        """
+    return run_child(code, package=f"{folder}{os.pathsep}{installed}", check=False)
+
+
+def test_row85_sources_without_a_native_module_take_that_of_the_installed_package(run_child, tmp_path):
+    if sn.build_info()["sources"] != source_digest(ROOT):
+        pytest.skip("the native module under test was built from other sources")
+    folder, installed = checkout(tmp_path)
+    child = import_in(folder, installed, run_child)
+    expected = f"{folder / 'sparsenet' / '__init__.py'}|{installed / 'sparsenet' / MODULE.name}|True"
+    assert child.stdout.strip() == expected, child.stderr
+
+
+@pytest.mark.parametrize("what", ["a source was changed", "a source was added", "there are no native sources"])
+def test_row85_a_native_module_of_other_sources_is_never_taken(what, run_child, tmp_path):
+    folder, installed = checkout(tmp_path)
+    if what == "a source was changed":
+        with (folder / "csrc" / "bindings.cpp").open("a") as file:
+            file.write("// another line\n")
+    elif what == "a source was added":
+        (folder / "csrc" / "more.h").write_text("")
+    else:
+        shutil.rmtree(folder / "csrc")
+    child = import_in(folder, installed, run_child)
+    last = child.stderr.strip().splitlines()[-1]
+    assert child.returncode == 1 and last.startswith(
+        f"ImportError: sparsenet: the native module is missing in {folder / 'sparsenet'}, which hides the sparsenet "
+        f"installed in {installed / 'sparsenet'}, whose native module was built from other sources; "
+    ), child.stderr
+    assert "run Python in another folder or with python -P" in last and "pip install" in last
+
+
+def test_row85_a_broken_native_module_is_not_replaced_by_an_installed_one(run_child, tmp_path):
+    folder, installed = checkout(tmp_path)
+    (folder / "sparsenet" / MODULE.name).write_bytes(b"not an ELF file")
+    child = import_in(folder, installed, run_child)
+    last = child.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: sparsenet: the native module is missing or does not load"), child.stderr
+
+
+def test_row85_the_digest_is_that_of_names_and_contents(tmp_path):
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    seen = {source_digest(tmp_path)}
+    for file, text in (("csrc/a.h", "1"), ("csrc/cpu/a.h", "1"), ("csrc/a.h", "2"), ("CMakeLists.txt", "")):
+        (tmp_path / file).write_text(text)
+        seen.add(source_digest(tmp_path))
+    assert len(seen) == 5
+    (tmp_path / "csrc" / "a.h.orig").write_text("an editor's")
+    assert source_digest(tmp_path) in seen
 
 
 def test_python_version_is_checked_first():

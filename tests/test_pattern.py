@@ -101,9 +101,7 @@ def test_indices_of_wrong_rank():
 @pytest.mark.parametrize("block_size", [0, -4, 2, 3, 5, 256, 4.0, "4", None, True])
 def test_unknown_block_sizes(block_size):
     for make in (lambda b: BlockPattern([0, 0], [], (4, 4), b), lambda b: BlockPattern.random((4, 4), 0.5, b)):
-        with pytest.raises(
-            ValueError, match=r"BlockPattern: block_size must be one of \(1, 4, 8, 16, 32, 64, 128\), got"
-        ):
+        with pytest.raises(ValueError, match=r"BlockPattern: block_size must be one of 1, 4, 8, 16, 32, 64, 128, got"):
             make(block_size)
 
 

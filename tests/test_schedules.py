@@ -1,15 +1,33 @@
 """Schedules against values worked by hand, and every message they can raise."""
 
 import dataclasses
+import functools
+import json
 import math
 import re
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial, as_schedule
+import sparsenet as sn
+from sparsenet.densities import block_places, distribute
+from sparsenet.schedules import (
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Linear,
+    Piecewise,
+    Polynomial,
+    as_integer,
+    as_number,
+    as_schedule,
+    number_of,
+    numbers_of,
+)
 
 RAMPS = [Linear, Cosine, Cubic, Exponential, lambda *a, **k: Polynomial(*a, **k, power=0.5)]
 finite = st.floats(1e-6, 1e6)
@@ -160,3 +178,147 @@ def test_as_schedule():
 def test_errors(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+# --- numbers of every kind ---
+
+KINDS_OF_NUMBER = {
+    "python": (int, float),
+    "numpy 64": (np.int64, np.float64),
+    "numpy 32": (np.int32, np.float32),
+    "numpy unsigned, half": (np.uint32, np.float16),
+    "numpy array without dimension": (np.array, np.array),
+    "tensor": (torch.tensor, torch.tensor),
+    "tensor with gradient": (torch.tensor, lambda v: torch.tensor(float(v), requires_grad=True)),
+}
+MODEL = functools.partial(sn.SparseMLP, [64, 64, 10], 0.5, 8)
+TAKERS = {  # name -> called with how an integer and a fraction are made; what it gives is compared and put into JSON
+    "schedules": lambda i, f: [
+        (s.start, s.end, s.steps, s.begin, s(i(5)), s(f(5.5))) for s in (Linear(f(1), f(0.25), i(8), i(2)),)
+    ],
+    "Polynomial": lambda i, f: Polynomial(f(1), f(0.25), i(8), power=f(2.0)).power,
+    "Constant": lambda i, f: [Constant(f(0.5)).value, Constant(i(1)).value, Constant(0.5)(i(3))],
+    "Piecewise": lambda i, f: [
+        (s.boundaries, s(i(3)), s(i(4)), s(f(5.0))) for s in (Piecewise((i(4),), (f(0.5), Linear(1.0, 0.0, 2))),)
+    ],
+    "as_schedule": lambda i, f: as_schedule(f(0.25)).value,
+    "distribute": lambda i, f: distribute([(i(64), i(64)), (i(64), i(32))], f(0.5), block_size=i(8), min_blocks=i(1)),
+    "block_places": lambda i, f: block_places((i(64), i(3)), i(8)),
+    "BlockPattern": lambda i, f: [
+        (p.shape, p.block_size, p.values_shape) for p in (sn.BlockPattern([0, 1], [0], (i(16), i(16)), i(16)),)
+    ],
+    "BlockPattern.random": lambda i, f: [
+        sn.BlockPattern.random((i(64), i(64)), f(0.5), i(8)).num_blocks,
+        sn.BlockPattern.random((64, 64), block_size=8, num_blocks=i(9)).num_blocks,
+    ],
+    "BlockPattern.from_dense": lambda i, f: sn.BlockPattern.from_dense(torch.ones(16, 16), f(0.5), i(8)).num_blocks,
+    "BlockPattern.from_mask": lambda i, f: sn.BlockPattern.from_mask(torch.eye(2).bool(), i(8), (i(16), i(16))).shape,
+    "SparseLinear": lambda i, f: [
+        (m.in_features, m.out_features, m.block_size, m.density)
+        for m in (sn.SparseLinear(i(64), i(32), density=f(0.5), block_size=i(8)),)
+    ],
+    "sparsify_": lambda i, f: [
+        layer[:4] for layer in sn.sparsify_(torch.nn.Linear(64, 64), f(0.5), i(8)).layers.values()
+    ],
+    "policies": lambda i, f: [sn.SET(f(0.25)).drop_fraction, sn.RigL(f(0.25)).drop_fraction_at(i(3))],
+    "MemoryBudget": lambda i, f: sn.MemoryBudget(i(4096)).bytes,
+    "plan": lambda i, f: [
+        (p.sizes, p.batch_size, p.block_size, p.budget_bytes)
+        for p in (sn.plan([i(64), i(64), i(10)], None, i(16), block_size=i(8), density=f(0.5), drop_fraction=f(0.25)),)
+    ],
+    "plan of a budget": lambda i, f: sn.plan([64, 64, 10], i(2**25), threads=i(1), input_bytes=i(4)).budget_bytes,
+    "norms": lambda i, f: sn.functional.block_gradient_squared_norms(
+        torch.ones(2, 8), torch.ones(2, 8), i(4), (i(0), i(1))
+    ).tolist(),
+    "TriStateReLU": lambda i, f: [
+        (g.num_features, g.width_gate.tolist(), g.depth_gate.item())
+        for g in (sn.TriStateReLU(i(3), width_start=f(0.5), depth_start=f(0.25)),)
+    ],
+    "Compactor": lambda i, f: [
+        (c.every, c.begin, c.end, c.patience) for c in (sn.Compactor(MODEL(), None, i(3), i(1), i(9), patience=i(2)),)
+    ],
+    "batches": lambda i, f: [
+        x.shape[0] for x, _ in sn.data.batches(torch.ones(5, 2), torch.zeros(5, dtype=torch.int64), i(2))
+    ],
+    "split": lambda i, f: [
+        rows.tolist() for rows in sn.data.split(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), f(0.25), seed=i(3))
+    ],
+    "TrainConfig": lambda i, f: [
+        (c.batch_size, c.density, c.seed, c.hidden, c.lr, c.to_json())
+        for c in (sn.TrainConfig(batch_size=i(32), density=f(0.5), seed=i(3), hidden=(i(64), i(32)), lr=f(0.5)),)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_NUMBER)
+@pytest.mark.parametrize("taker", TAKERS)
+def test_row83_numbers_of_every_kind_mean_what_python_numbers_mean(taker, kind):
+    """And they are stored as Python's own, which JSON can hold."""
+    torch.manual_seed(0)
+    expected = TAKERS[taker](int, float)
+    torch.manual_seed(0)
+    got = TAKERS[taker](*KINDS_OF_NUMBER[kind])
+    assert got == expected and json.dumps(got) == json.dumps(expected)
+
+
+def test_row83_a_saved_step_is_a_number_of_the_file(tmp_path):
+    sn.save(tmp_path / "a.safetensors", MODEL(), step=np.int64(7))
+    assert sn.load(tmp_path / "a.safetensors", MODEL()).step == 7
+
+
+NO_NUMBERS = [
+    True,
+    np.True_,
+    torch.tensor(True),
+    "1",
+    None,
+    [1],
+    np.array([1]),
+    torch.tensor([1]),
+    1j,
+    torch.tensor(1j),
+]
+
+
+@pytest.mark.parametrize("wrong", [*NO_NUMBERS, torch.tensor(1, device="meta")], ids=repr)
+def test_row83_what_is_no_number_is_a_sentence(wrong):
+    assert number_of(wrong) is None
+    for action, message in (
+        (lambda: Constant(wrong), "Constant: value must be a finite number, got"),
+        (lambda: Linear(1.0, 0.0, wrong), "Linear: steps must be an integer >= 1, got"),
+        (lambda: distribute([(8, 8)], wrong), r"distribute: density must be a number in \[0, 1\], got"),
+        (lambda: distribute([(8, 8)], 0.5, block_size=wrong), "distribute: block_size must be an integer >= 1, got"),
+        (lambda: sn.BlockPattern.random((8, 8), wrong, 8), r"BlockPattern: density must lie in \[0, 1\], got"),
+        (lambda: sn.BlockPattern.random((8, 8), 0.5, wrong), "BlockPattern: block_size must be one of 1, 4, "),
+        (lambda: sn.BlockPattern.random((8, wrong), 0.5, 8), r"BlockPattern: shape must be two integers \(out, in\)"),
+        (lambda: sn.BlockPattern.random((8, 8), 0.5, 8, num_blocks=[wrong]), "num_blocks must be an integer, got"),
+        (lambda: sn.functional.block_gradient_squared_norms(torch.ones(2, 8), torch.ones(2, 8), wrong), "one of 1, 4"),
+        (lambda: sn.data.batches(torch.ones(2, 2), torch.zeros(2), wrong), "batch_size must be an integer >= 1, got"),
+        (lambda: sn.plan([8, wrong], density=0.5), "plan: sizes must be integers of at least 1, got"),
+        (lambda: sn.plan([8, 8], density=0.5, batch_size=wrong), "plan: batch_size must be an integer >= 1, got"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            action()
+    if not isinstance(wrong, str):
+        with pytest.raises(
+            TypeError, match="MemoryBudget: amount must be text such as '512MiB' or an integer of bytes"
+        ):
+            sn.MemoryBudget(wrong)
+
+
+@pytest.mark.parametrize("make", [float, np.float32, np.array, torch.tensor])
+def test_row83_nan_and_halves_are_refused_whatever_holds_them(make):
+    for value in (math.nan, math.inf):
+        for action in (lambda v: Constant(v), lambda v: distribute([(8, 8)], v), lambda v: sn.SET(v)):
+            with pytest.raises(ValueError, match="must be"):
+                action(make(value))
+        with pytest.raises(ValueError, match="BlockPattern: density must lie in"):
+            sn.BlockPattern.random((8, 8), make(value), 8)
+    with pytest.raises(TypeError, match="Linear: steps must be an integer >= 1, got"):
+        Linear(1.0, 0.0, make(3.0))
+
+
+def test_row83_the_helpers():
+    assert as_number("f", "x", np.float32(0.5), within=(0, 1)) == 0.5 and type(as_number("f", "x", 1)) is float
+    assert as_integer("f", "x", np.int8(-3)) == -3 and type(as_integer("f", "x", torch.tensor(3))) is int
+    assert numbers_of(torch.tensor([1, 2])) == [1, 2] and numbers_of(3) == [None] and numbers_of("12") == [None, None]

@@ -17,6 +17,7 @@ from sparsenet.compaction.history import Interval
 from sparsenet.compaction.moves import model_bytes
 from sparsenet.compaction.plots import plot_compaction
 from sparsenet.compaction.weights import unit_weights
+from sparsenet.schedules import as_integer
 
 __all__ = ["Compactor"]
 
@@ -74,10 +75,10 @@ class Compactor:
         zeros: bool | None = None,
         **options,
     ):
-        bounds = (("every", every, 1), ("begin", begin, 0), ("end", begin if end is None else end, 0))
-        for name, value, least in (*bounds, ("patience", patience, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Compactor: {name} must be an integer of at least {least}, got {value!r}")
+        every = as_integer("Compactor", "every", every, at_least=1)
+        begin = as_integer("Compactor", "begin", begin, at_least=0)
+        end = None if end is None else as_integer("Compactor", "end", end, at_least=0)
+        patience = as_integer("Compactor", "patience", patience, at_least=1)
         if "spare" in options:
             raise ValueError("Compactor: spare must be left to patience, got it as an option")
         self.model, self.optimizer, self.sparsifier = model, optimizer, sparsifier

@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsenet.after_step import after_every_step
 from sparsenet.architecture.gate_kinds import GATES, HardConcreteGate, SlimmingGate, StraightThrough, TriStateGate
-from sparsenet.schedules import as_schedule
+from sparsenet.schedules import as_integer, as_number, as_schedule
 
 __all__ = [
     "GATES",
@@ -124,8 +125,7 @@ class TriStateReLU(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"TriStateReLU: num_features must be an integer of at least 1, got {num_features!r}")
+        num_features = as_integer("TriStateReLU", "num_features", num_features, at_least=1)
         if gates not in GATES:
             raise ValueError(f"TriStateReLU: gates must be one of {', '.join(GATES)}, got {gates!r}")
         self.num_features = num_features
@@ -135,7 +135,9 @@ class TriStateReLU(nn.Module):
             width_start = "uniform" if width and gates in ("tri_state", "straight_through") else 1.0
         start = _width_start(num_features, width_start, generator).to(device=device, dtype=dtype)
         self.width_gate = nn.Parameter(self.kind.initial(start), requires_grad=width)
-        self.depth_gate = nn.Parameter(start.new_tensor(_in_unit_range("depth_start", depth_start)), depth)
+        self.depth_gate = nn.Parameter(
+            start.new_tensor(as_number("TriStateReLU", "depth_start", depth_start, within=(0, 1))), depth
+        )
         after_every_step(self, _clip)
 
     @property
@@ -180,18 +182,13 @@ def _width_start(n: int, start: float | Tensor | str, generator: torch.Generator
         if start != "uniform":
             raise ValueError(f"TriStateReLU: width_start must be 'uniform', a number or a tensor, got {start!r}")
         return torch.rand(n, generator=generator)
-    if isinstance(start, Tensor):
+    if isinstance(start, (Tensor, np.ndarray)) and start.ndim:
+        start = torch.as_tensor(start)
         inside = start.shape == (n,) and bool(((start >= 0) & (start <= 1)).all())
         if not inside:
             raise ValueError(f"TriStateReLU: width_start must be [{n}] in [0, 1], got {list(start.shape)}: {start}")
         return start.detach().to(torch.get_default_dtype(), copy=True)
-    return torch.full((n,), _in_unit_range("width_start", start))
-
-
-def _in_unit_range(argument: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"TriStateReLU: {argument} must lie in [0, 1], got {value!r}")
-    return float(value)
+    return torch.full((n,), as_number("TriStateReLU", "width_start", start, within=(0, 1)))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from sparsenet.checkpoint.file import FORMAT_VERSION, CheckpointFile, is_element
 from sparsenet.distributed import unwrap, unwrapped_name, wrapper_path
 from sparsenet.files import replace_file
 from sparsenet.layers import sparse_layers
+from sparsenet.schedules import as_integer
 
 __all__ = ["FORMAT_VERSION", "Checkpoint", "FileContents", "describe", "load", "save"]
 
@@ -107,8 +108,7 @@ def save(
         ...     sn.load(f"{folder}/a.safetensors", sn.SparseMLP([64, 128, 10], density=0.1)).step
         7
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"save: step must be an integer of at least 0, got {step!r}")
+    step = as_integer("save", "step", step, at_least=0)
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "layers": _layer_table(unwrap(model))}
     header["model"] = _model_values(model, tensors)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.compaction.weights import BlockWeights, UnitWeights
+from sparsenet.schedules import as_integer
 
 __all__ = ["Magnitude", "RarelyActive", "Taylor", "UnitStatistics", "UnitView", "unit_views"]
 
@@ -124,8 +125,7 @@ def lowest(scores: Tensor, share: float, allowed: Tensor, group: int = 1) -> Ten
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"compact: share must lie in [0, 1], got {share}")
-    if not isinstance(group, int) or group < 1:
-        raise ValueError(f"compact: group must be an integer of at least 1, got {group!r}")
+    group = as_integer("compact", "group", group, at_least=1)
     member = torch.arange(len(scores)) // group
     count = -(-len(scores) // group)
     total = torch.zeros(count, dtype=torch.float64).index_add_(0, member, scores.double())

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsenet.schedules import as_integer
+
 __all__ = ["augment"]
 
 
@@ -40,6 +42,7 @@ def augment(x: Tensor, shape: Sequence[int], flip: bool, shift: int, generator: 
     if flip:
         chosen = torch.rand(len(x), generator=generator) < 0.5
         images = torch.where(chosen.to(x.device)[:, None, None, None], images.flip(3), images)
+    shift = as_integer("augment", "shift", shift, at_least=0)
     if shift:
         down, right = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
         rows = (torch.arange(shape[-2]) - down).clamp(0, shape[-2] - 1)

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsenet.data.readers import pair_of, read_cifar, read_csv, read_idx, read_npz, validate_labels
+from sparsenet.schedules import as_integer, number_of
 
 # Published files: data set, file, bytes, sha256. Fashion-MNIST's were recomputed here from Debian's copy, with the name
 # and date put back into the gzip headers; the others are those that independent public projects agree on.
@@ -79,6 +80,8 @@ class Dataset:
     source: str
 
     def __post_init__(self) -> None:
+        num_classes = as_integer("Dataset", "num_classes", self.num_classes, at_least=1)
+        object.__setattr__(self, "num_classes", num_classes)
         features = list(self.train_x.shape[1:])
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
             alike = x.dim() > 1 and len(x) > 0 and list(x.shape[1:]) == features
@@ -87,7 +90,7 @@ class Dataset:
                 raise ValueError(f"Dataset: {part}_x of {self.source} must be {rule}, got {x.dtype} {list(x.shape)}")
             if list(y.shape) != [len(x)]:
                 raise ValueError(f"Dataset: {part}_y of {self.source} must be [{len(x)}] labels, got {list(y.shape)}")
-            validate_labels(y, self.num_classes, name=f"{part}_y of {self.source}", min_classes=1)
+            validate_labels(y, num_classes, name=f"{part}_y of {self.source}", min_classes=1)
 
     @property
     def num_features(self) -> int:
@@ -291,8 +294,7 @@ def batches(
         >>> [(tuple(a.shape), a.dtype, b.tolist()) for a, b in batches(x, y, batch_size=2)][-1]
         ((1, 2), torch.float32, [4])
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batches: batch_size must be an integer >= 1, got {batch_size!r}")
+    batch_size = as_integer("batches", "batch_size", batch_size, at_least=1)
     if x.dim() < 2 or x.dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"batches: x must be uint8 or float32 [n, features...], got {x.dtype} {list(x.shape)}")
     if y.shape != x.shape[:1]:
@@ -329,8 +331,10 @@ def split(y: Tensor, fraction: float, *, seed: int = 0, stratified: bool = True)
         >>> len(kept), y[held_out].tolist()   # one of every class
         (6, [0, 1])
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+    number = number_of(fraction)
+    if number is None or not 0 < number < 1:
         raise ValueError(f"split: fraction must be a number in (0, 1), got {fraction!r}")
+    fraction, seed = number, as_integer("split", "seed", seed)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     groups = [order[y[order] == label] for label in y.unique()] if stratified else [order]
     held = torch.zeros(len(y), dtype=torch.bool)

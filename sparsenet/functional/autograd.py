@@ -277,6 +277,8 @@ def block_sparse_linear(
     """
     if not hasattr(pattern, "native"):
         raise TypeError(f"block_sparse_linear: pattern must be a BlockPattern, got {type(pattern).__name__}")
+    if not isinstance(values, Tensor):
+        raise TypeError(f"block_sparse_linear: values must be a torch.Tensor, got {type(values).__name__}")
     if torch.compiler.is_compiling():
         return _traced(*_autocast(x, values, bias), pattern, activation)
     autocast = _may_autocast()

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsenet.functional import native
-from sparsenet.functional.checks import check_gradient_operands
+from sparsenet.functional.checks import as_tensor, check_gradient_operands
 from sparsenet.functional.native import DTYPES, as_int32, matrix
+from sparsenet.schedules import as_integer
 
 __all__ = ["block_gradient_squared_norms", "candidate_gradients"]
 
@@ -37,9 +38,9 @@ def block_gradient_squared_norms(
         tensor([[50.]])
     """
     name = "block_gradient_squared_norms"
-    x, grad_output = check_gradient_operands(name, x, grad_output, block_size)
+    x, grad_output, block_size = check_gradient_operands(name, x, grad_output, block_size)
     total = -(-grad_output.shape[1] // block_size)
-    begin, end = (0, total) if block_rows is None else block_rows
+    begin, end = (0, total) if block_rows is None else (as_integer(name, "block_rows", n) for n in block_rows)
     if not 0 <= begin <= end <= total:
         raise ValueError(f"{name}: block_rows must lie in [0, {total}], got ({begin}, {end})")
     norms = torch.empty(end - begin, -(-x.shape[1] // block_size), dtype=torch.float32, device=x.device)
@@ -48,7 +49,7 @@ def block_gradient_squared_norms(
             (DTYPES[x.dtype], block_size, torch.get_num_threads()),
             matrix(x),
             matrix(grad_output),
-            (int(begin), int(end)),
+            (begin, end),
             norms.data_ptr(),
         )
     return norms
@@ -78,7 +79,8 @@ def candidate_gradients(x: Tensor, grad_output: Tensor, rows: Tensor, cols: Tens
         True
     """
     name = "candidate_gradients"
-    x, grad_output = check_gradient_operands(name, x, grad_output, block_size)
+    x, grad_output, block_size = check_gradient_operands(name, x, grad_output, block_size)
+    rows, cols = as_tensor(name, "rows", rows), as_tensor(name, "cols", cols)
     places = []
     for label, index, limit in (
         ("rows", rows, -(-grad_output.shape[1] // block_size)),

@@ -5,20 +5,55 @@ Kernels read indices only from memory that a pattern validated and owns.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import threading
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sparsenet.files import source_digest
 from sparsenet.functional.cuda import kernels_by_device
+
+
+def _of_the_installed_package():
+    """The native module of an installed sparsenet that the folder of the sources hides; None where there is none.
+
+    It is taken only where it was built from the native sources that lie in this folder.
+    """
+    package = Path(__file__).resolve().parents[1]
+    if any((package / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return None  # there is one here, and it does not load
+    others = (Path(entry or ".", "sparsenet", f"_C{suffix}") for entry in sys.path for suffix in EXTENSION_SUFFIXES)
+    file = next((other for other in others if other.is_file()), None)
+    if file is None:
+        return None
+    spec = importlib.util.spec_from_file_location("sparsenet._C", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    built_from = module.build_info().get("sources")
+    if not (package.parent / "csrc").is_dir() or built_from != source_digest(package.parent):
+        raise ImportError(
+            f"sparsenet: the native module is missing in {package}, which hides the sparsenet installed in "
+            f"{file.parent}, whose native module was built from other sources; run Python in another folder or with "
+            "python -P, or build these sources: pip install --force-reinstall ."
+        )
+    sys.modules["sparsenet._C"] = sys.modules["sparsenet"]._C = module
+    return module
+
 
 try:
     from sparsenet import _C
 except ImportError as error:  # pragma: no cover - exercised by a child process in the tests
-    raise ImportError(
-        f"sparsenet: the native module is missing or does not load ({error}); build it: pip install --force-reinstall ."
-    ) from error
+    _C = _of_the_installed_package()
+    if _C is None:
+        raise ImportError(
+            f"sparsenet: the native module is missing or does not load ({error}); "
+            "build it: pip install --force-reinstall ."
+        ) from error
 _NATIVE = (
     *("Pattern", "linear_forward", "linear_backward", "gradient_norms", "candidate_gradients", "compact_blocks"),
     *("csr_from_places", "draw_free_places", "carried_blocks", "select_extreme", "build_info"),

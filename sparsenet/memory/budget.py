@@ -26,6 +26,7 @@ from torch import nn
 from sparsenet import functional
 from sparsenet.models import SparseMLP
 from sparsenet.policies.rewiring import RigL
+from sparsenet.schedules import number_of
 from sparsenet.sparsifier import Sparsifier
 
 __all__ = ["MemoryBudget", "PeakMemory", "available_bytes", "format_bytes", "measure_peak", "release_freed_memory"]
@@ -66,8 +67,9 @@ class MemoryBudget:
 def _parse_bytes(amount: str | int | MemoryBudget) -> int:
     if isinstance(amount, MemoryBudget):
         return amount.bytes
-    if isinstance(amount, bool) or not isinstance(amount, (str, int)):
-        raise TypeError(f"MemoryBudget: amount must be text such as '512MiB' or an integer of bytes, got {amount!r}")
+    given, amount = amount, amount if isinstance(amount, str) else number_of(amount)
+    if not isinstance(amount, (str, int)):
+        raise TypeError(f"MemoryBudget: amount must be text such as '512MiB' or an integer of bytes, got {given!r}")
     found = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
     if isinstance(amount, str) and (found is None or found[2].upper() not in _UNITS):
         raise ValueError(f"MemoryBudget: amount must be a number with KiB, MiB, GiB, KB, MB, GB or B, got {amount!r}")

@@ -18,8 +18,10 @@ from sparsenet import functional
 from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size, distribute
 from sparsenet.memory.budget import MemoryBudget, format_bytes
 from sparsenet.models import SparseMLP
+from sparsenet.pattern import INDEX_BYTES
 from sparsenet.policies import POLICIES
 from sparsenet.policies.places import PLACES_AT_ONCE
+from sparsenet.schedules import as_integer, as_number, numbers_of
 
 __all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
 
@@ -27,10 +29,10 @@ OPTIMIZER_STATES = {"adamw": 2, "sgd": 1}  # tensors of state per weight; SGD's 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 
-# Bytes per block: of a layer's pattern (6 int32: rows, columns, their transposes), of the patterns that a rewire plans
-# for all layers, and of the layer it works on (int64 places, orders, masks). Per place scored at a time: int64 place,
-# block row, float32 score and their selection. Other: Python objects, small tensors, the heap's rounding.
-_INDEX_BYTES, _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 24, 31, 27, 31
+# Bytes per block: of the patterns that a rewire plans for all layers, and of the layer it works on (int64 places,
+# orders, masks). Per place scored at a time: int64 place, block row, float32 score and their selection. Other: Python
+# objects, small tensors, the heap's rounding.
+_PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 31, 27, 31
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
 
 
@@ -176,7 +178,7 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     kept = {
         "weights": sum(weights),
         "optimizer state": sum(weights) * job.states,
-        "indices": blocks * _INDEX_BYTES,
+        "indices": blocks * INDEX_BYTES,
         "kernel workspace": _workspace_bytes(job, counts),
         "batch": job.batch_size * first_in * (4 + job.input_bytes)
         + (job.rows_bytes(first_in) if job.element_bytes != 4 else 0),
@@ -286,8 +288,18 @@ def plan(
         >>> plan.predicted_peak_bytes <= 24 << 20 < plan.dense_bytes
         True
     """
-    _check_arguments(sizes, batch_size, optimizer, dtype, policy)
-    shapes = tuple((out, inp) for inp, out in pairwise(sizes))
+    features = numbers_of(sizes)
+    if not all(isinstance(n, int) and n >= 1 for n in features):
+        raise ValueError(f"plan: sizes must be integers of at least 1, got {sizes}")
+    if len(features) < 2:
+        raise ValueError(f"plan: sizes must name at least input and output, got {sizes}")
+    batch_size = as_integer("plan", "batch_size", batch_size, at_least=1)
+    input_bytes = as_integer("plan", "input_bytes", input_bytes, at_least=1)
+    drop_fraction = as_number("plan", "drop_fraction", drop_fraction, within=(0, 1))
+    block_size = None if block_size is None else check_block_size("plan", block_size)
+    density = None if density is None else as_number("plan", "density", density, within=(0, 1))
+    _check_names(optimizer, dtype, policy)
+    shapes = tuple((out, inp) for inp, out in pairwise(features))
     job = _Training(
         shapes=shapes,
         block_sizes=_block_sizes(shapes, block_size, 1.0 if density is None else density),
@@ -298,7 +310,7 @@ def plan(
         grows_by_gradient=POLICIES[policy].needs_gradient,
         grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].scores_places(),
         drop_fraction=POLICIES[policy].largest_share(drop_fraction),
-        threads=threads or torch.get_num_threads(),
+        threads=as_integer("plan", "threads", threads or torch.get_num_threads(), at_least=1),
         input_bytes=input_bytes,
     )
     limit = None if budget is None else MemoryBudget(budget).bytes
@@ -312,7 +324,7 @@ def plan(
     if limit is not None and max(moments.values()) > limit:
         raise BudgetError(_shortage(f"density {density}", items, moments, limit))
     return MemoryPlan(
-        sizes=tuple(sizes),
+        sizes=tuple(features),
         density=_density(job, counts),
         layers=tuple(_layer_plans(job, counts)),
         items=items,
@@ -389,14 +401,7 @@ def _most_blocks(job: _Training, distribution: str, limit: int) -> Sequence[int]
     return _counts_of(job, _largest(fewest, places // unit, fits) * unit, distribution)
 
 
-def _check_arguments(sizes: Sequence[int], batch_size: int, optimizer: str, dtype: str, policy: str) -> None:
-    for n in sizes:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"plan: sizes must be integers of at least 1, got {list(sizes)}")
-    if len(sizes) < 2:
-        raise ValueError(f"plan: sizes must name at least input and output, got {list(sizes)}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"plan: batch_size must be an integer of at least 1, got {batch_size!r}")
+def _check_names(optimizer: str, dtype: str, policy: str) -> None:
     for name, value, known in (
         ("optimizer", optimizer, OPTIMIZER_STATES),
         ("dtype", dtype, _DTYPE_BYTES),

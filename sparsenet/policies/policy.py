@@ -82,8 +82,11 @@ class Policy:
 
     def __post_init__(self):
         schedule = as_schedule(self.drop_fraction)
-        if not callable(self.drop_fraction) and not 0.0 <= schedule(0) <= 1.0:
+        if callable(self.drop_fraction):
+            return
+        if not 0.0 <= schedule(0) <= 1.0:
             raise ValueError(f"{type(self).__name__}: drop_fraction must lie in [0, 1], got {self.drop_fraction}")
+        object.__setattr__(self, "drop_fraction", schedule(0))
 
     def drop_fraction_at(self, step: int) -> float:
         """The drop fraction at ``step``, checked."""

@@ -17,6 +17,7 @@ from sparsenet.memory.budget import MemoryBudget
 from sparsenet.memory.planning import OPTIMIZER_STATES, MemoryPlan, plan
 from sparsenet.pattern import BLOCK_SIZES
 from sparsenet.policies import POLICIES
+from sparsenet.schedules import number_of, numbers_of
 
 __all__ = ["TrainConfig", "usable_device"]
 
@@ -122,12 +123,13 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     name, kind = f"TrainConfig: {field.name}", type(field.default)
     value = _plain(value)
     if kind is tuple:
-        value = tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
-        if not isinstance(value, (tuple, list)) or any(type(n) is not int or n < 1 for n in value):
+        sizes = numbers_of(value)
+        if any(type(n) is not int or n < 1 for n in sizes):
             raise ValueError(f"{name} must be integers of at least 1, got {value!r}")
-        return tuple(value)
-    if kind is float and type(value) is int:
-        value = float(value)
+        return tuple(sizes)
+    number = number_of(value)
+    if number is not None:
+        value = float(number) if kind is float else number
     if type(value) is not kind:
         raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
     if kind is float and not math.isfinite(value):

@@ -164,7 +164,7 @@ def test_lowest_by_groups_by_hand():
     assert lowest(scores, 0.5, free, 2).nonzero().flatten().tolist() == [2, 3, 6]
     free[3] = False  # its pair stays
     assert lowest(scores, 0.5, free, 2).nonzero().flatten().tolist() == [0, 1, 6]
-    with pytest.raises(ValueError, match="group must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="group must be an integer >= 1, got 0"):
         Magnitude(0.5, 0)(_view())
 
 

@@ -843,8 +843,8 @@ def test_batches_never_hold_a_float_copy():
     ("arguments", "error", "message"),
     [
         ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
-        ({"batch_size": 2.0}, ValueError, "batch_size must be an integer >= 1, got 2.0"),
-        ({"batch_size": True}, ValueError, "batch_size must be an integer >= 1, got True"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer >= 1, got 2.0"),
+        ({"batch_size": True}, TypeError, "batch_size must be an integer >= 1, got True"),
         ({"x": X.double()}, TypeError, "x must be uint8 or float32 [n, features...], got torch.float64 [7, 2, 3]"),
         ({"x": Y.float()}, TypeError, "x must be uint8 or float32 [n, features...], got torch.float32 [7]"),
         ({"y": Y[:6]}, ValueError, "y must have one label per row of x, [7], got [6]"),

@@ -286,7 +286,7 @@ def test_budget_below_the_minimum_says_what_takes_it():
         ({"sizes": [10]}, "plan: sizes must name at least input and output, got \\[10\\]"),
         ({"sizes": [10, 0]}, "plan: sizes must be integers of at least 1, got \\[10, 0\\]"),
         ({"sizes": [10, 2.5]}, "plan: sizes must be integers of at least 1"),
-        ({"batch_size": 0}, "plan: batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "plan: batch_size must be an integer >= 1, got 0"),
         ({"optimizer": "lion"}, "plan: optimizer must be one of adamw, sgd, got 'lion'"),
         ({"dtype": "int8"}, "plan: dtype must be one of float32, .*, got 'int8'"),
         ({"policy": "magic"}, "plan: policy must be one of static, set, rigl, gmp.*, got 'magic'"),

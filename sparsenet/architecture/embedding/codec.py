@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from sparsenet.schedules import as_integer
+
 __all__ = ["ACTIVATIONS", "MIXED", "NetworkBatch", "NetworkSpace", "ScaledOutput", "from_matrix", "to_matrix"]
 
 # name -> function of a tensor, and the module of the network that is handed over
@@ -51,8 +53,7 @@ class NetworkSpace:
 
     def __post_init__(self) -> None:
         for name in ("inputs", "width", "max_depth"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"NetworkSpace: {name} must be an integer >= 1, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, as_integer("NetworkSpace", name, getattr(self, name), at_least=1))
         if self.inputs > self.width:
             raise ValueError(f"NetworkSpace: inputs must be at most width {self.width}, got {self.inputs}")
         if self.activation not in (*ACTIVATIONS, MIXED):

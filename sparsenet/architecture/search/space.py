@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern
+from sparsenet.schedules import as_integer
 
 __all__ = ["ACTIVATIONS", "Architecture", "DensityMLP", "SearchSpace"]
 
@@ -66,9 +67,7 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", "max_depth", "min_depth", "max_width", "pattern_seeds"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"SearchSpace: {name} must be an integer >= 1, got {value!r}")
+            object.__setattr__(self, name, as_integer("SearchSpace", name, getattr(self, name), at_least=1))
         if self.min_depth > self.max_depth:
             raise ValueError(f"SearchSpace: min_depth must be at most max_depth {self.max_depth}, got {self.min_depth}")
         if not 0 < self.min_density <= self.max_density <= 1:

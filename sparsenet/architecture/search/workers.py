@@ -33,6 +33,7 @@ from sparsenet.architecture.search.samplers import (
 from sparsenet.architecture.search.space import Architecture, DensityMLP, SearchSpace
 from sparsenet.architecture.search.trials import TrialConfig, TrialData, train_trial
 from sparsenet.files import replace_file
+from sparsenet.schedules import as_integer
 
 if TYPE_CHECKING:
     import optuna
@@ -77,9 +78,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for name in ("trials", "workers", "threads"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"SearchConfig: {name} must be an integer >= 1, got {value!r}")
+            object.__setattr__(self, name, as_integer("SearchConfig", name, getattr(self, name), at_least=1))
         if self.multi_objective and self.pruner != "none":
             raise ValueError(f"SearchConfig: pruner must be none with several objectives, got {self.pruner!r}")
 

@@ -67,7 +67,7 @@ def test_data_nothing_can_be_learned_from():
     ],
 )
 def test_bad_settings(kind, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         kind(**change)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from sparsenet import functional
 from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size, distribute
+from sparsenet.functional.checks import check_block_size
 from sparsenet.memory.budget import MemoryBudget, format_bytes
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import INDEX_BYTES

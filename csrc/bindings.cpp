@@ -109,6 +109,17 @@ Places draw_free_places(const Places& active, int64_t places, int64_t count, uin
   return drawn;
 }
 
+py::array lowest_to_spare(const py::array_t<float, py::array::c_style>& scores, int64_t k,
+                          const std::vector<Places>& lines) {
+  std::vector<const int64_t*> of_block;
+  for (const Places& line : lines) {
+    SPARSENET_CHECK(line.size() == scores.size(), "lowest_to_spare: lines must have one entry per score, ",
+                    scores.size(), ", got ", line.size());
+    of_block.push_back(line.data());
+  }
+  return to_numpy(cpu::lowest_to_spare(scores.data(), scores.size(), k, of_block));
+}
+
 Places carried_blocks(const cpu::Pattern& from, const cpu::Pattern& to) {
   Places number(to.view().num_blocks);
   cpu::carried_blocks(from.view(), to.view(), number.mutable_data());
@@ -213,6 +224,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("csr_from_places", csr_from_places);
   m.def("draw_free_places", draw_free_places);
   m.def("carried_blocks", carried_blocks);
+  m.def("lowest_to_spare", lowest_to_spare);
   m.def("select_extreme", [](const py::array_t<float, py::array::c_style>& scores, int64_t k, bool largest) {
     return to_numpy(cpu::select_extreme(scores.data(), scores.size(), k, largest));
   });

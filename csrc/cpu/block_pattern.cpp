@@ -315,4 +315,43 @@ std::vector<int64_t> select_extreme(const float* scores, int64_t count, int64_t 
   return picked;
 }
 
+std::vector<int64_t> lowest_to_spare(const float* scores, int64_t count, int64_t k,
+                                     const std::vector<const int64_t*>& lines) {
+  SPARSENET_CHECK(k >= 0 && k <= count, "lowest_to_spare: count must lie in [0, ", count, "], got ", k);
+  std::vector<std::vector<int64_t>> left(lines.size()); // blocks of each line that have not gone
+  for (size_t l = 0; l < lines.size(); ++l) {
+    int64_t longest = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      SPARSENET_CHECK(lines[l][i] >= 0, "lowest_to_spare: lines must not be negative, got ", lines[l][i]);
+      longest = std::max(longest, lines[l][i]);
+    }
+    left[l].assign(size_t(longest + 1), 0);
+    for (int64_t i = 0; i < count; ++i) ++left[l][size_t(lines[l][i])];
+  }
+  std::vector<uint64_t> asked(static_cast<size_t>(count)); // by score, then by number
+  for (int64_t i = 0; i < count; ++i) {
+    SPARSENET_CHECK(!std::isnan(scores[i]), "lowest_to_spare: scores must not be NaN, got NaN at ", i);
+    asked[size_t(i)] = uint64_t(order_key(scores[i], false)) << 32 | uint64_t(i);
+  }
+  std::vector<int64_t> gone;
+  gone.reserve(size_t(k));
+  for (int64_t begin = 0; begin < count && int64_t(gone.size()) < k;) {
+    // The next lowest, about as many as are missing: what is never asked is never sorted.
+    const int64_t missing = k - int64_t(gone.size());
+    const int64_t end = std::min(count, begin + missing + missing / 8 + 1024);
+    if (end < count) std::nth_element(asked.begin() + begin, asked.begin() + end, asked.end());
+    std::sort(asked.begin() + begin, asked.begin() + end);
+    for (; begin < end && int64_t(gone.size()) < k; ++begin) {
+      const int64_t block = int64_t(asked[size_t(begin)] & 0xffffffffu);
+      bool last = false;
+      for (size_t l = 0; l < lines.size(); ++l) last |= left[l][size_t(lines[l][block])] == 1;
+      if (last) continue;
+      for (size_t l = 0; l < lines.size(); ++l) --left[l][size_t(lines[l][block])];
+      gone.push_back(block);
+    }
+  }
+  std::sort(gone.begin(), gone.end());
+  return gone;
+}
+
 } // namespace sparsenet::cpu

@@ -48,4 +48,9 @@ struct PlacesByRow {
 // Indices of the k smallest (or largest) scores in ascending index order; ties go to the smaller index. NaN is refused.
 std::vector<int64_t> select_extreme(const float* scores, int64_t count, int64_t k, bool largest);
 
+// Numbers, ascending, of the k blocks of lowest score that can go, or of fewer: they are asked in the order of their
+// scores, ties by number, and one that is then the last of one of its lines stays. lines: [count] each.
+std::vector<int64_t> lowest_to_spare(const float* scores, int64_t count, int64_t k,
+                                     const std::vector<const int64_t*>& lines);
+
 } // namespace sparsenet::cpu

@@ -7,12 +7,11 @@ it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from sparsenet.functional.blocks import select_extreme
+from sparsenet.functional import native
+from sparsenet.functional.checks import refuse_tracing
 
 __all__ = ["largest_reaching_all", "lowest_to_spare"]
 
@@ -32,6 +31,9 @@ def lowest_to_spare(scores: Tensor, count: int, *lines: Tensor) -> Tensor:
     Returns:
         int64, ascending; fewer than ``count`` where no more can be spared.
 
+    Raises:
+        ValueError: a NaN among the scores, more asked for than there are, or lines of another length.
+
     Example:
         >>> import torch
         >>> from sparsenet.functional import lowest_to_spare
@@ -39,44 +41,10 @@ def lowest_to_spare(scores: Tensor, count: int, *lines: Tensor) -> Tensor:
         >>> lowest_to_spare(torch.tensor([2.0, 3.0, 1.0]), 1, rows, cols)   # block 2 is the last of row 1
         tensor([1])
     """
-    lowest = count
-    while True:
-        asked = select_extreme(scores, lowest, largest=False)
-        staying = _last_of_their_line(scores, asked, lines)
-        missing = count - (len(asked) - len(staying))
-        if not missing or lowest == len(scores):
-            break
-        lowest = min(lowest + missing, len(scores))  # who was asked before answers as before
-    goes = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    goes[asked] = True
-    goes[staying] = False
-    return goes.nonzero().flatten()
-
-
-def _last_of_their_line(scores: Tensor, asked: Tensor, lines: Sequence[Tensor]) -> Tensor:
-    """Those of ``asked`` that are the last of one of their lines when their turn comes.
-
-    Only lines that would lose all their blocks can refuse one, so only blocks on these are looked at one by one.
-    """
-    left, on_tight = [], torch.zeros(len(asked), dtype=torch.bool, device=scores.device)
-    for line in lines:
-        blocks = torch.bincount(line)
-        tight = (torch.bincount(line[asked], minlength=len(blocks)) == blocks) & (blocks > 0)
-        on_tight |= tight[line[asked]]
-        left.append(blocks + ~tight)  # a line that keeps a block in any case never refuses
-    doubtful = asked[on_tight]
-    if not len(doubtful):
-        return doubtful
-    doubtful = doubtful[scores[doubtful].argsort(stable=True)]
-    counts = [blocks.tolist() for blocks in left]
-    staying = []
-    for block, *where in zip(doubtful.tolist(), *(line[doubtful].tolist() for line in lines), strict=True):
-        if all(count[at] > 1 for count, at in zip(counts, where, strict=True)):
-            for count, at in zip(counts, where, strict=True):
-                count[at] -= 1
-        else:
-            staying.append(block)
-    return torch.tensor(staying, dtype=torch.int64, device=scores.device)
+    refuse_tracing("lowest_to_spare")
+    on_cpu = (t.contiguous().numpy(force=True) for t in (scores.float(), *lines))
+    chosen = native.lowest_to_spare(next(on_cpu), count, list(on_cpu))
+    return torch.from_numpy(chosen).to(scores.device)
 
 
 def largest_reaching_all(scores: Tensor, count: int) -> Tensor:

@@ -56,7 +56,7 @@ except ImportError as error:  # pragma: no cover - exercised by a child process 
         ) from error
 _NATIVE = (
     *("Pattern", "linear_forward", "linear_backward", "gradient_norms", "candidate_gradients", "compact_blocks"),
-    *("csr_from_places", "draw_free_places", "carried_blocks", "select_extreme", "build_info"),
+    *("csr_from_places", "draw_free_places", "lowest_to_spare", "carried_blocks", "select_extreme", "build_info"),
     *("workspace_bytes", "trim_workspace", "linear_workspace", "norms_workspace"),
 )
 if _absent := [name for name in _NATIVE if not hasattr(_C, name)]:
@@ -66,6 +66,7 @@ if _absent := [name for name in _NATIVE if not hasattr(_C, name)]:
     )
 
 draw_free_places = _C.draw_free_places  # on the CPU for every device, so that all draw alike
+lowest_to_spare = _C.lowest_to_spare  # one block after the other, whatever the device
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 NEEDS_PRE_ACTIVATION = ("gelu", "silu")

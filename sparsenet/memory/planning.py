@@ -290,10 +290,11 @@ def plan(
         True
     """
     features = numbers_of(sizes)
+    given = list(sizes) if isinstance(sizes, tuple) else sizes
     if not all(isinstance(n, int) and n >= 1 for n in features):
-        raise ValueError(f"plan: sizes must be integers of at least 1, got {sizes}")
+        raise ValueError(f"plan: sizes must be integers of at least 1, got {given}")
     if len(features) < 2:
-        raise ValueError(f"plan: sizes must name at least input and output, got {sizes}")
+        raise ValueError(f"plan: sizes must name at least input and output, got {given}")
     batch_size = as_integer("plan", "batch_size", batch_size, at_least=1)
     input_bytes = as_integer("plan", "input_bytes", input_bytes, at_least=1)
     drop_fraction = as_number("plan", "drop_fraction", drop_fraction, within=(0, 1))

@@ -81,7 +81,7 @@ void sort_spread(int64_t* numbers, int64_t count, int64_t below) {
   sort_by_digit(numbers, count, bits - kFirst, kFirst, pieces.data(), piece_ends);
   int64_t begin = 0;
   for (size_t piece = 0; piece + 1 < piece_ends.size(); ++piece) {
-    sort_by_digit(&pieces[size_t(begin)], piece_ends[piece] - begin, bits - kFirst - next, next, numbers + begin, ends);
+    sort_by_digit(pieces.data() + begin, piece_ends[piece] - begin, bits - kFirst - next, next, numbers + begin, ends);
     begin = piece_ends[piece];
   }
   for (int64_t i = 1; i < count; ++i) {

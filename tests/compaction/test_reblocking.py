@@ -326,8 +326,8 @@ def test_moments_follow_their_elements_when_re_blocked(name):
 
 
 def test_masked_fill_in_trains_as_before_and_trainable_fill_in_does_not():
-    def fresh():
-        model = shut(two_layers(density=0.5, dtype=torch.float64, seed=3), torch.arange(64) % 4 > 0)
+    def fresh():  # a pattern whose second layer has fill-in
+        model = shut(two_layers(density=0.5, dtype=torch.float64, seed=4), torch.arange(64) % 4 > 0)
         optimizer = torch.optim.Adam(weights(model))
         train(model, optimizer, 2, seed=1)
         return model, optimizer

@@ -192,6 +192,7 @@ class BlockPattern:
         When there are enough blocks, every block row and every block column gets at least one.
         """
         weight = as_tensor("BlockPattern", "weight", weight)
+        check_dense("BlockPattern", "weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"BlockPattern: weight must have two dimensions, got {list(weight.shape)}")
         if weight.is_meta:
@@ -199,7 +200,6 @@ class BlockPattern:
                 "BlockPattern: weight must hold data for its largest blocks to be kept, got a meta tensor; "
                 "load it first, or build the sparse layers on meta"
             )
-        check_dense("BlockPattern", "weight", weight)
         shape, block_size = _check_shape(weight.shape, block_size)
         norms = _block_norms(weight, block_size)
         count = round(_check_density(density) * norms.numel())

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsenet.densities import DISTRIBUTIONS, block_places, distribute
+from sparsenet.densities import DISTRIBUTIONS, apportion, block_places, choose_block_size, distribute, proportions
 
 MLP = [(4096, 784), (4096, 4096), (10, 4096)]
 
@@ -116,6 +116,48 @@ def test_erdos_renyi_layers_below_density_one_share_one_eps(shapes, density):
     assert max(((n - slack) / w for n, w in open_layers), default=0) <= min(
         ((n + slack) / w for n, w in open_layers), default=0
     )
+
+
+def test_row69_apportioning_by_hand():
+    """Proportions 5, 3, 1: block k is due at (k + 1/2) / p: .1 .17 .3 .5 .5 .5 .7 .83 .9; ties to the earlier layer."""
+    room, none, ones = [9, 9, 9], [0, 0, 0], [1, 1, 1]
+    by_total = [apportion([5, 3, 1], total, none, room, ones) for total in range(10)]
+    assert by_total[:6] == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [2, 1, 0], [3, 1, 0], [3, 2, 0]]
+    assert by_total[6:] == [[3, 2, 1], [4, 2, 1], [4, 3, 1], [5, 3, 1]]
+    assert apportion([5, 3, 1], 9, none, [2, 9, 9], ones) == [
+        2,
+        5,
+        2,
+    ]  # what a bound takes, the others get
+    assert apportion([5, 3, 1], 2, ones, room, ones) == [1, 1, 1]  # the least alone is more
+    assert apportion([5, 0, 1], 9, [0, 2, 0], room, ones) == [6, 2, 1]
+    assert apportion([1, 4], 24, [0, 0], [9, 99], [16, 4]) == [1, 2]  # weights: due at .125 (4), .375 (4), .5 (16)
+    assert apportion([1, 4], 15, [0, 0], [9, 99], [16, 4]) == [0, 2]  # 7 left are less than half of 16
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 60), st.sampled_from([1, 16, 64])), min_size=1, max_size=6),
+    st.lists(st.floats(0, 1), min_size=2, max_size=5),
+)
+def test_row69_no_count_rises_where_the_total_falls(layers, shares):
+    wanted, most, sizes = zip(*layers, strict=True)
+    full = sum(m * size for m, size in zip(most, sizes, strict=True))
+    before = list(most)
+    for share in sorted(shares, reverse=True):
+        now = apportion(wanted, share * full, [0] * len(most), most, sizes)
+        assert all(a <= b for a, b in zip(now, before, strict=True))
+        before = now
+
+
+def test_proportions_by_hand():
+    assert proportions([(64, 32), (8, 64)], [8, 4], "uniform") == [32, 32]
+    # places times (out + in) / (out * in), sizes in whole blocks: 32 * 96 / 2048 and 32 * 72 / 512
+    assert proportions([(64, 32), (8, 64)], [8, 4], "erdos_renyi") == [1.5, 4.5]
+
+
+def test_row81_the_chosen_block_size_by_hand():
+    assert [choose_block_size(fan_in, 0.1) for fan_in in (480, 479, 240, 239, 120, 60, 59)] == [32, 16, 16, 8, 8, 4, 1]
+    assert choose_block_size(0, 0.1) == choose_block_size(4096, 0.0) == 1
 
 
 def test_large_shapes_stay_exact():

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from sparsenet.optimizer_state import carry_state, check_grown_state, state_by_block
+from sparsenet.optimizer_state import (
+    as_optimizers,
+    carry_state,
+    check_followable,
+    check_grown_state,
+    first_state,
+    state_by_block,
+    with_inner_optimizers,
+)
 
 
 def with_state(values, **state):
@@ -45,3 +53,42 @@ def test_grown_state_names_what_it_must_be():
     assert check_grown_state({"exp_avg_sq": "mean"}) == {"exp_avg_sq": "mean"}
     with pytest.raises(ValueError, match=r"grown_state\['exp_avg'\] must be one of .*, got 'median'"):
         check_grown_state({"exp_avg": "median"})
+
+
+def test_row66_one_several_or_no_optimizer():
+    one, other = (torch.optim.SGD([nn.Parameter(torch.zeros(1))]) for _ in range(2))
+    assert as_optimizers(None) == () and as_optimizers(one) == (one,) and as_optimizers([one, other]) == (one, other)
+
+
+def test_row66_optimizers_inside_optimizers_are_found_once():
+    inner, outer = (torch.optim.SGD([nn.Parameter(torch.zeros(1))]) for _ in range(2))
+    outer.parts = {"fast": [inner], "itself": outer}
+    inner.parent = outer
+    assert with_inner_optimizers([outer, inner]) == (outer, inner)
+
+
+def test_row66_what_cannot_follow_is_named():
+    values = nn.Parameter(torch.zeros(3, 4, 4))
+    check_followable(with_state(values, a=torch.ones(3, 4, 4), b=torch.ones(4, 4), history=[], n=[1.0]), values, "0", 3)
+    for state, why in (
+        ({"a": [torch.zeros(3, 4, 4)]}, "inside a list or dict"),
+        ({"a": {"deep": torch.zeros(3, 4, 4)}}, "inside a list or dict"),
+        ({"a": torch.zeros(48)}, r"its shape is \[48\]"),
+        ({"a": torch.zeros(3, 3)}, r"its shape \[3, 3\] has blocks on two sides"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            check_followable(with_state(values, **state), values, "0", 3)
+
+
+def test_row73_first_states_by_hand():
+    values = nn.Parameter(torch.randn(3, 4, 4))
+    assert first_state(torch.optim.SGD([values], 0.1), values) == {}
+    rprop = first_state(torch.optim.Rprop([values], lr=0.25), values)
+    assert rprop["step_size"].tolist() == torch.full((1, 4, 4), 0.25).tolist() and not rprop["prev"].any()
+    assert set(first_state(torch.optim.Adam([values]), values)) == {"exp_avg", "exp_avg_sq"}
+    outer = torch.optim.Adam([values])
+    outer.inner = torch.optim.SGD([values])
+    before = values.detach().clone()
+    assert first_state(outer, values) == {} and torch.equal(values, before)
+    moved = carry_state(torch.ones(2, 4, 4), torch.tensor([1, -1]), rprop["step_size"])
+    assert moved[:, 0, 0].tolist() == [1.0, 0.25]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import sparsenet as sn
 from sparsenet.densities import block_places, distribute
 from sparsenet.schedules import (
+    Complement,
     Constant,
     Cosine,
     Cubic,
@@ -25,6 +26,7 @@ from sparsenet.schedules import (
     as_integer,
     as_number,
     as_schedule,
+    last_step,
     number_of,
     numbers_of,
 )
@@ -223,7 +225,7 @@ TAKERS = {  # name -> called with how an integer and a fraction are made; what i
     "policies": lambda i, f: [sn.SET(f(0.25)).drop_fraction, sn.RigL(f(0.25)).drop_fraction_at(i(3))],
     "MemoryBudget": lambda i, f: sn.MemoryBudget(i(4096)).bytes,
     "plan": lambda i, f: [
-        (p.sizes, p.batch_size, p.block_size, p.budget_bytes)
+        (p.sizes, p.batch_size, p.block_sizes, p.budget_bytes)
         for p in (sn.plan([i(64), i(64), i(10)], None, i(16), block_size=i(8), density=f(0.5), drop_fraction=f(0.25)),)
     ],
     "plan of a budget": lambda i, f: sn.plan([64, 64, 10], i(2**25), threads=i(1), input_bytes=i(4)).budget_bytes,
@@ -287,7 +289,7 @@ def test_row83_what_is_no_number_is_a_sentence(wrong):
         (lambda: Constant(wrong), "Constant: value must be a finite number, got"),
         (lambda: Linear(1.0, 0.0, wrong), "Linear: steps must be an integer >= 1, got"),
         (lambda: distribute([(8, 8)], wrong), r"distribute: density must be a number in \[0, 1\], got"),
-        (lambda: distribute([(8, 8)], 0.5, block_size=wrong), "distribute: block_size must be an integer >= 1, got"),
+        (lambda: distribute([(8, 8)], 0.5, block_size=[wrong]), "distribute: block_size must be an integer >= 1, got"),
         (lambda: sn.BlockPattern.random((8, 8), wrong, 8), r"BlockPattern: density must lie in \[0, 1\], got"),
         (lambda: sn.BlockPattern.random((8, 8), 0.5, wrong), "BlockPattern: block_size must be one of 1, 4, "),
         (lambda: sn.BlockPattern.random((8, wrong), 0.5, 8), r"BlockPattern: shape must be two integers \(out, in\)"),
@@ -316,6 +318,16 @@ def test_row83_nan_and_halves_are_refused_whatever_holds_them(make):
             sn.BlockPattern.random((8, 8), make(value), 8)
     with pytest.raises(TypeError, match="Linear: steps must be an integer >= 1, got"):
         Linear(1.0, 0.0, make(3.0))
+
+
+def test_row70_the_step_from_which_a_schedule_stays_the_same():
+    assert last_step(Linear(0.5, 0.1, steps=100, begin=20)) == 120
+    assert last_step(Constant(0.3)) == 0
+    assert last_step(lambda step: 0.1) is None
+    assert last_step(sn.Piecewise((10, 30), (0.5, 0.3, Linear(0.3, 0.1, steps=40)))) == 70
+    assert last_step(sn.Piecewise((10,), (0.5, lambda step: 0.1))) is None
+    complement = Complement(Linear(0.5, 0.9, steps=8))
+    assert last_step(complement) == 8 and [complement(step) for step in (0, 4, 9)] == pytest.approx([0.5, 0.3, 0.1])
 
 
 def test_row83_the_helpers():

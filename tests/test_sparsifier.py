@@ -451,9 +451,9 @@ def test_a_layer_used_twice_is_one_layer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every": 0}, "every must be an integer of at least 1, got 0"),
-        ({"every": 2.5}, "every must be an integer of at least 1, got 2.5"),
-        ({"begin": -1}, "begin must be an integer of at least 0, got -1"),
+        ({"every": 0}, "every must be an integer >= 1, got 0"),
+        ({"every": 2.5}, "every must be an integer >= 1, got 2.5"),
+        ({"begin": -1}, "begin must be an integer >= 0, got -1"),
         ({"density": 1.5}, r"density must lie in \[0, 1\], got 1.5"),
         ({"density": float("nan")}, "NaN|finite|number"),
     ],

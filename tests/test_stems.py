@@ -15,12 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = {
     "block_sparse_linear": ("block_sparse_linear", "layer_linear"),
     "block_gradient_squared_norms": ("block_gradient_squared_norms", "candidate_gradients"),
-    "block_pattern": ("draw_free_places", "select_extreme"),  # and the class BlockPattern
+    "block_pattern": (
+        "draw_free_places",
+        "largest_reaching_all",
+        "lowest_to_spare",
+        "select_extreme",
+    ),  # and the class BlockPattern
     "compact_blocks": ("compact_blocks",),
 }
 # What block_pattern does is sorting, drawing and checking: its tests need no second version.
 # layer_linear is block_sparse_linear with what a layer's topology holds at the moment.
-WITHOUT_REFERENCE = {"layer_linear", "draw_free_places", "select_extreme"}
+WITHOUT_REFERENCE = {"layer_linear", *OPERATIONS["block_pattern"]}
 NOT_OPERATIONS = {"linear_workspace", "native_build_info", "norms_workspace", "trim_workspace", "workspace_bytes"}
 
 FILES = [

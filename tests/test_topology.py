@@ -9,6 +9,7 @@ import torch
 
 import sparsenet as sn
 from sparsenet.functional import StaleTopologyError, registry
+from sparsenet.topology import read_state
 
 PLACES = [(0, 0), (1, 1)]
 
@@ -108,3 +109,12 @@ def test_dead_layers_leave_nothing_in_the_registry():
 def test_what_is_no_pattern_is_refused_by_name():
     with pytest.raises(TypeError, match=r"block_sparse_linear: pattern must be a BlockPattern, got Tensor"):
         sn.functional.block_sparse_linear(torch.ones(1, 8), torch.ones(2, 4, 4), torch.ones(2, 2))
+
+
+def test_row76_a_saved_state_is_read_without_changing_the_layer():
+    saved, layer = layer_of([(0, 1)]), layer_of(PLACES)
+    before = layer.pattern
+    state = read_state(layer, {f"a.{key}": value for key, value in saved.state_dict().items()}, "a.")
+    assert state.pattern == saved.pattern and torch.equal(state.values, saved.values) and layer.pattern is before
+    with pytest.raises(ValueError):
+        read_state(layer, {**saved.state_dict(), "values": torch.ones(3, 4, 4)})

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,79 +22,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsenet import distributed
 from sparsenet.compaction.criteria import UnitView, unit_views
-from sparsenet.compaction.graph import CompactionError, Stage, UnitGraph
+from sparsenet.compaction.graph import CompactionError, UnitGraph
 from sparsenet.compaction.moves import StageMoves, model_bytes, prepare_stage
 from sparsenet.compaction.orders import UnitOrders
+from sparsenet.compaction.reporting import (
+    LAST,
+    CompactionReport,
+    Decision,
+    LayerChange,
+    closed_units,
+    layer_changes,
+    needed_units,
+)
 
 __all__ = ["CompactionError", "CompactionReport", "LayerChange", "compact", "plain_model"]
 
 logger = logging.getLogger(__name__)
 
 NATURAL = ("the model returns it", "it is an input of the model")
-LAST = "a layer keeps at least one unit"
 Criterion = Callable[[UnitView], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """What compaction did to the outputs of one layer.
-
-    Attributes:
-        before, after: units.
-        removed: why -> how many: ``closed gate``, ``constant``, ``unread``, ``criterion``.
-        kept: why -> how many dead units stay.
-        kept_units: int64 [after], the old number of each unit, in the new order.
-    """
-
-    before: int
-    after: int
-    removed: dict[str, int]
-    kept: dict[str, int]
-    kept_units: Tensor = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class CompactionReport:
-    """What one compaction did.
-
-    Attributes:
-        layers: by the name of the layer that makes the units.
-        parameters: elements of all parameters, before and after.
-        bytes: of parameters, gradients, buffers, block indices and optimizer state, before and after.
-        blocks: active blocks of all block-sparse layers, before and after.
-        fill_in: masked or filled-in elements stored in blocks, before and after.
-        folded: constant units whose contribution moved into a bias.
-        reblocked: layer whose units are in blocks -> ``whole blocks``, ``re-blocked`` or ``re-blocked, permuted``.
-        seconds: it took.
-    """
-
-    layers: dict[str, LayerChange]
-    parameters: tuple[int, int]
-    bytes: tuple[int, int]
-    blocks: tuple[int, int]
-    fill_in: tuple[int, int]
-    folded: int
-    reblocked: dict[str, str]
-    seconds: float
-
-    @property
-    def removed(self) -> int:
-        """Units removed from all layers."""
-        return sum(change.before - change.after for change in self.layers.values())
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':<24}{'units':>14}  why"]
-        for name, change in self.layers.items():
-            why = [f"{n} {reason}" for reason, n in change.removed.items()]
-            why += [f"{n} stay: {reason}" for reason, n in change.kept.items()]
-            why += [self.reblocked[name]] if name in self.reblocked else []
-            lines.append(f"{name:<24}{change.before:>6} -> {change.after:<5} {'; '.join(why)}".rstrip())
-        lines.append(f"{'parameters':<24}{self.parameters[0]:>6} -> {self.parameters[1]}")
-        lines.append(f"{'bytes':<24}{self.bytes[0]:>6} -> {self.bytes[1]}")
-        if self.blocks[0]:
-            lines.append(f"{'blocks':<24}{self.blocks[0]:>6} -> {self.blocks[1]}")
-            lines.append(f"{'inactive in blocks':<24}{self.fill_in[0]:>6} -> {self.fill_in[1]}")
-        return "\n".join(lines)
 
 
 def compact(
@@ -123,7 +68,8 @@ def compact(
             :mod:`sparsenet.compaction.criteria`. ``remove``: layer name -> units.
         spare: gate name -> units whose closed gate does not count: they may open again.
         copies: models of the same structure (an EMA, a best-so-far) that lose the same units.
-        sparsifier: the :class:`~sparsenet.Sparsifier` of this model, to learn of the new patterns.
+        sparsifier: the :class:`~sparsenet.Sparsifier` of this model, to learn of the new patterns; its ``followers``
+            are copies.
         opaque: names of modules to leave whole; the units they read stay.
         zeros: whether weights that are exactly zero count as absent. Off, a unit is dead only by its gate, by inactive
             blocks or by a criterion: layers that start at zero and blocks just grown are then safe.
@@ -162,10 +108,10 @@ def compact(
     graph = decision.graph
     orders = UnitOrders(graph, decision.needed, optimizers, fill_in, permute)
     prepared = [prepare_stage(graph, stage, orders, net, optimizers, fill_in) for stage in graph.stages]
-    twins = [plain_model(copy) for copy in copies]
+    twins = {id(twin): twin for twin in map(plain_model, (*copies, *getattr(sparsifier, "followers", ())))}.values()
     prepared += [prepare_stage(graph, stage, orders, twin, (), fill_in) for twin in twins for stage in graph.stages]
     distributed.assert_same("the units that compaction keeps", int(orders.kept.long().sum()))
-    layers = _layer_changes(decision, orders)
+    layers = layer_changes(decision, orders)
     reblocked = {stage.name: how for stage in graph.stages if (how := orders.how(stage))}
     before = model_bytes(net, optimizers)
     _commit(prepared)  # from here on the graph no longer describes the model
@@ -228,23 +174,7 @@ def _commit(prepared: list[StageMoves]) -> None:
 # --- who stays ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """What was found out.
-
-    Attributes:
-        graph: in which units that a criterion names are dead.
-        dead: bool by unit id, those units. keeps: class -> why it stays whatever it computes.
-        needed: bool by class, who must stay.
-    """
-
-    graph: UnitGraph
-    dead: Tensor
-    keeps: dict[int, str]
-    needed: Tensor
-
-
-def _decide(net: nn.Module, options: Mapping, criterion, remove: Mapping, strict: bool) -> _Decision:
+def _decide(net: nn.Module, options: Mapping, criterion, remove: Mapping, strict: bool) -> Decision:
     """The units that must stay; nothing is changed."""
     graph = UnitGraph(net, **options)
     dead = _named(graph, criterion, remove)
@@ -252,7 +182,7 @@ def _decide(net: nn.Module, options: Mapping, criterion, remove: Mapping, strict
     shells: set[int] = set()
     if dead.any():
         graph = UnitGraph(net, **options, dead=dead)
-    while (last := _last_unit(graph, needed := _needed(graph, keeps, shells))) is not None:
+    while (last := _last_unit(graph, needed := needed_units(graph, keeps, shells))) is not None:
         keeps[last] = LAST
         if not dead[last]:
             if not graph.constant_classes()[last]:
@@ -263,7 +193,7 @@ def _decide(net: nn.Module, options: Mapping, criterion, remove: Mapping, strict
             keeps = {**graph.pins, **keeps}
     if strict:
         _refuse_held_gates(graph, keeps)
-    return _Decision(graph, dead, keeps, needed)
+    return Decision(graph, dead, keeps, needed)
 
 
 def _spared(net: nn.Module, name: str, units: Sequence[int]) -> Tensor:
@@ -305,24 +235,6 @@ def _named(graph: UnitGraph, criterion: Criterion | None, remove: Mapping[str, S
     return dead[graph.classes]
 
 
-def _needed(graph: UnitGraph, keeps: Mapping[int, str], shells: set[int]) -> Tensor:
-    """Bool by class: what must stay, and whatever that reads. Of ``shells`` nobody reads the value."""
-    alive = torch.zeros(len(graph.classes), dtype=torch.bool)
-    if keeps.keys() - shells:
-        alive[torch.tensor(list(keeps.keys() - shells))] = True
-    weighted = [s for s in reversed(graph.stages) if s.weights is not None and s.inputs is not None]
-    count = -1
-    while count != (count := int(alive.sum())):
-        for stage in weighted:
-            rows = alive[graph.classes[stage.outputs.units]]
-            if rows.any():
-                columns = stage.weights.needed_columns(rows, graph.seen(stage.inputs), graph.zeros)
-                alive[graph.classes[stage.inputs.units[columns]]] = True
-    if shells:
-        alive[torch.tensor(list(shells))] = True
-    return alive
-
-
 def _last_unit(graph: UnitGraph, kept: Tensor) -> int | None:
     """The strongest unit, as a class, of the last layer that would lose all its units."""
     for view in reversed(unit_views(graph).values()):
@@ -335,7 +247,7 @@ def _last_unit(graph: UnitGraph, kept: Tensor) -> int | None:
 def _refuse_held_gates(graph: UnitGraph, keeps: Mapping[int, str]) -> None:
     """A closed gate that stays because what it reads, or what reads it, is not followed: an error that says so."""
     held: dict[str, str] = {}
-    for name, classes in _closed(graph).items():
+    for name, classes in closed_units(graph).items():
         for unit in classes.tolist():
             reason = keeps.get(unit, LAST)
             if reason not in (*NATURAL, LAST) and "normalises over it" not in reason:
@@ -349,50 +261,3 @@ def _refuse_held_gates(graph: UnitGraph, keeps: Mapping[int, str]) -> None:
             f"compact: a closed unit of {name!r} cannot be removed: {reason or 'what it reads is not followed'}; "
             "strict=False lets it stay"
         )
-
-
-def _closed(graph: UnitGraph) -> dict[str, Tensor]:
-    """Gate name -> classes of its closed units."""
-    return {
-        stage.name: graph.classes[stage.outputs.units[graph.closed(stage.name, stage.module)]]
-        for stage in graph.stages
-        if hasattr(stage.module, "closed_units")
-    }
-
-
-# --- what to say ----------------------------------------------------------------------------------------------------
-
-
-def _layer_changes(decision: _Decision, orders: UnitOrders) -> dict[str, LayerChange]:
-    """What happened to each layer's units, and why."""
-    graph = decision.graph
-    why: dict[int, str] = {}
-    for stage in graph.stages:
-        if stage.weights is not None and stage.inputs is not None:
-            constant = ~graph.seen(stage.inputs).isnan()
-            why.update(dict.fromkeys(graph.classes[stage.inputs.units[constant]].tolist(), "constant"))
-    for classes in _closed(graph).values():
-        why.update(dict.fromkeys(classes.tolist(), "closed gate"))
-    why.update(dict.fromkeys(graph.classes[decision.dead].tolist(), "criterion"))
-    return {
-        stage.name: _layer_change(graph, stage, orders, why, decision.keeps)
-        for stage in graph.stages
-        if stage.weights is not None
-    }
-
-
-def _layer_change(graph: UnitGraph, stage: Stage, orders: UnitOrders, why: Mapping, keeps: Mapping) -> LayerChange:
-    classes = graph.classes[stage.outputs.units]
-    removed: dict[str, int] = {}
-    kept: dict[str, int] = {}
-    for unit, stays in zip(classes.tolist(), orders.kept[classes].tolist(), strict=True):
-        if not stays:
-            reason = why.get(unit, "unread")
-            removed[reason] = removed.get(reason, 0) + 1
-        elif not orders.needed[unit]:
-            kept["its block is not empty"] = kept.get("its block is not empty", 0) + 1
-        elif unit in why and keeps.get(unit) not in NATURAL:
-            reason = keeps.get(unit, "a reader has no bias to take it, or pads with zeros")
-            kept[reason] = kept.get(reason, 0) + 1
-    order = orders.order(stage.outputs)
-    return LayerChange(len(classes), len(order), removed, kept, order)

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from sparsenet.compaction.modules import CompactLayerNorm, ConstantBranch
-from sparsenet.compaction.rules import FUNCTION_RULES, METHODS, MODULE_RULES, Axis, Shape, gated, name_of, variable
+from sparsenet.compaction.operands import METHODS, place_operands
+from sparsenet.compaction.rules import FUNCTION_RULES, MODULE_RULES, Axis, Shape, gated, name_of, variable
 from sparsenet.compaction.weights import UnitWeights, unit_weights
 from sparsenet.layers import SparseLinear
 from sparsenet.models import SparseMLP
@@ -113,13 +114,15 @@ def trace(model: nn.Module, opaque: Iterable[nn.Module] = ()) -> fx.Graph:
     """The graph of ``model``'s forward. Raises CompactionError naming the module that cannot be traced."""
     tracer = _Tracer(opaque)
     try:
-        return tracer.trace(model)
+        graph = tracer.trace(model)
     except Exception as error:
         where = f"module {tracer.path[-1]!r}" if tracer.path else "the model's forward"
         raise CompactionError(
             f"compact: {where} must be traceable by torch.fx, got {type(error).__name__}: {error}; "
             "a submodule named in opaque= is left whole"
         ) from error
+    place_operands(graph, dict(model.named_modules()))
+    return graph
 
 
 class UnitGraph:
@@ -139,7 +142,7 @@ class UnitGraph:
     Attributes:
         stages: in the order they run.
         classes: int64 by id: units that are one have one class.
-        pins: class -> why it stays.
+        pins: class -> why it stays. unread: those of them whose value nobody is known to read.
         nodes: the axis of each graph node that has one. lost: why the others have none.
         whole: modules that must keep their size, and why.
     """
@@ -164,7 +167,7 @@ class UnitGraph:
         self.graph = trace(model, hidden)
         self.whole = _left_whole(model, self.graph, self.modules, hidden)
         self._ids = _Ids()
-        self._pins: list[tuple[Tensor, str]] = []
+        self._pins: list[tuple[Tensor, str, bool]] = []
         self.stages: list[Stage] = []
         self.nodes: dict[fx.Node, Axis] = {}
         self.lost: dict[fx.Node, str] = {}
@@ -178,8 +181,11 @@ class UnitGraph:
                 self.nodes[node] = values[node]
         self.classes = self._ids.classes()
         self.pins: dict[int, str] = {}
-        for units, reason in self._pins:
+        self.unread: set[int] = set()
+        for units, reason, read in sorted(self._pins, key=lambda pin: not pin[2]):  # who reads it is told first
             for unit in self.classes[units].unique().tolist():
+                if unit not in self.pins and not read:
+                    self.unread.add(unit)
                 self.pins.setdefault(unit, reason)
 
     # --- the walk ---
@@ -216,9 +222,9 @@ class UnitGraph:
         name, module = node.target, self.modules[node.target]
         x = inputs[0] if len(inputs) == 1 else None
         why = self.whole.get(module)
-        if why is not None:
-            return self.pin_all(inputs, f"module {name!r} {why}")
         weights = unit_weights(module)
+        if why is not None:
+            return self._whole(weights, x, inputs, f"module {name!r} {why}")
         if weights is not None:
             return self._weighted(name, module, weights, inputs)
         rule = MODULE_RULES.get(type(module), gated if hasattr(module, "closed_units") else None)
@@ -226,6 +232,18 @@ class UnitGraph:
         if result is None:
             self.pin_all(inputs, f"module {name!r} ({type(module).__name__}) reads it")
         return result
+
+    def _whole(self, weights: UnitWeights | None, x: Axis | None, inputs: list, reason: str) -> None:
+        """A module that must keep its size: what it has no weight for stays as well, but nobody reads it."""
+        read = x.sized(weights.columns) if weights is not None and isinstance(x, Axis) else None
+        if read is None or x.dim != weights.channel_dim or weights.per_channel:
+            return self.pin_all(inputs, reason)
+        rows = torch.ones(weights.rows, dtype=torch.bool)
+        heard = weights.needed_columns(rows, variable(weights.columns), self.zeros)
+        self.pin(read, reason, heard)
+        self.pin(read, reason, ~heard, read=False)
+        self._lost = reason
+        return None
 
     def _weighted(self, name: str, module: nn.Module, weights: UnitWeights, inputs: list) -> Axis:
         """A linear layer or convolution: reads columns, makes rows."""
@@ -270,9 +288,9 @@ class UnitGraph:
         """Makes the units of both, position by position, one."""
         self._ids.joined.append((a.units, b.units))
 
-    def pin(self, axis: Axis, reason: str, which: Tensor | None = None) -> None:
-        """Units of ``axis`` stay: all, or those ``which`` (bool) says."""
-        self._pins.append((axis.units if which is None else axis.units[which], reason))
+    def pin(self, axis: Axis, reason: str, which: Tensor | None = None, *, read: bool = True) -> None:
+        """Units of ``axis`` stay: all, or those ``which`` (bool) says, though their values may not be ``read``."""
+        self._pins.append((axis.units if which is None else axis.units[which], reason, read))
 
     def pin_all(self, inputs: list, reason: str) -> None:
         """All units of all inputs stay, and what comes of them is not followed."""

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsenet.compaction.modules import CompactLayerNorm, ConstantBranch
+from sparsenet.compaction.operands import METHODS
 
-__all__ = ["FUNCTION_RULES", "METHODS", "MODULE_RULES", "Axis", "Graph", "Shape", "gated", "name_of", "variable"]
+__all__ = ["FUNCTION_RULES", "MODULE_RULES", "Axis", "Graph", "Shape", "gated", "name_of", "variable"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Graph(Protocol):
     def join(self, a: Axis, b: Axis) -> None:
         """The units of both, position by position, are one."""
 
-    def pin(self, axis: Axis, reason: str, which: Tensor | None = None) -> None:
-        """Units of ``axis`` stay."""
+    def pin(self, axis: Axis, reason: str, which: Tensor | None = None, *, read: bool = True) -> None:
+        """Units of ``axis`` stay, though their values may not be ``read``."""
 
     def pin_all(self, inputs: list, reason: str) -> None:
         """All units of all inputs stay."""
@@ -255,8 +256,8 @@ def _argument(node: fx.Node, position: int, name: str, default):
 
 def _elementwise_function(graph: Graph, node: fx.Node, inputs: list, values: dict) -> Axis | None:
     (x,) = inputs if len(inputs) == 1 else (None,)
-    if not isinstance(x, Axis):
-        return graph.pin_all(inputs, f"{node.target} reads it")
+    if not isinstance(x, Axis) or not node.args or not isinstance(node.args[0], fx.Node):
+        return graph.pin_all(inputs, f"{name_of(node.target)} reads it")
     others = [a for a in node.args if not isinstance(a, fx.Node)]
     function = METHODS.get(node.target, node.target)
     apply = lambda t: function(t, *others, **node.kwargs)  # noqa: E731 - closes over the call's own settings
@@ -290,7 +291,7 @@ def _flatten_function(graph: Graph, node: fx.Node, inputs: list, values: dict) -
 
 def _view(graph: Graph, node: fx.Node, inputs: list, values: dict) -> Axis | None:
     """``x.view(batch, -1)`` is a flattening; any other is not followed."""
-    x = values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    x = values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
     keeps_batch = len(sizes) == 2 and sizes[1] == -1 and isinstance(sizes[0], fx.Node) and _is_batch_size(sizes[0])
     out = _flattened(x, 1, -1) if isinstance(x, Axis) and keeps_batch else None
@@ -325,7 +326,7 @@ def _shape_of(graph: Graph, node: fx.Node, inputs: list, values: dict) -> Shape 
 def _ask_size(graph: Graph, axis: Axis, dim) -> None:
     counts = not isinstance(dim, int) or (dim != 0 and (axis.ndim is None or dim % axis.ndim == axis.ndim + axis.dim))
     if counts:
-        graph.pin(axis, "its number of channels is asked for")
+        graph.pin(axis, "its number of channels is asked for", read=False)
 
 
 def _getitem(graph: Graph, node: fx.Node, inputs: list, values: dict) -> None:
@@ -340,32 +341,40 @@ def _nothing(graph: Graph, node: fx.Node, inputs: list, values: dict) -> None:
 
 
 def _binary(graph: Graph, node: fx.Node, inputs: list, values: dict) -> Axis | None:
-    """+, - and *: of two tensors alike, or with a number."""
+    """+, -, * and /: of two tensors alike, or with a number; ``alpha`` and ``rounding_mode`` go along."""
     function = METHODS.get(node.target, node.target)
-    a, b = ((values.get(v) if isinstance(v, fx.Node) else v) for v in node.args[:2])
+    a, b = ((values.get(v) if isinstance(v, fx.Node) else v) for v in (*node.args, None, None)[:2])
     numbers = [v for v in (a, b) if isinstance(v, (int, float))]
     axes = [v for v in (a, b) if isinstance(v, Axis)]
-    if node.kwargs or len(numbers) + len(axes) != 2 or not axes:
+    settings = [v for name, v in node.kwargs.items() if name in ("alpha", "rounding_mode")]
+    understood = len(settings) == len(node.kwargs) and not any(isinstance(v, fx.Node) for v in settings)
+    if not understood or len(node.args) != 2 or len(numbers) + len(axes) != 2 or not axes:
         return graph.pin_all(inputs, f"{name_of(function)} with something not understood reads it")
+
+    def compute(left, right):
+        return function(left, right, **node.kwargs)
+
     if numbers:
-        compute = (lambda t: function(t, b)) if isinstance(a, Axis) else (lambda t: function(a, t))
-        return replace(axes[0], constant=_elementwise(compute, axes[0].constant))
+        once = (lambda t: compute(t, b)) if isinstance(a, Axis) else (lambda t: compute(torch.full_like(t, a), t))
+        return replace(axes[0], constant=_elementwise(once, axes[0].constant))
     if a.spread != b.spread:  # the other one says how often each unit stands
         a, b = (a.sized(len(b.units)), b) if a.spread else (a, b.sized(len(a.units)))
     if a is None or b is None or a.dim != b.dim or len(a.units) != len(b.units):
         return graph.pin_all(inputs, f"{name_of(function)} with a tensor of another form reads it")
     graph.join(a, b)
-    constant = function(a.constant, b.constant)
+    constant = compute(a.constant.clone(), b.constant)  # the function may work in place
     if function in _PRODUCTS:
         constant = torch.where((a.constant == 0) | (b.constant == 0), 0.0, constant)
+    constant = torch.where(constant.isfinite(), constant, math.nan)
     return replace(a, constant=constant, ndim=a.ndim if a.ndim is not None else b.ndim)
 
 
 def _concatenation(graph: Graph, node: fx.Node, inputs: list, values: dict) -> Axis | None:
-    parts = [values.get(n) for n in node.args[0]]
+    given = node.args[0] if node.args and isinstance(node.args[0], (tuple, list)) else ()
+    parts = [values.get(n) for n in given]
     dim = _argument(node, 1, "dim", 0)
-    whole = all(isinstance(p, Axis) and not p.spread and p.dim == parts[0].dim and _dim_is(p, dim) for p in parts)
-    if not whole:
+    whole = parts and all(isinstance(p, Axis) and not p.spread for p in parts)
+    if not whole or any(p.dim != parts[0].dim or not _dim_is(p, dim) for p in parts):
         return graph.pin_all(inputs, "a concatenation that is not understood reads it")
     ndim = next((p.ndim for p in parts if p.ndim is not None), None)
     units, constant = torch.cat([p.units for p in parts]), torch.cat([p.constant for p in parts])
@@ -396,18 +405,11 @@ _POOL_FUNCTIONS = (
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 )
-METHODS = {
-    **{name: getattr(torch, name) for name in ("relu", "sigmoid", "tanh", "neg", "abs", "square", "exp", "clamp")},
-    **{"relu_": torch.relu, "add": torch.add, "add_": torch.add, "sub": torch.sub, "mul": torch.mul, "mul_": torch.mul},
-    **{"contiguous": torch.clone, "clone": torch.clone, "flatten": torch.flatten, "mean": torch.mean},
-    **{"view": torch.reshape, "reshape": torch.reshape},
-}
 FUNCTION_RULES: dict[object, Callable[[Graph, fx.Node, list, dict], Axis | Shape | None]] = {
     **dict.fromkeys((*_ELEMENTWISE_FUNCTIONS, torch.clone), _elementwise_function),
-    **dict.fromkeys(
-        (*_PRODUCTS, operator.add, operator.iadd, torch.add, operator.sub, operator.isub, torch.sub), _binary
-    ),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenation),
+    **dict.fromkeys((*_PRODUCTS, operator.add, operator.iadd, torch.add), _binary),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, operator.truediv, operator.itruediv, torch.div), _binary),
+    torch.cat: _concatenation,
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), _dropout_function),
     **dict.fromkeys(_POOL_FUNCTIONS, _pool_function),
     **dict.fromkeys((getattr, "size"), _shape_of),

@@ -258,7 +258,19 @@ def check_grown_state(grown_state: Mapping[str, str]) -> dict[str, str]:
 
 
 class LayerMove:
-    """One layer and its state in all optimizers moved to a new pattern; can be taken back."""
+    """One layer and its state in all optimizers moved to a new pattern; can be taken back.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.optimizer_state import LayerMove
+        >>> layer = sn.SparseLinear(64, 64, density=0.5, block_size=16)
+        >>> before, other = layer.pattern, sn.BlockPattern.random((64, 64), 0.25, 16)
+        >>> move = LayerMove(layer, [torch.optim.Adam(layer.parameters())], other, {})
+        >>> moved = layer.pattern == other
+        >>> move.undo()
+        >>> moved, layer.pattern == before
+        (True, True)
+    """
 
     def __init__(
         self,
@@ -319,6 +331,19 @@ class StatesOfLayers:
     Whoever loads an earlier state of the model, or sets a pattern by hand, changes what the optimizer's tensors stand
     for. Before the optimizer's next step they are carried along: unless they too have been replaced or written to since
     its last step, as by ``optimizer.load_state_dict``.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.optimizer_state import StatesOfLayers
+        >>> layer = sn.SparseLinear(64, 64, density=0.5, block_size=16)
+        >>> optimizer = torch.optim.Adam(layer.parameters())
+        >>> states = StatesOfLayers([optimizer], {"layer": layer}, {})
+        >>> layer(torch.randn(3, 64)).sum().backward()
+        >>> optimizer.step()
+        >>> _ = layer.set_pattern(sn.BlockPattern.random((64, 64), 0.25, 16))
+        >>> states.follow()
+        >>> optimizer.state[layer.values]["exp_avg"].shape == layer.values.shape
+        True
     """
 
     def __init__(

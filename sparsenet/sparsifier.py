@@ -151,7 +151,7 @@ class Sparsifier:
 
     Example:
         >>> import torch, sparsenet as sn
-        >>> model = sn.SparseMLP([64, 256, 10], density=0.2, block_size=16)
+        >>> model = sn.SparseMLP([64, 256, 10], density=0.2)
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> sparsifier = sn.Sparsifier(model, optimizer, sn.RigL(drop_fraction=0.3), every=2)
         >>> for _ in range(4):

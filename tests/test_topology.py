@@ -111,10 +111,17 @@ def test_what_is_no_pattern_is_refused_by_name():
         sn.functional.block_sparse_linear(torch.ones(1, 8), torch.ones(2, 4, 4), torch.ones(2, 2))
 
 
-def test_row76_a_saved_state_is_read_without_changing_the_layer():
-    saved, layer = layer_of([(0, 1)]), layer_of(PLACES)
-    before = layer.pattern
-    state = read_state(layer, {f"a.{key}": value for key, value in saved.state_dict().items()}, "a.")
-    assert state.pattern == saved.pattern and torch.equal(state.values, saved.values) and layer.pattern is before
-    with pytest.raises(ValueError):
-        read_state(layer, {**saved.state_dict(), "values": torch.ones(3, 4, 4)})
+def test_row76_what_a_state_holds_is_read_and_nothing_changes():
+    layer, other = (sn.SparseLinear(64, 48, density=d, block_size=16) for d in (0.25, 0.5))
+    pattern, values = layer.pattern, layer.values.detach().clone()
+    whole = {f"a.{k}": v for k, v in other.state_dict().items()}
+    state = read_state(layer, whole, "a.")
+    assert (state.pattern, state.element_mask, state.absent) == (other.pattern, None, [])
+    assert torch.equal(state.values, other.values)
+    nothing = read_state(layer, {"more": values}, "a.")
+    assert nothing.values is None and nothing.absent == ["values", "crow_indices", "col_indices"]
+    fitting = read_state(layer, {"values": values})
+    assert fitting.pattern is pattern and fitting.absent == ["crow_indices", "col_indices"]
+    with pytest.raises(ValueError, match="must come together or fit"):
+        read_state(layer, {"a.values": other.values}, "a.")
+    assert layer.pattern is pattern and torch.equal(layer.values, values)

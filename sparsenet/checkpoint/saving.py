@@ -102,10 +102,10 @@ def save(
 
     Example:
         >>> import tempfile, torch, sparsenet as sn
-        >>> model = sn.SparseMLP([64, 128, 10], density=0.5)
+        >>> model = sn.SparseMLP([64, 128, 10], density=0.5, block_size=16)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sn.save(f"{folder}/a.safetensors", model, step=7)
-        ...     sn.load(f"{folder}/a.safetensors", sn.SparseMLP([64, 128, 10], density=0.1)).step
+        ...     sn.load(f"{folder}/a.safetensors", sn.SparseMLP([64, 128, 10], density=0.2, block_size=16)).step
         7
     """
     step = as_integer("save", "step", step, at_least=0)

@@ -19,7 +19,7 @@ from sparsenet.training.progress import read_metrics
 
 
 def test_fit_learns_rewires_and_reports(tmp_path):
-    learner = sn.Trainer(small_model(), with_config(epochs=8), tmp_path)
+    learner = sn.Trainer(small_model(seed=1), with_config(epochs=8), tmp_path)
     patterns = [layer.pattern for layer in learner.model]
     result = learner.fit(TRAIN, VALIDATION)
     assert (result.steps, result.interrupted, result.stopped_early) == (88, False, False)

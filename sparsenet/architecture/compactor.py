@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -81,12 +82,15 @@ class Compactor:
         patience = as_integer("Compactor", "patience", patience, at_least=1)
         if "spare" in options:
             raise ValueError("Compactor: spare must be left to patience, got it as an option")
+        options |= {name: tuple(options[name]) for name in ("copies", "opaque") if name in options}  # for every check
+        if fold and (options.get("copies") or getattr(sparsifier, "followers", ())):
+            raise ValueError("Compactor: fold must be False where there are copies or followers, which are not folded")
         self.model, self.optimizer, self.sparsifier = model, optimizer, sparsifier
-        self.every, self.begin, self.end = every, begin, end
-        self.patience, self.fold = patience, fold
+        self.every, self.begin, self.end, self.patience, self.fold = every, begin, end, patience, fold
         self.options = {**options, "zeros": sparsifier is None if zeros is None else zeros}
         self.steps = 0
         self.intervals: list[Interval] = []
+        self._last_check = self.begin
         self._seconds: list[float] = []
         self._since = time.perf_counter()
 
@@ -122,7 +126,7 @@ class Compactor:
         folded = self._fold() if self.fold else 0
         self.intervals.append(
             Interval(
-                begin=self.intervals[-1].end if self.intervals else self.begin,
+                begin=self._last_check,
                 end=self.steps,
                 units=units,
                 parameters=parameters,
@@ -133,6 +137,7 @@ class Compactor:
                 check_seconds=time.perf_counter() - began,
             )
         )
+        self._last_check = self.steps
         self._seconds.clear()
         return report
 
@@ -156,15 +161,25 @@ class Compactor:
     # --- saving ---
 
     def state_dict(self) -> dict:
-        """The step count, and for how many checks each gate has been closed."""
+        """The step count, the intervals so far, and for how many checks each gate has been closed."""
         gates = _gates(plain_model(self.model))
         counts = {name: gate._buffers[_COUNT].clone() for name, gate in gates.items() if _COUNT in gate._buffers}
-        return {"steps": self.steps, "closed_checks": counts}
+        return {
+            "steps": self.steps,
+            "last_check": self._last_check,
+            "intervals": [asdict(interval) for interval in self.intervals],
+            "seconds": list(self._seconds),
+            "closed_checks": counts,
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Continues where :meth:`state_dict` was taken. Load the model first."""
-        if not isinstance(state.get("steps"), int):
-            raise ValueError(f"Compactor: state must have an integer 'steps', got {state.get('steps')!r}")
+        """Continues where :meth:`state_dict` was taken; the intervals are then of both runs. Load the model first."""
+        if set(state) == {"steps", "closed_checks"} and isinstance(state["steps"], int):  # of an older file
+            last = self.begin + max(0, state["steps"] - self.begin) // self.every * self.every
+            state = {**state, "last_check": last, "intervals": [], "seconds": []}
+        for key in ("steps", "last_check"):
+            if not isinstance(state.get(key), int):
+                raise ValueError(f"Compactor: state must have an integer {key!r}, got {state.get(key)!r}")
         gates = _gates(plain_model(self.model))
         counts = state.get("closed_checks", {})
         for name, count in counts.items():
@@ -172,9 +187,18 @@ class Compactor:
                 raise ValueError(
                     f"Compactor: state must be of a model with the same gates, got {name!r} [{len(count)}]"
                 )
-        self.steps = state["steps"]
+        try:
+            intervals, seconds = [Interval(**fields) for fields in state["intervals"]], list(state["seconds"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"Compactor: state must have intervals and seconds of a Compactor, got {error}") from error
+        self.steps, self._last_check = state["steps"], state["last_check"]
+        self.intervals, self._seconds = intervals, seconds
+        for gate in gates.values():
+            gate._buffers.pop(_COUNT, None)  # counts of before are of another history
+            gate._non_persistent_buffers_set.discard(_COUNT)
         for name, count in counts.items():
             gates[name].register_buffer(_COUNT, count.to(gates[name].closed_units().device), persistent=False)
+        self._since = time.perf_counter()
 
 
 def _gates(net: nn.Module) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ import copy
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -158,6 +159,59 @@ def test_the_state_goes_on_after_a_restart():
         fresh.load_state_dict({})
 
 
+def test_row84_intervals_are_true_after_a_restart(tmp_path):
+    """Saved between two checks: the next interval begins at the last check, and all of its steps are in its median."""
+    model = gated(1, 0, 1, 1)
+    optimizer = torch.optim.SGD(weights(model), lr=0.01, momentum=0.9)
+    compactor = Compactor(model, optimizer, every=4, begin=1)
+    train(model, optimizer, compactor, steps=7)
+    with torch.no_grad():
+        model[1].width_gate[2] = 0
+    sn.save(tmp_path / "a.safetensors", model, optimizer, extra=compactor.state_dict())
+
+    again = gated(1, 1, 1, 1)
+    sn.resize_to(again, tmp_path / "a.safetensors")
+    other = torch.optim.SGD(weights(again), lr=0.01, momentum=0.9)
+    fresh = Compactor(again, other, every=4, begin=1)
+    fresh.load_state_dict(sn.load(tmp_path / "a.safetensors", again, other).extra)
+    assert fresh.intervals == compactor.intervals and len(fresh._seconds) == 2
+    reports = train(again, other, fresh, steps=6)
+    assert [r is not None for r in reports] == [False, True, False, False, False, True]
+    assert [(i.begin, i.end, i.removed) for i in fresh.intervals] == [(1, 5, 1), (5, 9, 1), (9, 13, 0)]
+    assert [i.units["0"] for i in fresh.intervals] == [4, 3, 2]
+    assert fresh.intervals[1].bytes < fresh.intervals[0].bytes and fresh.intervals[1].seconds_per_step > 0
+
+
+def test_row84_a_state_without_intervals_is_of_the_last_check():
+    compactor = Compactor(gated(1, 0, 1, 1), None, every=4, begin=1)
+    compactor.load_state_dict({"steps": 7, "closed_checks": {}})
+    assert [compactor.step() is not None for _ in range(2)] == [False, True]
+    assert [(i.begin, i.end) for i in compactor.intervals] == [(5, 9)]
+
+
+def test_row84_a_state_that_does_not_fit_changes_nothing():
+    compactor = Compactor(gated(1, 0, 1, 1), None, every=1, patience=2)
+    compactor.step()
+    good, before = compactor.state_dict(), copy.deepcopy(compactor.__dict__["intervals"])
+    for change, message in (
+        ({"last_check": None}, "state must have an integer 'last_check', got None"),
+        ({"intervals": [{"begin": 0}]}, "state must have intervals and seconds of a Compactor"),
+        ({"closed_checks": {"0": torch.zeros(4)}}, "state must be of a model with the same gates"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compactor.load_state_dict({**good, **change})
+        assert compactor.intervals == before and compactor.steps == 1
+
+
+def test_row84_counts_of_another_history_are_forgotten():
+    model = gated(1, 0, 1, 1)
+    compactor = Compactor(model, None, every=1, patience=2)
+    new = compactor.state_dict()
+    compactor.step()
+    compactor.load_state_dict(new)
+    assert compactor.step().removed == 0 and compactor.step().removed == 1
+
+
 # --- beside others --------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +291,38 @@ def test_options_reach_compact_and_copies_follow():
     assert average.module[0].out_features == 3
     with pytest.raises(ValueError, match="fill_in must be masked or trainable"):
         Compactor(model, None, every=1, fill_in="zero").step()
+
+
+def test_row84_copies_that_can_be_read_once_follow_every_check():
+    model = gated(1, 0, 1, 1)
+    average = copy.deepcopy(model)
+    compactor = Compactor(model, None, every=1, copies=iter([average]))
+    compactor.step()
+    with torch.no_grad():
+        model[1].width_gate[0] = 0
+    compactor.step()
+    assert model[0].out_features == average[0].out_features == 2
+
+
+def test_row68_followers_are_compacted_and_folding_refuses_them():
+    model = sparse_model()
+    with torch.no_grad():
+        model[1].width_gate[:16] = 0
+    average = copy.deepcopy(model)
+    sparsifier = sn.Sparsifier(model, None, sn.SET(), every=1000)
+    sparsifier.followers = [average]
+    Compactor(model, None, every=1, sparsifier=sparsifier).step()
+    assert model[0].out_features == average[0].out_features == 48
+    message = "Compactor: fold must be False where there are copies or followers"
+    with pytest.raises(ValueError, match=message):
+        Compactor(model, None, fold=True, sparsifier=sparsifier)
+    with pytest.raises(ValueError, match=message):
+        Compactor(model, None, fold=True, copies=[average])
+
+
+def test_row83_numbers_of_numpy():
+    compactor = Compactor(gated(1, 1), None, every=np.int64(2), patience=np.int32(1))
+    assert type(compactor.every) is int and compactor.step() is None and compactor.step() is not None
 
 
 def test_two_optimizers():

@@ -286,11 +286,12 @@ class LayerMove:
         leaves[self.carried[self.carried >= 0]] = False
         self.left = leaves.nonzero().flatten()
         self.left_values = layer.values.detach().index_select(0, self.left)
-        self.states = [(o, state) for o in optimizers if (state := state_by_block(o, layer.values))]
-        self.left_state = [{k: t.index_select(0, self.left) for k, t in state.items()} for _, state in self.states]
-        moved = [carried_state(o, layer.values, state, self.carried, grown_state) for o, state in self.states]
+        states = [(o, state) for o in optimizers if (state := state_by_block(o, layer.values))]
+        self.optimizers = [optimizer for optimizer, _ in states]
+        self.left_state = [{k: t.index_select(0, self.left) for k, t in state.items()} for _, state in states]
+        moved = [carried_state(o, layer.values, state, self.carried, grown_state) for o, state in states]
         layer.set_pattern(pattern)  # nothing below can fail
-        for (optimizer, _), state in zip(self.states, moved, strict=True):
+        for optimizer, state in zip(self.optimizers, moved, strict=True):
             optimizer.state[layer.values].update(state)
 
     def undo(self) -> None:
@@ -301,13 +302,13 @@ class LayerMove:
         values = take_blocks(self.layer.values.detach(), back, 0)
         values[self.left] = self.left_values
         states = []
-        for (optimizer, state), left in zip(self.states, self.left_state, strict=True):
+        for optimizer, left in zip(self.optimizers, self.left_state, strict=True):
             now = optimizer.state[self.layer.values]
-            states.append({key: take_blocks(now[key], back, 0) for key in state})
+            states.append({key: take_blocks(now[key], back, 0) for key in left})
             for key, tensor in states[-1].items():
                 tensor[self.left] = left[key]
         self.layer.set_pattern(self.old_pattern, values, self.old_mask)
-        for (optimizer, _), state in zip(self.states, states, strict=True):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.state[self.layer.values].update(state)
 
 

@@ -191,6 +191,7 @@ class BlockPattern:
 
         When there are enough blocks, every block row and every block column gets at least one.
         """
+        refuse_tracing("BlockPattern")
         weight = as_tensor("BlockPattern", "weight", weight)
         check_dense("BlockPattern", "weight", weight)
         if weight.dim() != 2:

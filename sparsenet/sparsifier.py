@@ -374,7 +374,8 @@ class Sparsifier:
         if quota.must_drop:
             self._say_what_died(name, pattern, new)
         held = quota.drop - len(dropped)
-        return new, LayerUpdate(places[dropped], grown, new.num_blocks, new.density, quota.clamped, held=held)
+        clamped = quota.clamped + quota.grow - held - len(grown)  # a policy may have named fewer places
+        return new, LayerUpdate(places[dropped], grown, new.num_blocks, new.density, clamped, held=held)
 
     def _choose(self, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor, str]:
         """Numbers of the blocks that leave, places that enter, and why not, if not."""

@@ -175,7 +175,7 @@ def test_row76_strict_false_reports_and_loads_what_is_there(tmp_path):
 def test_row76_a_dense_file_says_what_to_do(tmp_path):
     dense = nn.Sequential(nn.Linear(64, 48))
     sn.save(tmp_path / "a.safetensors", dense)
-    sparse = sn.sparsify_(dense, 0.5, 16)
+    sparse = sn.sparsify_(dense, 0.5, 16).model
     before = state_of(sparse)
     with pytest.raises(ValueError, match="'0' is dense there: load before sparsify_"):
         sn.load(tmp_path / "a.safetensors", sparse)

@@ -136,7 +136,8 @@ NOT_TRACED = {
         [t.reshape(2, 4, 4)], SMALL, torch.arange(8), torch.arange(8), SMALL
     )[0],
     "select_extreme": lambda t: sn.functional.select_extreme(t.flatten(), 2, largest=True),
-    "row_order": lambda t: sn.functional.row_order(t.flatten()[:2].int(), t.flatten()[:2].int()),
+    "draw_free_places": lambda t: sn.functional.draw_free_places(t.flatten()[:2].long(), 9, 1, 0),
+    "lowest_to_spare": lambda t: sn.functional.lowest_to_spare(t.flatten()[:2], 1, t.flatten()[:2].long()),
     "BlockPattern": lambda t: BlockPattern.from_dense(t).col_indices,
 }
 

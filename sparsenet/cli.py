@@ -30,7 +30,7 @@ COMMANDS = {  # module of sparsenet.commands: its line in the list of commands
     "reproduce": "repeat published experiments and compare with their numbers",
 }
 
-_OURS = re.compile(r"(sparsenet|Trainer|Sparsifier|bench|search|compact): ")  # RuntimeErrors that are sentences
+_OURS = re.compile(r"(sparsenet|Trainer|train|Sparsifier|bench|search|compact): ")  # RuntimeErrors that are sentences
 _NO_MEMORY = re.compile(
     r"can't allocate memory|CUDA out of memory|annot allocate memory|failed to map segment|can't start new thread"
 )

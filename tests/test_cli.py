@@ -216,6 +216,7 @@ def test_row84_memory_that_is_refused_is_one_line(run_child, arguments):
         (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
         (ImportError("libx.so: failed to map segment from shared object"), "out of memory: libx.so: failed to map"),
         (RuntimeError("search: a worker failed; run again to resume."), "error: search: a worker failed; run again"),
+        (RuntimeError("train: the loss must be finite, got nan"), "error: train: the loss must be finite, got nan"),
         (RuntimeError("sparsenet: no kernels for device cuda"), "error: sparsenet: no kernels for device cuda"),
     ],
 )

@@ -365,6 +365,8 @@ class StatesOfLayers:
                 states.mark()
 
         for optimizer in self.optimizers:
+            if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+                continue  # a wrapper that only stands for the optimizer inside it, which is here too
             for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)):
                 weakref.finalize(self, handle.remove)
 

@@ -121,6 +121,34 @@ def test_row66_state_in_an_inner_optimizer_follows():
     train(model, optimizer, sparsifier, 3)
 
 
+class StandsFor(torch.optim.Optimizer):
+    """Is an optimizer by name only: everything is that of the one inside, as in accelerate's wrapper."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure=None):
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_row66_a_wrapper_that_only_stands_for_an_optimizer():
+    model = network()
+    optimizer = StandsFor(torch.optim.Adam(model.parameters(), 1e-2))
+    sparsifier = sn.Sparsifier(model, optimizer, sn.SET(0.3), every=2)
+    train(model, optimizer, sparsifier)
+    before = by_place(model[1], optimizer.state[model[1].values]["exp_avg"])
+    assert sparsifier.step().grown
+    assert_followed(before, by_place(model[1], optimizer.state[model[1].values]["exp_avg"]))
+    train(model, optimizer, sparsifier, 3)
+
+
 class Elsewhere(torch.optim.SGD):
     """Keeps its momentum in a list of its own."""
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from sparsenet import functional
 from sparsenet.after_step import after_every_step
-from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size
-from sparsenet.pattern import BlockPattern, carried_from, where_true
-from sparsenet.topology import NO_WEIGHT, DenseWeight, LayerState, Topology, read_state
+from sparsenet.densities import choose_block_size
+from sparsenet.functional.blocks import dense_blocks, take_blocks, zero_outside
+from sparsenet.pattern import BlockPattern, carried_from, warn_unreached
+from sparsenet.topology import NO_WEIGHT, DenseWeight, LayerState, Topology, read_state, times_written
 
 __all__ = ["SparseLinear"]
 
@@ -272,7 +270,7 @@ class SparseLinear(nn.Module):
             zero_outside(values, pattern)
         self.topology.replace(pattern, element_mask, self.values, values)
         if self.topology.written >= 0:
-            self.topology.written = _times_written(self)
+            self.topology.written = times_written(self)
         self.values.grad = None
         if element_mask is not None:
             after_every_step(self, _zero_masked_elements)
@@ -362,7 +360,7 @@ class SparseLinear(nn.Module):
         family = self.topology.family
         twin.topology.family = family
         family.update((self, twin))
-        twin.topology.written = _times_written(twin)
+        twin.topology.written = times_written(twin)
         if twin.element_mask is not None:
             after_every_step(twin, _zero_masked_elements)
         return twin
@@ -462,58 +460,6 @@ def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPat
     return pattern.copy()
 
 
-def warn_unreached(owner: str, patterns: Mapping[str, BlockPattern], stacklevel: int) -> None:
-    """One warning that says which layers have outputs or inputs without any weight, and what would change that."""
-    said = []
-    for name, pattern in patterns.items():
-        outputs, inputs = pattern.unreached()
-        if not outputs and not inputs:
-            continue
-        of_layer = f"layer {name}: " if name else ""
-        (out_features, in_features), b = pattern.shape, pattern.block_size
-        better = next((c for c in CHOSEN_FROM if c < b and _reaches_all(pattern.shape, pattern.density, c)), None)
-        advice = f"block_size={better}" if better else "a higher density"
-        said.append(
-            f"{of_layer}{outputs} of {out_features} outputs and {inputs} of {in_features} inputs have no weight with "
-            f"{pattern.num_blocks} blocks of {b} x {b}; {advice} would reach all"
-        )
-    if said:
-        warnings.warn(f"{owner}: " + "; ".join(said), stacklevel=stacklevel)
-
-
-def _reaches_all(shape: tuple[int, int], density: float, block_size: int) -> bool:
-    return round(density * block_places(shape, block_size)) >= max(-(-n // block_size) for n in shape)
-
-
-def _times_written(layer: SparseLinear) -> int:
-    values = layer.values
-    return 0 if values.is_inference() else values._version
-
-
-def warn_about_averages(layers: Mapping[str, SparseLinear], followers: Mapping[str, Sequence[SparseLinear]]) -> None:
-    """Warns, once per copy, where a copy of a layer is averaged with values of other places.
-
-    Such a copy was written to from outside, never had a gradient, and has another pattern than the layer. Snapshots are
-    not written to, and copies that are trained have had a gradient.
-    """
-    for name, layer in layers.items():
-        family = layer.topology.family
-        if len(family) < 2:
-            continue
-        for copy in list(family):
-            topology = copy.topology
-            if copy is layer or topology.trained or topology.written < 0 or copy in followers.get(name, ()):
-                continue
-            if _times_written(copy) != topology.written and copy.pattern != layer.pattern:
-                topology.written = -1  # said
-                warnings.warn(
-                    f"Sparsifier: a copy of layer {name} was written to without being trained, and its blocks are not "
-                    "where those of the layer are: its values are averages over different places. Give averaged copies "
-                    "(EMA, SWA) to the Sparsifier: followers=[average]",
-                    stacklevel=3,
-                )
-
-
 def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
     """Fills with U(-1, 1)."""
     if generator is None or generator.device.type == t.device.type:
@@ -521,32 +467,6 @@ def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
     return t.copy_(
         torch.empty(t.shape, dtype=t.dtype, device=generator.device).uniform_(-1.0, 1.0, generator=generator)
     )
-
-
-def zero_outside(blocks: Tensor, pattern: BlockPattern) -> None:
-    """Zeroes, in ``blocks`` [num_blocks, b, b], the parts of edge blocks that lie outside the matrix."""
-    b = pattern.block_size
-    out_features, in_features = pattern.shape
-    if out_features % b:
-        blocks[pattern.row_indices.long() == pattern.block_rows - 1, out_features % b :] = 0
-    if in_features % b:
-        blocks[pattern.col.long() == pattern.block_cols - 1, :, in_features % b :] = 0
-
-
-def take_blocks(blocks: Tensor, carried: Tensor, fill) -> Tensor:
-    """``blocks[carried]`` along the first dimension, ``fill`` where carried is -1."""
-    if not len(blocks):
-        return blocks.new_full((len(carried), *blocks.shape[1:]), fill)
-    taken = blocks.index_select(0, carried.clamp(min=0))
-    return taken.index_fill_(0, where_true(carried < 0), fill)  # six times as fast as indexing by a mask
-
-
-def dense_blocks(weight: Tensor, pattern: BlockPattern) -> Tensor:
-    """[num_blocks, b, b]: the blocks of a dense [out, in] matrix that ``pattern`` names."""
-    b = pattern.block_size
-    padded = nn.functional.pad(weight.detach(), (0, -weight.shape[1] % b, 0, -weight.shape[0] % b))
-    tiles = padded.reshape(pattern.block_rows, b, pattern.block_cols, b).permute(0, 2, 1, 3)
-    return tiles[pattern.row_indices.long(), pattern.col_indices.long()]
 
 
 def _zero_masked_elements(layer: SparseLinear) -> None:

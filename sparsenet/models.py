@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 
 from sparsenet.densities import block_places, choose_block_size, distribute
 from sparsenet.functional.checks import check_block_size
-from sparsenet.layers import SparseLinear, refuse_other_keys, refuse_unfit_state, sparse_layers, warn_unreached
-from sparsenet.pattern import BlockPattern
+from sparsenet.layers import SparseLinear, refuse_other_keys, refuse_unfit_state, sparse_layers
+from sparsenet.pattern import BlockPattern, warn_unreached
 from sparsenet.schedules import as_number, number_of, numbers_of
 from sparsenet.swapping.refusals import (
     check_swappable,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparsenet.layers import SparseLinear, take_blocks
+from sparsenet.functional.blocks import take_blocks
+from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern, carried_from
 
 __all__ = [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sparsenet.densities import CHOSEN_FROM, block_places
 from sparsenet.functional import BLOCK_SIZES, draw_free_places, largest_reaching_all, native, registry
 from sparsenet.functional.checks import as_tensor, check_block_size, check_dense, refuse_tracing
 from sparsenet.schedules import as_integer, number_of, numbers_of
@@ -348,14 +350,32 @@ def _random_places(block_rows: int, block_cols: int, count: int, generator: torc
     return torch.cat([chosen, more])
 
 
-def where_true(mask: Tensor) -> Tensor:
-    """int64: where ``mask`` [n] is true. On the CPU numpy takes half of torch's time."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().flatten()
-
-
 def blocks_for(shape: tuple[int, int], density: float, block_size: int) -> int:
     """Number of blocks that ``density`` means for a matrix of ``shape``."""
     return round(density * math.prod(-(-n // block_size) for n in shape))
+
+
+def warn_unreached(owner: str, patterns: Mapping[str, BlockPattern], stacklevel: int) -> None:
+    """One warning that says which layers have outputs or inputs without any weight, and what would change that."""
+    said = []
+    for name, pattern in patterns.items():
+        outputs, inputs = pattern.unreached()
+        if not outputs and not inputs:
+            continue
+        of_layer = f"layer {name}: " if name else ""
+        (out_features, in_features), b = pattern.shape, pattern.block_size
+        better = next((c for c in CHOSEN_FROM if c < b and _reaches_all(pattern.shape, pattern.density, c)), None)
+        advice = f"block_size={better}" if better else "a higher density"
+        said.append(
+            f"{of_layer}{outputs} of {out_features} outputs and {inputs} of {in_features} inputs have no weight with "
+            f"{pattern.num_blocks} blocks of {b} x {b}; {advice} would reach all"
+        )
+    if said:
+        warnings.warn(f"{owner}: " + "; ".join(said), stacklevel=stacklevel)
+
+
+def _reaches_all(shape: tuple[int, int], density: float, block_size: int) -> bool:
+    return round(density * block_places(shape, block_size)) >= max(-(-n // block_size) for n in shape)
 
 
 def carried_from(old: BlockPattern, new: BlockPattern) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsenet import distributed, functional
 from sparsenet.densities import DISTRIBUTIONS, apportion, proportions
-from sparsenet.layers import SparseLinear, sparse_layers, warn_about_averages
+from sparsenet.layers import SparseLinear, sparse_layers
 from sparsenet.optimizer_state import (
     LayerMove,
     StatesOfLayers,
@@ -29,6 +29,7 @@ from sparsenet.policies.growth import Growth, View
 from sparsenet.policies.places import BadScores, checked_scores, layer_key
 from sparsenet.policies.policy import Policy
 from sparsenet.schedules import Complement, as_integer, as_schedule, last_step
+from sparsenet.topology import warn_about_averages
 
 __all__ = ["LayerUpdate", "Sparsifier", "Update"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,39 @@ def _exchange(parameter: nn.Parameter, data: Tensor) -> None:
         other = torch.float64 if data.dtype != torch.float64 else torch.float32
         parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
+
+
+# --- copies of a layer ------------------------------------------------------------------------------------------------
+
+
+def times_written(layer: nn.Module) -> int:
+    """How often the memory of the layer's values was written to."""
+    values = layer.values
+    return 0 if values.is_inference() else values._version
+
+
+def warn_about_averages(layers: Mapping[str, nn.Module], followers: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Warns, once per copy, where a copy of a layer is averaged with values of other places.
+
+    Such a copy was written to from outside, never had a gradient, and has another pattern than the layer. Snapshots are
+    not written to, and copies that are trained have had a gradient.
+    """
+    for name, layer in layers.items():
+        family = layer.topology.family
+        if len(family) < 2:
+            continue
+        for twin in list(family):
+            topology = twin.topology
+            if twin is layer or topology.trained or topology.written < 0 or twin in followers.get(name, ()):
+                continue
+            if times_written(twin) != topology.written and twin.pattern != layer.pattern:
+                topology.written = -1  # said
+                warnings.warn(
+                    f"Sparsifier: a copy of layer {name} was written to without being trained, and its blocks are not "
+                    "where those of the layer are: its values are averages over different places. Give averaged copies "
+                    "(EMA, SWA) to the Sparsifier: followers=[average]",
+                    stacklevel=3,
+                )
 
 
 # --- what a state dict holds for a layer ----------------------------------------------------------------------------

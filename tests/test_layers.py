@@ -19,7 +19,7 @@ from torch import nn
 import sparsenet as sn
 from sparsenet import BlockPattern, SparseLinear, densify_, sparsify_
 from sparsenet.functional import StaleTopologyError
-from sparsenet.layers import dense_blocks, take_blocks
+from sparsenet.functional.blocks import dense_blocks, take_blocks
 from sparsenet.topology import replace_data
 
 OPTIMIZERS = {

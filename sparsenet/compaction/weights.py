@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsenet.layers import SparseLinear, zero_outside
+from sparsenet.functional.blocks import zero_outside
+from sparsenet.layers import SparseLinear
 
 __all__ = ["BlockWeights", "DenseWeights", "UnitWeights", "unit_weights"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsenet import functional
-from sparsenet.pattern import BlockPattern, where_true
+from sparsenet.functional.blocks import where_true
+from sparsenet.pattern import BlockPattern
 
 __all__ = [
     "PLACES_AT_ONCE",

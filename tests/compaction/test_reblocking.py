@@ -11,7 +11,7 @@ from torch import nn
 import sparsenet as sn
 from sparsenet.compaction.compacting import CompactionError, compact
 from sparsenet.compaction.reblocking import fullest_order, reblock
-from sparsenet.layers import zero_outside
+from sparsenet.functional.blocks import zero_outside
 from sparsenet.pattern import BlockPattern
 
 # --- counting blocks ------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from torch.optim.swa_utils import update_bn
 from sparsenet import data as datasets
 from sparsenet.architecture.search.space import Architecture, DensityMLP, linear_of, weights_of
 from sparsenet.data.examples import Examples
-from sparsenet.layers import SparseLinear, dense_blocks
+from sparsenet.functional.blocks import dense_blocks
+from sparsenet.layers import SparseLinear
 from sparsenet.pattern import carried_from
 
 __all__ = ["TrialConfig", "TrialData", "TrialResult", "effective_gradient_flow", "inherit_", "train_trial"]

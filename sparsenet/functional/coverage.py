@@ -42,9 +42,16 @@ def lowest_to_spare(scores: Tensor, count: int, *lines: Tensor) -> Tensor:
         tensor([1])
     """
     refuse_tracing("lowest_to_spare")
-    on_cpu = (t.contiguous().numpy(force=True) for t in (scores.float(), *lines))
-    chosen = native.lowest_to_spare(next(on_cpu), count, list(on_cpu))
-    return torch.from_numpy(chosen).to(scores.device)
+    scores, order = scores.float().contiguous(), None
+    if not hasattr(native.kernels_of(scores.device), "lowest_to_spare"):
+        # Scores stay on their device: blocks in the order of their scores are blocks of equal scores, asked by number.
+        if bool(scores.isnan().any()):
+            raise ValueError("lowest_to_spare: scores must not be NaN")
+        order = (scores + 0.0).sort(stable=True).indices  # -0 and +0 are the same score
+        lines, scores = tuple(line[order] for line in lines), torch.zeros(len(order), device="cpu")
+    on_cpu = [line.contiguous().numpy(force=True) for line in lines]
+    chosen = torch.from_numpy(native.lowest_to_spare(scores.numpy(), count, on_cpu))
+    return chosen if order is None else order[chosen.to(order.device)].sort().values
 
 
 def largest_reaching_all(scores: Tensor, count: int) -> Tensor:

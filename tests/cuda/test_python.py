@@ -323,10 +323,10 @@ def test_every_policy_rewires_as_on_the_cpu(module, policy):
 
 @pytest.mark.parametrize("policy", ["set", "rigl"])
 def test_a_rewire_takes_neither_weights_nor_scores_to_the_host(module, monkeypatch, policy):
-    """What a GPU would have to wait for: single numbers, and never more of a layer's values, scores or moments."""
+    """What a GPU would have to wait for: single numbers and places, never a layer's values, scores or moments."""
     monkeypatch.setattr(functional.native, "handed", lambda t: t)  # CPU tensors go to the kernels as a GPU's would
     # numpy is the way of CPU tensors alone
-    for module_of in ("policies.places", "layers"):
+    for module_of in ("policies.places", "functional.blocks"):
         monkeypatch.setattr(f"sparsenet.{module_of}.where_true", lambda mask: mask.nonzero().flatten())
     taken = []
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsenet import functional
 from sparsenet.functional import largest_reaching_all, lowest_to_spare
 
 
@@ -83,3 +84,19 @@ def test_nothing_moves_where_the_largest_reach_all(density, moved):
     scores = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
     count = round(density * 64 * 64)
     assert sorted(largest_reaching_all(scores, count).tolist()) == sorted(scores.flatten().topk(count).indices.tolist())
+
+
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.floats(0, 1))
+def test_row81_scores_that_stay_on_their_device_give_the_same(seed, height, width, density, share):
+    """Where the kernels of a device do not ask, the order of the scores is found there, and no score leaves it."""
+    draw = torch.Generator().manual_seed(seed)
+    places = (torch.rand(height * width, generator=draw) < density).nonzero().flatten()
+    scores = (torch.rand(len(places), generator=draw) * 4).round() - 2  # with ties, and zeros of both signs
+    lines, count = (places // width, places % width), round(share * len(places))
+    here = lowest_to_spare(scores, count, *lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional.native, "kernels_of", lambda device: object())
+        assert torch.equal(lowest_to_spare(scores, count, *lines), here)
+        if len(scores):
+            with pytest.raises(ValueError, match="scores must not be NaN"):
+                lowest_to_spare(scores * torch.nan, count, *lines)

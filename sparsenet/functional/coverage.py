@@ -7,6 +7,7 @@ it again.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,15 +44,16 @@ def lowest_to_spare(scores: Tensor, count: int, *lines: Tensor) -> Tensor:
     """
     refuse_tracing("lowest_to_spare")
     scores, order = scores.float().contiguous(), None
-    if not hasattr(native.kernels_of(scores.device), "lowest_to_spare"):
-        # Scores stay on their device: blocks in the order of their scores are blocks of equal scores, asked by number.
+    if hasattr(native.kernels_of(scores.device), "lowest_to_spare"):
+        asked_by = scores.numpy(force=True)
+    else:  # scores stay on their device: blocks in the order of their scores are blocks of equal scores, asked by number
         if bool(scores.isnan().any()):
             raise ValueError("lowest_to_spare: scores must not be NaN")
         order = (scores + 0.0).sort(stable=True).indices  # -0 and +0 are the same score
-        lines, scores = tuple(line[order] for line in lines), torch.zeros(len(order), device="cpu")
+        asked_by, lines = np.zeros(len(order), np.float32), tuple(line[order] for line in lines)
     on_cpu = [line.contiguous().numpy(force=True) for line in lines]
-    chosen = torch.from_numpy(native.lowest_to_spare(scores.numpy(), count, on_cpu))
-    return chosen if order is None else order[chosen.to(order.device)].sort().values
+    chosen = torch.from_numpy(native.lowest_to_spare(asked_by, count, on_cpu)).to(scores.device)
+    return chosen if order is None else order[chosen].sort().values
 
 
 def largest_reaching_all(scores: Tensor, count: int) -> Tensor:

@@ -46,7 +46,7 @@ def lowest_to_spare(scores: Tensor, count: int, *lines: Tensor) -> Tensor:
     scores, order = scores.float().contiguous(), None
     if hasattr(native.kernels_of(scores.device), "lowest_to_spare"):
         asked_by = scores.numpy(force=True)
-    else:  # scores stay on their device: blocks in the order of their scores are blocks of equal scores, asked by number
+    else:  # scores stay on their device: blocks in the order of their scores are as blocks of equal scores
         if bool(scores.isnan().any()):
             raise ValueError("lowest_to_spare: scores must not be NaN")
         order = (scores + 0.0).sort(stable=True).indices  # -0 and +0 are the same score

@@ -14,7 +14,7 @@ from sparsenet.functional.build import build_info
 from sparsenet.layers import SparseLinear
 from sparsenet.models import SparseMLP, densify_, sparsify_
 from sparsenet.pattern import BlockPattern
-from sparsenet.policies import GMP, SET, Policy, RigL, Static
+from sparsenet.policies import GMP, OBD, SET, Cascade, Fisher, Policy, RigL, Static, Taylor, WoodFisher
 from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
 from sparsenet.swapping import SparsifyReport
@@ -49,9 +49,11 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "GMP",
+    "OBD",
     "SET",
     "BlockPattern",
     "BudgetError",
+    "Cascade",
     "Checkpoint",
     "CompactionError",
     "CompactionReport",
@@ -62,6 +64,7 @@ __all__ = [
     "Evaluation",
     "Examples",
     "Exponential",
+    "Fisher",
     "FitResult",
     "LayerUpdate",
     "Linear",
@@ -76,10 +79,12 @@ __all__ = [
     "Sparsifier",
     "SparsifyReport",
     "Static",
+    "Taylor",
     "TrainConfig",
     "Trainer",
     "TriStateReLU",
     "Update",
+    "WoodFisher",
     "architecture",
     "architecture_penalty",
     "build_info",

@@ -164,6 +164,11 @@ def gather_operands(x: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
     return _gather_rows(x), _gather_rows(grad_output) / dist.get_world_size()
 
 
+def gathered(t: Tensor) -> Tensor:
+    """Every rank's rows of ``t``, in rank order; ``t`` itself with a single rank."""
+    return _gather_rows(t) if is_active() else t
+
+
 def gather_best(places: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` best of all ranks' best places, ascending."""
     if not is_active():

@@ -261,6 +261,8 @@ def check_grown_state(grown_state: Mapping[str, str]) -> dict[str, str]:
 class LayerMove:
     """One layer and its state in all optimizers moved to a new pattern; can be taken back.
 
+    ``values`` [old num_blocks, b, b]: what the blocks that stay become; default: what they are.
+
     Example:
         >>> import torch, sparsenet as sn
         >>> from sparsenet.optimizer_state import LayerMove
@@ -279,6 +281,7 @@ class LayerMove:
         optimizers: Sequence[Optimizer],
         pattern: BlockPattern,
         grown_state: Mapping[str, str],
+        values: Tensor | None = None,
     ):
         self.layer = layer
         self.old_pattern, self.old_mask = layer.pattern, layer.element_mask
@@ -287,11 +290,13 @@ class LayerMove:
         leaves[self.carried[self.carried >= 0]] = False
         self.left = leaves.nonzero().flatten()
         self.left_values = layer.values.detach().index_select(0, self.left)
+        self.old_values = None if values is None else layer.values.detach().clone()
         states = [(o, state) for o in optimizers if (state := state_by_block(o, layer.values))]
         self.optimizers = [optimizer for optimizer, _ in states]
         self.left_state = [{k: t.index_select(0, self.left) for k, t in state.items()} for _, state in states]
         moved = [carried_state(o, layer.values, state, self.carried, grown_state) for o, state in states]
-        layer.set_pattern(pattern)  # nothing below can fail
+        values = None if values is None else take_blocks(values.to(layer.values), self.carried, 0.0)
+        layer.set_pattern(pattern, values)  # nothing below can fail
         for optimizer, state in zip(self.optimizers, moved, strict=True):
             optimizer.state[layer.values].update(state)
 
@@ -302,6 +307,7 @@ class LayerMove:
         back[self.carried[stays]] = stays.nonzero().flatten()
         values = take_blocks(self.layer.values.detach(), back, 0)
         values[self.left] = self.left_values
+        values = values if self.old_values is None else self.old_values
         states = []
         for optimizer, left in zip(self.optimizers, self.left_state, strict=True):
             now = optimizer.state[self.layer.values]

@@ -26,8 +26,9 @@ from sparsenet.optimizer_state import (
 )
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies.growth import Growth, View
-from sparsenet.policies.places import BadScores, checked_scores, layer_key
+from sparsenet.policies.places import BadScores, checked_scores, checked_values, layer_key
 from sparsenet.policies.policy import Policy
+from sparsenet.saliency import LastCall
 from sparsenet.schedules import Complement, as_integer, as_schedule, last_step
 from sparsenet.topology import warn_about_averages
 
@@ -113,6 +114,15 @@ class _Quota:
         target = pattern.num_blocks - self.drop + self.grow
         lines = (pattern.block_rows, pattern.row_indices), (pattern.block_cols, pattern.col)
         return [of_block.long() for count, of_block in lines if target >= count]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of one layer. ``values`` [num_blocks, b, b]: new ones for the blocks that stay; None: the same."""
+
+    pattern: BlockPattern
+    update: LayerUpdate
+    values: Tensor | None = None
 
 
 class Sparsifier:
@@ -206,6 +216,7 @@ class Sparsifier:
         self._said: set[str] = set()
         self._growth: dict[str, Growth] = {}
         self._quotas: dict[str, _Quota] = {}
+        self._last_call = LastCall()
         self._proportions = self._counts()
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
         self._warn_if_idle()
@@ -266,6 +277,8 @@ class Sparsifier:
         """If the next step rewires, settles how many blocks move and has backward score the growth."""
         for layer in self.layers.values():
             layer.topology.observer = None
+        self._last_call.remove()
+        self._last_call = LastCall()
         self._growth, self._quotas = {}, {}
         step = self.steps + 1
         if not self._rewires_at(step):
@@ -275,11 +288,13 @@ class Sparsifier:
         fraction = self.policy.drop_fraction_at(step)
         for name, layer in layers.items():
             quota = self._quotas[name] = _Quota.of(layer.pattern, targets[name], fraction)
-            growth = Growth(View(name, layer, layer_key(self.seed, step, name)), self.policy, quota.grow)
-            self._growth[name] = growth
-            if self.policy.needs_gradient and quota.grow:
+            view = View(name, layer, layer_key(self.seed, step, name), quota.drop)
+            growth = self._growth[name] = Growth(view, self.policy, quota.grow)
+            if growth.watches_growth or growth.watches_drops:
                 layer.topology.observer = growth.observe
                 layer.topology.expected_calls = 0
+        if self.policy.measures and any(quota.drop for quota in self._quotas.values()):
+            self._last_call = LastCall(self.model)
 
     def _density_at(self, step: int) -> float:
         """The density that a rewire at ``step`` moves to: the last one before the end moves to that of the end."""
@@ -328,20 +343,22 @@ class Sparsifier:
         for name in self._growth:
             for optimizer in self.optimizers:
                 check_followable(optimizer, self.layers[name].values, name, self.layers[name].pattern.num_blocks)
+        self._measure()
         plans = {name: self._plan(name) for name in self._growth}
         if distributed.is_active():
-            for name, (pattern, _) in plans.items():
-                distributed.assert_same(f"the new topology of layer {name}", int(pattern.fingerprint[:15], 16))
-        resized = [n for n, (p, _) in plans.items() if p.num_blocks != self.layers[n].pattern.num_blocks]
+            for name, plan in plans.items():
+                distributed.assert_same(f"the new topology of layer {name}", int(plan.pattern.fingerprint[:15], 16))
+        resized = [n for n, p in plans.items() if p.pattern.num_blocks != self.layers[n].pattern.num_blocks]
         if resized:
             distributed.check_resizable(self.model, resized[0])
         done: list[LayerMove] = []
         try:
-            for name, (pattern, update) in plans.items():
-                if update.dropped or update.grown:
+            for name, plan in plans.items():
+                if plan.update.dropped or plan.update.grown:
                     for follower in self._follower_layers.get(name, ()):
-                        done.append(LayerMove(follower, (), pattern, self.grown_state))
-                    done.append(LayerMove(self.layers[name], self.optimizers, pattern, self.grown_state))
+                        done.append(LayerMove(follower, (), plan.pattern, self.grown_state))
+                    move = (self.layers[name], self.optimizers, plan.pattern, self.grown_state, plan.values)
+                    done.append(LayerMove(*move))
         except BaseException:
             for move in reversed(done):
                 move.undo()
@@ -349,24 +366,36 @@ class Sparsifier:
         if resized:
             distributed.rebuild(self.model)
         self._states.mark()
-        return Update(self.steps, {name: update for name, (_, update) in plans.items()})
+        return Update(self.steps, {name: plan.update for name, plan in plans.items()})
 
-    def _plan(self, name: str) -> tuple[BlockPattern, LayerUpdate]:
+    def _measure(self) -> None:
+        """Lets a policy that wants to run the model, over the layers that are to lose blocks."""
+        views = {name: g.view for name, g in self._growth.items() if g.view.drop and g.is_current()}
+        if self.policy.measures and views:
+            seed = layer_key(self.seed, self.steps, "targets")
+            self.policy.measure(distributed.unwrap(self.model), self._last_call.call, views, seed)
+
+    def _plan(self, name: str) -> _Plan:
         """The layer's next pattern; changes nothing."""
         layer, quota, growth = self.layers[name], self._quotas[name], self._growth[name]
         pattern = layer.pattern
         none = torch.empty(0, dtype=torch.int64, device=pattern.device)
         skipped = ""
         dropped = grown = none
+        values = None
         if not layer.values.requires_grad:
             skipped = "it was frozen after the rewire was prepared"
-        elif growth.pattern is not pattern:
+        elif not growth.is_current():
             skipped = "its pattern was replaced after the rewire was prepared"
         elif quota.drop or quota.grow:
-            dropped, grown, skipped = self._choose(pattern, growth, quota)
+            try:
+                dropped, grown = self._choose(pattern, growth, quota)
+                values = self._adjusted(growth.view, dropped)
+            except BadScores as error:
+                skipped = str(error)
         if skipped:
             logger.warning("Sparsifier: step %d, layer %s keeps its topology: %s", self.steps, name, skipped)
-            return pattern, LayerUpdate(none, none, pattern.num_blocks, pattern.density, quota.clamped, skipped)
+            return _Plan(pattern, LayerUpdate(none, none, pattern.num_blocks, pattern.density, quota.clamped, skipped))
         places = pattern.linear_places()
         stays = torch.ones(len(places), dtype=torch.bool, device=places.device)
         stays[dropped] = False
@@ -376,19 +405,27 @@ class Sparsifier:
             self._say_what_died(name, pattern, new)
         held = quota.drop - len(dropped)
         clamped = quota.clamped + quota.grow - held - len(grown)  # a policy may have named fewer places
-        return new, LayerUpdate(places[dropped], grown, new.num_blocks, new.density, clamped, held=held)
+        update = LayerUpdate(places[dropped], grown, new.num_blocks, new.density, clamped, held=held)
+        return _Plan(new, update, values)
 
-    def _choose(self, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor, str]:
-        """Numbers of the blocks that leave, places that enter, and why not, if not."""
+    def _adjusted(self, view: View, dropped: Tensor) -> Tensor | None:
+        """New values, the same on every rank; raises BadScores for NaN and Inf."""
+        values = self.policy.adjust(view, dropped) if len(dropped) else None
+        return None if values is None else distributed.averaged(checked_values(values, view.values))
+
+    def _choose(self, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor]:
+        """Numbers of the blocks that leave, and places that enter; BadScores says why the layer stays as it is."""
         none = torch.empty(0, dtype=torch.int64, device=pattern.device)
         if quota.grow and self.policy.needs_gradient:
             growth.settle(quota.grow)
         if growth.error:
-            return none, none, growth.error
-        try:
-            scores = checked_scores(self.policy.drop_scores(growth.view), pattern.num_blocks, "drop")
-        except BadScores as error:
-            return none, none, str(error)
+            raise BadScores(growth.error)
+        watched = self.policy.observes or self.policy.measures
+        if watched and not quota.drop:  # nothing was measured
+            return none, growth.best(quota.grow) if quota.grow else none
+        if watched:
+            self.policy.share(growth.view)
+        scores = checked_scores(self.policy.drop_scores(growth.view), pattern.num_blocks, "drop")
         dropped = functional.lowest_to_spare(scores, quota.drop, *quota.kept_lines(pattern))
         if len(dropped) < quota.must_drop:  # the density leaves too few blocks for all rows and columns
             dropped = functional.select_extreme(
@@ -396,10 +433,12 @@ class Sparsifier:
             )
         entering = quota.grow - (quota.drop - len(dropped))
         if not entering:
-            return dropped, none, ""
+            return dropped, none
         if not self.policy.needs_gradient:
             growth.settle(entering)
-        return (none, none, growth.error) if growth.error else (dropped, growth.best(entering), "")
+        if growth.error:
+            raise BadScores(growth.error)
+        return dropped, growth.best(entering)
 
     # --- what it says ---
 

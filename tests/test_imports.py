@@ -17,7 +17,7 @@ TIERS = (  # from top to bottom: a file may import its own tier and those below
     ("reproduce", "benchmark"),
     ("training", "compaction", "architecture", "integrations"),
     ("memory", "checkpoint", "sparsifier", "optimizer_state"),
-    ("policies", "models", "swapping", "distributed"),
+    ("policies", "saliency", "models", "swapping", "distributed"),
     ("layers",),
     ("topology", "after_step", "testing"),
     ("pattern",),

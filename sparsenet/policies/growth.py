@@ -1,11 +1,15 @@
 """Where a layer grows: the view of it that a policy sees, and the search for places while a backward pass runs.
 
+A policy that wants to see that pass for the sake of what leaves is shown it here as well.
+
 The gradient that counts is that of one backward pass, the last before the rewire. A layer that is called several times
 in it (recurrence, shared blocks) has the sum of its calls' gradients; as the weight gradient is ``grad_output.T @ x``,
 that is the gradient of all calls' rows put together.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +31,12 @@ Operands = tuple[Tensor, Tensor]  # x [batch, in], gradient of the output before
 class View:
     """One layer as a policy sees it; see :class:`sparsenet.policies.LayerView`."""
 
-    def __init__(self, name: str, layer: SparseLinear, key: int):
+    def __init__(self, name: str, layer: SparseLinear, key: int, drop: int = 0):
         self.name = name
         self.layer = layer
         self.key = key
+        self.drop = drop
+        self.measured: dict[str, Any] = {}
         self.operands: Operands | None = None
 
     @property
@@ -42,6 +48,11 @@ class View:
     def pattern(self) -> BlockPattern:
         """The active blocks."""
         return self.layer.pattern
+
+    @property
+    def element_mask(self) -> Tensor | None:
+        """Bool [num_blocks, b, b] or None."""
+        return self.layer.element_mask
 
     def random(self, places: Tensor) -> Tensor:
         """float32 [n] in [0, 1), a function of seed, step, layer and place."""
@@ -84,7 +95,21 @@ class Growth:
         self._kept: list[Operands] = []
         self._candidates: tuple[Tensor, Tensor] | None = None  # places and their gradient so far
 
+    def is_current(self) -> bool:
+        """Whether the layer still has the pattern that the counts are for."""
+        return self.pattern is self.view.pattern
+
     # --- in backward ---
+
+    @property
+    def watches_growth(self) -> bool:
+        """Whether growth is scored in backward."""
+        return bool(self.policy.needs_gradient and self.count)
+
+    @property
+    def watches_drops(self) -> bool:
+        """Whether the policy is shown the backward pass for what leaves."""
+        return bool(self.policy.observes and self.view.drop)
 
     def observe(self, x: Tensor, grad_output: Tensor) -> None:
         """Called by the layer's backward, as often as the layer was called."""
@@ -94,6 +119,10 @@ class Growth:
             self._pass = this_pass
             if this_pass >= 0:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
+        if self.watches_drops:
+            self.policy.observe(self.view, x.detach(), grad_output.detach())
+        if not self.watches_growth:
+            return
         self._kept.append((x.detach(), grad_output.detach()))
         kept = sum(t.nbytes for operands in self._kept for t in operands)
         if self._candidates is not None or (len(self._kept) > 1 and kept > KEPT_BYTES):
@@ -105,6 +134,7 @@ class Growth:
         self._kept, self._candidates = [], None
         self.places = self.scores = None
         self.error = ""
+        self.view.measured = {}
 
     def _all_seen(self) -> None:
         """Scores at once, so that the operands of one layer at a time are kept; several ranks score at the rewire."""

@@ -18,6 +18,7 @@ __all__ = [
     "best_places",
     "checked_places",
     "checked_scores",
+    "checked_values",
     "hash_uniform",
     "layer_key",
     "random_places",
@@ -68,6 +69,16 @@ def checked_scores(scores: Tensor, count: int, which: str) -> Tensor:
     if len(scores) and not all(map(math.isfinite, torch.stack(torch.aminmax(scores)).tolist())):
         raise BadScores(f"its {which} scores hold NaN or Inf")
     return scores
+
+
+def checked_values(values: Tensor, own: Tensor) -> Tensor:
+    """What a policy's ``adjust`` returned, in the dtype of the layer's ``own`` values; BadScores for NaN and Inf."""
+    if values.shape != own.shape:
+        raise ValueError(f"Policy: adjust must return {list(own.shape)}, got {list(values.shape)}")
+    values = values.detach().to(own)
+    if len(values) and not bool(torch.isfinite(values).all()):
+        raise BadScores("its adjusted values hold NaN or Inf")
+    return values
 
 
 def checked_places(pattern: BlockPattern, places: Tensor, count: int) -> Tensor:

@@ -11,12 +11,12 @@ numbers worked by hand. What the trainer and the planner of memory need to know 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsenet.pattern import BlockPattern
 from sparsenet.schedules import as_schedule
@@ -30,8 +30,12 @@ class LayerView(Protocol):
     """What a policy sees of a layer while it is rewired."""
 
     name: str
-    values: torch.nn.Parameter  # [num_blocks, b, b]
+    layer: nn.Module  # the SparseLinear
+    values: nn.Parameter  # [num_blocks, b, b]
     pattern: BlockPattern
+    element_mask: Tensor | None  # bool [num_blocks, b, b]
+    drop: int  # how many blocks are to leave
+    measured: dict[str, Any]  # the policy's own, empty when a pass that is measured begins
 
     def random(self, places: Tensor) -> Tensor:
         """float32 [n] in [0, 1): a function of seed, step, layer and place only, the same on every device and rank."""
@@ -56,6 +60,8 @@ class Policy:
         needs_gradient: whether ``grow_scores`` reads ``layer.gradient_squared_norms``; it then runs in backward.
         exchanges: whether blocks are exchanged at rewires, by ``drop_fraction``.
         follows_density: whether the Sparsifier must have a density schedule for the policy to do anything.
+        observes: whether ``observe`` is shown the last backward pass before a rewire that drops.
+        measures: whether ``measure`` may run the model at such a rewire, before anything is chosen.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -74,6 +80,8 @@ class Policy:
     needs_gradient = False
     exchanges = True
     follows_density = False
+    observes = False
+    measures = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -125,6 +133,29 @@ class Policy:
 
         For policies that need not look at every inactive place.
         """
+        return None
+
+    # --- for policies that look at more than the values ---
+
+    def observe(self, layer: LayerView, x: Tensor, grad_output: Tensor) -> None:
+        """Called in the backward pass, as often as the layer was called in it; needs ``observes``.
+
+        ``x`` [rows, in], ``grad_output`` [rows, out]: of the output before the activation. What is to be remembered
+        goes into ``layer.measured``.
+        """
+
+    def measure(self, model: nn.Module, call: Any, layers: Mapping[str, LayerView], seed: int) -> None:
+        """Called once at a rewire with the plain model; needs ``measures``. It must leave no trace in the model.
+
+        ``call``: the arguments of the model's last forward that recorded a graph, a
+        :class:`sparsenet.saliency.Call`, or None.
+        """
+
+    def share(self, layer: LayerView) -> None:
+        """Called on every rank before ``drop_scores`` if the policy observes or measures: makes ``measured`` one."""
+
+    def adjust(self, layer: LayerView, dropped: Tensor) -> Tensor | None:
+        """New values [num_blocks, b, b] for the blocks that stay when those numbered ``dropped`` go; None: the same."""
         return None
 
 

@@ -79,6 +79,11 @@ def test_policies_are_found_by_name():
         "set": "SET",
         "rigl": "RigL",
         "gmp": "GMP",
+        "taylor": "Taylor",
+        "obd": "OBD",
+        "fisher": "Fisher",
+        "woodfisher": "WoodFisher",
+        "cascade": "Cascade",
     }
 
 
@@ -89,6 +94,9 @@ def test_policies_are_found_by_name():
         ("set", True, False, True, False, 0.3),
         ("rigl", True, False, True, True, 0.3),
         ("gmp", False, True, False, False, 0.05),
+        ("obd", True, False, True, True, 0.3),
+        ("woodfisher", True, False, True, True, 0.3),
+        ("cascade", True, False, True, True, 0.3),
     ],
 )
 def test_what_trainer_and_planner_ask(name, exchanges, follows_density, grows, scores_places, largest_share):

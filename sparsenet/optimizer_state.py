@@ -28,7 +28,9 @@ __all__ = [
     "carry_state",
     "check_followable",
     "first_state",
+    "scratch_twin",
     "state_by_block",
+    "state_bytes",
     "with_inner_optimizers",
 ]
 
@@ -201,10 +203,32 @@ def first_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tens
         >>> first_state(torch.optim.Rprop([values], lr=0.5), values)["step_size"].unique()
         tensor([0.5000])
     """
+    twin, scratch = scratch_twin(optimizer, parameter, 1)
+    state = {} if twin is None else twin.state.get(scratch, {})
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() and len(value) == 1}
+
+
+def scratch_twin(optimizer: Optimizer, parameter: nn.Parameter, rows: int) -> tuple[Optimizer | None, nn.Parameter]:
+    """A new optimizer of the same kind and options after one step with a zero gradient, and the parameter it holds.
+
+    Args:
+        rows: first size of its parameter, which otherwise is as ``parameter``; one without dimensions stays so.
+
+    Returns:
+        The twin, or None where none can be made so: a wrapper, an optimizer that wants more for a step.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import scratch_twin
+        >>> values = torch.nn.Parameter(torch.randn(3, 4, 4))
+        >>> twin, scratch = scratch_twin(torch.optim.Adam([values]), values, rows=2)
+        >>> twin.state[scratch]["exp_avg"].shape
+        torch.Size([2, 4, 4])
+    """
+    scratch = nn.Parameter(parameter.detach().new_zeros((rows, *parameter.shape[1:]) if parameter.dim() else ()))
     group = _group_of(optimizer, parameter)
     if group is None or any(isinstance(value, Optimizer) for _, value in _leaves(_own_attributes(optimizer))):
-        return {}  # a wrapper: what it would step is the real optimizer
-    scratch = nn.Parameter(parameter.detach().new_zeros(1, *parameter.shape[1:]))
+        return None, scratch  # a wrapper: what it would step is the real optimizer
     scratch.grad = torch.zeros_like(scratch)
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     kind = type(optimizer)
@@ -214,10 +238,43 @@ def first_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tens
         twin = kind([{**options, "params": [scratch]}], **defaults)
         with torch.no_grad():
             twin.step()
-        state = twin.state.get(scratch, {})
     except Exception:  # an optimizer that cannot be made so, or wants more for a step
-        return {}
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() and len(value) == 1}
+        return None, scratch
+    return twin, scratch
+
+
+def state_bytes(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> tuple[int, int]:
+    """Bytes that the optimizers keep for ``parameter``: those that grow with its first size, per entry, and the others.
+
+    Before an optimizer's first step it is what a scratch twin keeps; 0 where none can be made.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.optimizer_state import state_bytes
+        >>> values = torch.nn.Parameter(torch.randn(3, 4, 4))
+        >>> state_bytes([torch.optim.Adam([values])], values)   # two moments of 4 x 4 float32, and ``step``
+        (128, 4)
+    """
+    entries, seen = parameter.shape[0] if parameter.dim() else 1, set()
+    per_entry = fixed = 0
+    for optimizer in optimizers:
+        state = optimizer.state.get(parameter)
+        if not state:
+            one, two = (_tensor_bytes(scratch_twin(optimizer, parameter, rows)) for rows in (1, 2))
+            per_entry, fixed = per_entry + two - one, fixed + 2 * one - two
+            continue
+        for _, tensor in _leaves(state):
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                grows = tensor.dim() > 0 and entries > 0 and tensor.shape[0] == entries and tensor.numel() > 1
+                per_entry += tensor.nbytes // entries if grows else 0
+                fixed += 0 if grows else tensor.nbytes
+    return per_entry, fixed
+
+
+def _tensor_bytes(twin: tuple[Optimizer | None, nn.Parameter]) -> int:
+    state = {} if twin[0] is None else twin[0].state.get(twin[1], {})
+    return sum(tensor.nbytes for _, tensor in _leaves(state) if isinstance(tensor, Tensor))
 
 
 def carry_state(blocks: Tensor, carried: Tensor, grown: str | Tensor = "zero") -> Tensor:

@@ -37,6 +37,7 @@ WITHOUT_EXAMPLE = {
     "SearchOutcome": "returned by search_embedding",
     "SearchReport": "returned by search",
     "SparsifyReport": "returned by sparsify_",
+    "StepBytes": "returned by step_bytes",
     "SwappedLayer": "part of a SparsifyReport",
     "TrialRecord": "part of a SearchReport",
     "TrialResult": "returned by retrain",

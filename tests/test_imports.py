@@ -24,7 +24,7 @@ TIERS = (  # from top to bottom: a file may import its own tier and those below
     ("functional",),
     ("_C",),
 )
-GROUND_FLOOR = ("schedules", "densities", "files", "data", "reference", "plotting")  # for everybody; stands on itself
+GROUND_FLOOR = ("schedules", "densities", "files", "limits", "data", "reference", "plotting")  # stands on itself
 TIER = {name: number for number, names in enumerate((*TIERS, GROUND_FLOOR)) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Bytes: naming a budget, and measuring how much memory something needed.
+"""Bytes: measuring how much memory something needed. Amounts and limits by name are in :mod:`sparsenet.limits`.
 
 What a network will need is predicted by :mod:`sparsenet.memory.planning`. What it did need is the high-water mark of
 resident memory above a baseline. Two things make the two agree. The baseline is taken after a warm-up, because the
@@ -10,87 +10,27 @@ fragment: the main job then needs a quarter more, and more the longer it runs (m
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import re
 import resource
 import sys
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsenet import functional
+from sparsenet.limits import MemoryBudget, available_bytes, format_bytes
 from sparsenet.models import SparseMLP
 from sparsenet.policies.rewiring import RigL
-from sparsenet.schedules import number_of
 from sparsenet.sparsifier import Sparsifier
 
 __all__ = ["MemoryBudget", "PeakMemory", "available_bytes", "format_bytes", "measure_peak", "release_freed_memory"]
 
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-
 RELEASED_FROM_BYTES = 128 << 10  # glibc's first threshold, before it grows to the largest tensor freed
 _M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-@dataclass(frozen=True, init=False, order=True)
-class MemoryBudget:
-    """An amount of memory: ``MemoryBudget("512MiB")``, ``MemoryBudget("1.5 GB")``, ``MemoryBudget(2**29)``.
-
-    KiB, MiB, GiB and TiB are powers of 1024; KB, MB, GB and TB are powers of 1000; a bare number is bytes.
-
-    Raises:
-        TypeError: neither text nor an integer. ValueError: not such an amount, or none at all.
-
-    Example:
-        >>> import sparsenet as sn
-        >>> sn.MemoryBudget("512MiB").bytes, str(sn.MemoryBudget(1536 * 1024))
-        (536870912, '1.5 MiB')
-    """
-
-    bytes: int
-
-    def __init__(self, amount: str | int | MemoryBudget):
-        object.__setattr__(self, "bytes", _parse_bytes(amount))
-
-    def __str__(self) -> str:
-        return format_bytes(self.bytes)
-
-
-def _parse_bytes(amount: str | int | MemoryBudget) -> int:
-    if isinstance(amount, MemoryBudget):
-        return amount.bytes
-    given, amount = amount, amount if isinstance(amount, str) else number_of(amount)
-    if not isinstance(amount, (str, int)):
-        raise TypeError(f"MemoryBudget: amount must be text such as '512MiB' or an integer of bytes, got {given!r}")
-    found = _AMOUNT.fullmatch(amount) if isinstance(amount, str) else None
-    if isinstance(amount, str) and (found is None or found[2].upper() not in _UNITS):
-        raise ValueError(f"MemoryBudget: amount must be a number with KiB, MiB, GiB, KB, MB, GB or B, got {amount!r}")
-    number = amount if found is None else math.floor(float(found[1]) * _UNITS[found[2].upper()])
-    if not 1 <= number < 2**63:
-        raise ValueError(f"MemoryBudget: amount must be at least 1 byte and below 8 EiB, got {amount!r}")
-    return int(number)
-
-
-def format_bytes(count: float) -> str:
-    """``count`` bytes with a unit that leaves one to four digits before the point.
-
-    >>> format_bytes(117_650_000), format_bytes(-2048), format_bytes(12)
-    ('112.2 MiB', '-2 KiB', '12 B')
-    """
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024:
-            break
-        count, unit = count / 1024, larger
-    return f"{count:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def release_freed_memory() -> bool:
@@ -107,20 +47,6 @@ def release_freed_memory() -> bool:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RELEASED_FROM_BYTES))
     except (AttributeError, OSError, TypeError):
         return False
-
-
-def available_bytes() -> int:
-    """Memory that can still be used without swapping, in bytes.
-
-    Example:
-        >>> from sparsenet.memory import available_bytes
-        >>> available_bytes() > 0
-        True
-    """
-    try:
-        return int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Modules are imported when they are first named: ``sparsenet.architecture.gates``
 
 from importlib import import_module
 
-__all__ = ["compactor", "embedding", "folding", "gates", "search"]
+__all__ = ["compactor", "embedding", "folding", "gates", "growth", "search"]
 
 # names that stood here before search and embedding were packages
 _MOVED = {"embedding_search": "embedding.search", "estimators": "search.estimators", "search_space": "search.space"}

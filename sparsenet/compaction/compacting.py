@@ -114,7 +114,7 @@ def compact(
     layers = layer_changes(decision, orders)
     reblocked = {stage.name: how for stage in graph.stages if (how := orders.how(stage))}
     before = model_bytes(net, optimizers)
-    _commit(prepared)  # from here on the graph no longer describes the model
+    commit(prepared)  # from here on the graph no longer describes the model
     after = model_bytes(net, optimizers)
     if isinstance(model, distributed.DataParallel):
         distributed.rebuild(model)
@@ -157,7 +157,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, torch.optim.swa_utils.AveragedModel) else model
 
 
-def _commit(prepared: list[StageMoves]) -> None:
+def commit(prepared: list[StageMoves]) -> None:
     """Puts everything in place; takes all of it back if anything fails (only a lack of memory can)."""
     done: list[Callable[[], None]] = []
     try:

@@ -46,7 +46,7 @@ def prepare_stage(
 
     Raises CompactionError when the optimizer's state or the copy does not fit; changes nothing.
     """
-    module = _module_of(model, stage)
+    module = module_of(model, stage)
     moves = StageMoves()
     rows = orders.order(stage.outputs)
     if stage.weights is None:
@@ -73,7 +73,8 @@ def prepare_stage(
     return moves
 
 
-def _module_of(model: nn.Module, stage: Stage) -> nn.Module:
+def module_of(model: nn.Module, stage: Stage) -> nn.Module:
+    """The module of ``model``, which may be a copy of the graph's, that ``stage`` is about; refuses other sizes."""
     try:
         module = model.get_submodule(stage.name)
     except AttributeError:
@@ -112,14 +113,15 @@ def _move(
     data = parameter.detach()
     if added is not None:
         data = (data.double() + added.to(data.device)).to(data.dtype)
-    grad = None if parameter.grad is None else _gather(parameter.grad, index)
+    grad = None if parameter.grad is None else gather_lines(parameter.grad, index)
     states = [(o, gathered_state(o, parameter, index, name)) for o in optimizers if parameter in o.state]
     old = [(o, {key: o.state[parameter][key] for key in state}) for o, state in states]
-    put = partial(_put, parameter, _gather(data, index), grad, states)
-    return put, partial(_put, parameter, parameter.detach(), parameter.grad, old)
+    put = partial(put_parameter, parameter, gather_lines(data, index), grad, states)
+    return put, partial(put_parameter, parameter, parameter.detach(), parameter.grad, old)
 
 
-def _put(parameter: nn.Parameter, data: Tensor, grad: Tensor | None, states: list) -> None:
+def put_parameter(parameter: nn.Parameter, data: Tensor, grad: Tensor | None, states: list) -> None:
+    """Gives a parameter new memory, its gradient and, for each (optimizer, tensors by name), its state."""
     increment_version(parameter)  # a graph recorded before refuses its backward
     parameter.grad = None
     replace_data(parameter, data)
@@ -128,7 +130,8 @@ def _put(parameter: nn.Parameter, data: Tensor, grad: Tensor | None, states: lis
         optimizer.state[parameter].update(state)
 
 
-def _gather(t: Tensor, index: Index) -> Tensor:
+def gather_lines(t: Tensor, index: Index) -> Tensor:
+    """A new tensor with the positions of ``index``, dimension by dimension; channels-last stays so."""
     channels_last = t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
     for dim, order in index.items():
         t = t.index_select(dim, order.to(t.device))
@@ -156,9 +159,11 @@ def gathered_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, in
             a in (1, b) for a, b in zip(value.shape, parameter.shape, strict=True)
         )
         if alike:
-            gathered[key] = _gather(value, {d: o for d, o in index.items() if value.shape[d] == parameter.shape[d]})
+            gathered[key] = gather_lines(
+                value, {d: o for d, o in index.items() if value.shape[d] == parameter.shape[d]}
+            )
         elif value.dim() == 1 and value.shape[0] == parameter.shape[0]:
-            gathered[key] = _gather(value, {0: index[0]}) if 0 in index else value
+            gathered[key] = gather_lines(value, {0: index[0]}) if 0 in index else value
         else:
             raise CompactionError(_not_understood(optimizer, key, list(value.shape), name))
     return gathered
@@ -193,7 +198,7 @@ def _prepare_unitwise(
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.dim() and buffer.shape[0] == n:
             put = partial(module._buffers.__setitem__, name)
-            moves.puts.append((partial(put, _gather(buffer, {0: rows})), partial(put, buffer)))
+            moves.puts.append((partial(put, gather_lines(buffer, {0: rows})), partial(put, buffer)))
     for attribute in ("num_features", "num_parameters"):
         if hasattr(module, attribute):
             put = partial(setattr, module, attribute)
@@ -229,7 +234,7 @@ def _prepare_blocks(
     mask = layer.element_mask
     if mask is None and fill_in == "masked" and landed.fill_in:
         mask = torch.ones_like(layer.values, dtype=torch.bool)
-    states = [(o, key, t) for o in optimizers for key, t in _block_state(o, layer.values, stage.name).items()]
+    states = [(o, key, t) for o in optimizers for key, t in block_state(o, layer.values, stage.name).items()]
     values = layer.values.detach()
     elementwise = [t for _, _, t in states if t.shape == values.shape]
     extra = [t for t in (layer.values.grad, mask) if t is not None]
@@ -245,11 +250,12 @@ def _prepare_blocks(
     new_mask = gathered[-1] if mask is not None else None
     new_states = [(o, after[id(o)]) for o in optimizers if after[id(o)]]
     old_states = [(o, {key: o.state[layer.values][key] for key in state}) for o, state in new_states]
-    back = partial(_put_blocks, layer, old, values, layer.element_mask, layer.values.grad, old_states)
-    moves.puts.append((partial(_put_blocks, layer, new, data, new_mask, grad, new_states), back))
+    back = partial(put_blocks, layer, old, values, layer.element_mask, layer.values.grad, old_states)
+    moves.puts.append((partial(put_blocks, layer, new, data, new_mask, grad, new_states), back))
 
 
-def _put_blocks(layer: SparseLinear, pattern, data: Tensor, mask: Tensor | None, grad: Tensor | None, states) -> None:
+def put_blocks(layer: SparseLinear, pattern, data: Tensor, mask: Tensor | None, grad: Tensor | None, states) -> None:
+    """Gives a block-sparse layer another pattern, with all that goes with it, and its sizes."""
     layer._install(pattern.copy(), data, mask)
     layer.out_features, layer.in_features = pattern.shape
     layer.values.grad = grad
@@ -257,7 +263,7 @@ def _put_blocks(layer: SparseLinear, pattern, data: Tensor, mask: Tensor | None,
         optimizer.state[layer.values].update(state)
 
 
-def _block_state(optimizer: torch.optim.Optimizer, values: nn.Parameter, name: str) -> dict[str, Tensor]:
+def block_state(optimizer: torch.optim.Optimizer, values: nn.Parameter, name: str) -> dict[str, Tensor]:
     """State tensors of ``values`` with one entry per block or element; others than these and scalars are refused."""
     kept = {}
     for key, t in optimizer.state.get(values, {}).items():

@@ -28,6 +28,7 @@ WITHOUT_EXAMPLE = {
     "Evaluation": "returned by Trainer.evaluate",
     "FileContents": "returned by describe",
     "FitResult": "returned by Trainer.fit",
+    "DeepenReport": "returned by deepen",
     "FoldReport": "returned by fold_depth",
     "FoldedPair": "part of a FoldReport",
     "Interval": "part of Compactor.intervals",
@@ -44,6 +45,7 @@ WITHOUT_EXAMPLE = {
     "UnitStatistics": "returned by UnitView.statistics",
     "UnitView": "what a criterion is handed",
     "Update": "returned by Sparsifier.step",
+    "WidenReport": "returned by widen",
     "release_freed_memory": "changes how the whole process allocates",
 }
 MODULES = sorted(

@@ -58,7 +58,8 @@ class BornState:
             return 0.0
         if not probed.second:
             return probed.first
-        return float(optimizer.state[parameter][key].detach().double().mean()) * self.factor
+        others = optimizer.state[parameter][key].detach()
+        return float(others.double().mean()) * self.factor if others.numel() else 0.0
 
     def along(self, optimizer: Optimizer, parameter: nn.Parameter, key: str, d: int) -> bool:
         """Whether the state has entries along dimension ``d`` of ``parameter``: one of size 1 does not show it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,19 +157,33 @@ def _moments(
         yield f"backward of {visit.name}", max(activation, weights)
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leaves buffers, random state and what the layers count of their calls as they were before."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    counted = [(m.topology, m.topology.expected_calls) for m in model.modules() if isinstance(m, SparseLinear)]
+    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for topology, calls in counted:
+            topology.expected_calls = calls
+
+
 def _one_forward(
     model: nn.Module, arguments: tuple, loss: Callable[[Any], Tensor] | None
 ) -> tuple[list[_Visit], SavedBytes, int]:
     """The layers in the order of the forward pass, what is kept for the backward, and bytes of output and loss."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    counted = [(m.topology, m.topology.expected_calls) for m in model.modules() if isinstance(m, SparseLinear)]
     given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     saved = SavedBytes([*model.parameters(), *model.buffers(), *given])
     visits: list[_Visit] = []
     hooks = list(_watch(model, saved, visits))
-    devices = sorted({tensor.device.index for tensor in (*model.parameters(), *given) if tensor.is_cuda})
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), saved:
+        with undisturbed(model), torch.enable_grad(), saved:
             output = model(*arguments)
             outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             for leaf in outputs:
@@ -178,11 +193,6 @@ def _one_forward(
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for topology, calls in counted:
-            topology.expected_calls = calls
     kept_by_loss = saved.by_owner.pop("loss", 0)
     saved.by_owner.pop("output", None)
     of_loss = _bytes_of(outputs) if loss is None else kept_by_loss

@@ -111,7 +111,8 @@ def test_a_residual_network_and_a_layer_called_twice():
 
 
 def test_it_changes_nothing():
-    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), sn.SparseLinear(16, 4, density=1.0, block_size=4))
+    sparse = sn.SparseLinear(16, 4, density=1.0, block_size=4)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), sparse)
     optimizer = torch.optim.Adam(model.parameters())
     model[3].topology.observer = lambda *_: None
     before = {name: t.clone() for name, t in model.state_dict().items()}

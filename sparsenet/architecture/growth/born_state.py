@@ -9,6 +9,7 @@ long as the average forgets. The default is a tenth of the mean of the old entri
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,7 +50,6 @@ class BornState:
             self.factor = STATES[state]
         else:
             self.factor = float(as_number("widen", "state", state, within=(0, float("inf"))))
-        self._probed: dict[tuple[int, int, int], dict[str, _Probed]] = {}
 
     def value(self, optimizer: Optimizer, parameter: nn.Parameter, key: str) -> float:
         """What a new entry of the optimizer's state ``key`` of ``parameter`` starts with."""
@@ -71,14 +71,25 @@ class BornState:
         probed = self._of(optimizer, parameter).get(key)
         return probed is None or len(probed.shape) != t.dim() or probed.shape[d] == 2
 
-    def _of(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, _Probed]:
-        group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
+    @staticmethod
+    def _of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, _Probed]:
+        group = group_of(optimizer, parameter)
         if group is None:
             return {}
-        at = (id(optimizer), id(group), parameter.dim())
-        if at not in self._probed:
-            self._probed[at] = _probe(optimizer, group, parameter)
-        return self._probed[at]
+        options = repr([(key, value) for key, value in group.items() if key not in ("params", "param_names")])
+        known = _PROBED.setdefault(optimizer, {})
+        at = (parameter.dim(), parameter.dtype)
+        if known.get(at, ("",))[0] != options:
+            known[at] = (options, _probe(optimizer, group, parameter))
+        return known[at][1]
+
+
+_PROBED: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary()  # a probe takes a millisecond
+
+
+def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict | None:
+    """The group of the optimizer that holds ``parameter``."""
+    return next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
 
 
 def _probe(optimizer: Optimizer, group: dict, parameter: nn.Parameter) -> dict[str, _Probed]:

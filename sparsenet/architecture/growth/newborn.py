@@ -43,7 +43,7 @@ from sparsenet.policies.places import layer_key
 __all__ = ["HOW", "Directions"]
 
 HOW = ("zero", "pairs", "split", "gradient", "firefly")
-CANDIDATES = 4  # per direction that is kept
+CANDIDATES = 8  # per direction that is kept
 DISTURBANCE = 0.5  # of a split candidate, over the norm of the unit's own weights
 UNEVEN = 0.25  # a copy takes its share of each outgoing weight, more or less by this part of it
 

@@ -306,9 +306,7 @@ def readers(graph: UnitGraph, name: str) -> list[str]:
     """
     stages = stages_with_units(graph)
     if name not in stages:
-        raise GrowthError(
-            f"readers: name must be a layer that can be followed, got {name!r}: {why_unknown(graph, name)}"
-        )
+        raise GrowthError(f"readers: name must be a layer of the model, got {name!r}: {why_unknown(graph, name)}")
     anchor = anchor_of(graph, stages[name])
     return [s.name for s in readers_of(graph, anchor)] if anchor is not None else []
 

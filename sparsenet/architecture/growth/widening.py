@@ -78,10 +78,15 @@ class WidenReport:
     seconds: float
 
     @property
-    def neighbours(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def newborn(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By layer with new weights: (new rows, new columns), int64."""
         none = torch.zeros(0, dtype=torch.int64)
         return {n: (self.new.get(n, none), self.columns.get(n, none)) for n in {**self.new, **self.columns}}
+
+    @property
+    def incumbents(self) -> tuple[str, ...]:
+        """Layers without new weights that these are compared with: none, they have old ones beside them."""
+        return ()
 
 
 def widen(

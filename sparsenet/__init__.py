@@ -24,6 +24,7 @@ __version__ = functional.native_build_info()["version"]
 _NAMES_OF = {  # modules that are loaded when one of their names is first used
     "sparsenet.architecture.compactor": ("Compactor",),
     "sparsenet.architecture.folding": ("fold_depth",),
+    "sparsenet.architecture.growth": ("Grower",),
     "sparsenet.architecture.gates": ("TriStateReLU", "architecture_penalty"),
     "sparsenet.checkpoint": ("Checkpoint", "load", "save"),
     "sparsenet.compaction": ("CompactionError", "CompactionReport", "compact", "resize_to"),
@@ -66,6 +67,7 @@ __all__ = [
     "Exponential",
     "Fisher",
     "FitResult",
+    "Grower",
     "LayerUpdate",
     "Linear",
     "MemoryBudget",

@@ -82,6 +82,7 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     sparsifier: Any = None,
     scheduler: Any = None,
+    grower: Any = None,
     step: int = 0,
     extra: Any = None,
 ) -> None:
@@ -93,6 +94,7 @@ def save(
             ``nn.DataParallel``, AveragedModel): names in the file are those of the model inside.
         optimizer: any ``torch.optim`` optimizer over parameters of ``model``.
         sparsifier, scheduler: whatever has ``state_dict()`` and ``load_state_dict()``.
+        grower: the :class:`sparsenet.Grower` of the model.
         step: of the training.
         extra: numbers, text, None, lists, tuples, dicts and tensors.
 
@@ -117,7 +119,7 @@ def save(
     if optimizer is not None:
         names = parameter_names(model, optimizer, "save")
         header["optimizer"] = encode({"names": names, "state": optimizer.state_dict()}, "@optimizer", tensors)
-    for part, thing in (("sparsifier", sparsifier), ("scheduler", scheduler)):
+    for part, thing in (("sparsifier", sparsifier), ("scheduler", scheduler), ("grower", grower)):
         if thing is not None:
             header[part] = encode(thing.state_dict(), f"@{part}", tensors)
     header["extra"] = encode(extra, "@extra", tensors)
@@ -197,6 +199,7 @@ def load(
     optimizer: torch.optim.Optimizer | None = None,
     sparsifier: Any = None,
     scheduler: Any = None,
+    grower: Any = None,
     *,
     strict: bool = True,
 ) -> Checkpoint:
@@ -208,6 +211,8 @@ def load(
             Wrappers are looked through. A model on meta gets the file's tensors, in its own dtypes, on the CPU.
         optimizer: over the same parameters; its state is replaced, its parameters stay the same objects.
         sparsifier, scheduler: made as they were for the saved run.
+        grower: the :class:`sparsenet.Grower` of the model, made as for the saved run: it first gives the model the
+            layers and sizes that it had.
         strict: refuse a file that lacks names of the model or has others; False loads what is there.
 
     Returns:
@@ -228,19 +233,23 @@ def load(
         >>> checkpoint.extra, fresh[0].pattern == saved[0].pattern, torch.equal(fresh[0].values, saved[0].values)
         ({'note': 'ours'}, True, True)
     """
+    undo: list[Callable[[], Any]] = []
     with CheckpointFile(path) as file:
-        missing, unexpected = file.check_model(model, strict)
-        if optimizer is not None:
-            file.check_optimizer(model, optimizer)
-        things = {p: t for p, t in (("sparsifier", sparsifier), ("scheduler", scheduler)) if t is not None}
-        for part, thing in things.items():
-            file.check_part(part, thing)
-        random_state = {n.removeprefix("@random/"): file.tensor(n) for n in file.names() if n.startswith("@random/")}
-        extra = file.decoded("extra")
-        checkpoint = Checkpoint(file.header["step"], extra, random_state, tuple(missing), tuple(unexpected))
-        parts = {part: file.decoded(part) for part in things}
-        undo: list[Callable[[], Any]] = []
         try:
+            if grower is not None:
+                file.check_part("grower", grower)
+                undo.append(grower.fit_to(path, file.decoded("grower")))
+            missing, unexpected = file.check_model(model, strict)
+            if optimizer is not None:
+                file.check_optimizer(model, optimizer)
+            given = (("sparsifier", sparsifier), ("scheduler", scheduler), ("grower", grower))
+            things = {part: thing for part, thing in given if thing is not None}
+            for part, thing in things.items():
+                file.check_part(part, thing)
+            drawn = {n.removeprefix("@random/"): file.tensor(n) for n in file.names() if n.startswith("@random/")}
+            extra = file.decoded("extra")
+            checkpoint = Checkpoint(file.header["step"], extra, drawn, tuple(missing), tuple(unexpected))
+            parts = {part: file.decoded(part) for part in things}
             if things or file.header["model"] or not (optimizer is None or is_elementwise(optimizer)):
                 undo.append(_copy_of(model))  # what follows is the code of others
             _load_model(model, file, strict)
@@ -309,7 +318,7 @@ def describe(path: str | Path) -> FileContents:
             step=header["step"],
             layers=header["layers"],
             tensors={name: file.spec(name) for name in file.names()},
-            parts=tuple(part for part in ("optimizer", "sparsifier", "scheduler") if part in header),
+            parts=tuple(part for part in ("optimizer", "sparsifier", "scheduler", "grower") if part in header),
             extra=file.decoded("extra"),
         )
 

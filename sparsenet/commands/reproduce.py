@@ -1,4 +1,4 @@
-"""``sparsenet reproduce density|embedding|gates``: repeats published experiments beside their numbers."""
+"""``sparsenet reproduce density|embedding|gates|growth``: repeats published experiments beside their numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ EXPERIMENTS = {
     "density": "Tessera and Rosman's density search",
     "embedding": "networks in a continuous space",
     "gates": "tri-state ReLU, compaction, depth collapse",
+    "growth": "saliency, growth and pruning, budgets",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class LayerCost:
         optimizer_elements: what the optimizer updates for it; 0 for a frozen layer, and for further calls of one layer.
         kernel, places, groups: of convolution and pooling: sizes of the kernel, places of the output per example.
         input_gradient: whether the gradient of its input is wanted; not of a first layer.
+        name: of the layer in its model.
 
     Raises:
         ValueError: another kind, or a negative size.
@@ -58,6 +59,7 @@ class LayerCost:
     places: int = 1
     groups: int = 1
     input_gradient: bool = True
+    name: str = ""
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -113,13 +115,12 @@ def layer_costs(model: nn.Module, batch: int | Mapping[str, int] | Tensor | Sequ
         calls = _seen_calls(model, layers, batch)
     else:
         calls = [(layer, *_told(name, layer, batch)) for name, layer in layers.items()]
-    costs, updated = [], set()
+    costs, updated, names = [], set(), {layer: name for name, layer in layers.items()}
     for layer, positions, places, features in calls:
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad and id(p) not in updated]
         updated |= {id(p) for p in own}
-        costs.append(
-            _cost(layer, (positions, places, features), sum(p.numel() for p in own), input_gradient=bool(costs))
-        )
+        cost = _cost(layer, (positions, places, features), sum(p.numel() for p in own), input_gradient=bool(costs))
+        costs.append(replace(cost, name=names[layer]))
     return costs
 
 

@@ -1,12 +1,17 @@
-"""Growth: new units and new layers in a network that trains, without changing what it computes when they are born."""
+"""Growth: a network that adds and removes blocks, units and layers while it trains; what is born changes no output."""
 
 from sparsenet.architecture.growth.deepening import DeepenReport, ResidualLayer, deepen
 from sparsenet.architecture.growth.diagnostics import newborn_ratio
+from sparsenet.architecture.growth.events import Change, Event
+from sparsenet.architecture.growth.grower import Grower
 from sparsenet.architecture.growth.placing import GrowthError, growable, multiple_of, readers
 from sparsenet.architecture.growth.widening import WidenReport, widen
 
 __all__ = [
+    "Change",
     "DeepenReport",
+    "Event",
+    "Grower",
     "GrowthError",
     "ResidualLayer",
     "WidenReport",

@@ -1,0 +1,92 @@
+"""What could grow at a decision, at all three levels, with the gain and the cost of one item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from sparsenet.architecture.growth.controller import Candidate
+from sparsenet.architecture.growth.fading import group_of
+from sparsenet.architecture.growth.gains import (
+    best_new_blocks,
+    grad_input_of,
+    incumbent_gain,
+    layer_gain,
+    unit_gain,
+)
+from sparsenet.architecture.growth.ledger import Ledger
+from sparsenet.architecture.growth.placing import growable, readers
+from sparsenet.compaction.graph import UnitGraph
+from sparsenet.layers import SparseLinear
+
+__all__ = ["candidates", "growable_layers"]
+
+Kept = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[str], seed: int) -> list[Candidate]:
+    """Everything that could grow.
+
+    Args:
+        kept: (x, gradient of the output before the activation) of the last step, by layer. seed: of random units.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.candidates import candidates
+        >>> from sparsenet.architecture.growth.ledger import Ledger
+        >>> from sparsenet.compaction.graph import UnitGraph
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = UnitGraph(model)
+        >>> kept = {"0": (torch.randn(16, 4), torch.randn(16, 8)), "2": (torch.randn(16, 8), torch.randn(16, 2))}
+        >>> [offer] = candidates(graph, Ledger(graph, (), {}), kept, ["units"], seed=0)
+        >>> offer.level, offer.layer, offer.cost.parameters
+        ('units', '0', 7.0)
+    """
+    found: list[Candidate] = []
+    growing = growable_layers(graph)
+    for name in growing if "units" in levels else ():
+        stage = ledger.stages[name]
+        heard = readers(graph, name)
+        if name in kept and heard and all(reader in kept for reader in heard):
+            gain = unit_gain(kept[name][0], [kept[reader][1] for reader in heard], seed)
+        else:
+            gain = incumbent_gain(graph, stage)
+        found.append(Candidate("units", name, gain, ledger.unit(name), group_of(graph, name)))
+    for stage in graph.stages if "blocks" in levels else ():
+        layer = stage.module
+        if isinstance(layer, SparseLinear) and layer.values.requires_grad and stage.name in kept:
+            free = layer.pattern.block_rows * layer.pattern.block_cols - layer.pattern.num_blocks
+            if free:
+                _, norms = best_new_blocks(layer, kept[stage.name], max(1, layer.pattern.num_blocks // 20))
+                gain = float(norms.mean())
+                found.append(Candidate("blocks", stage.name, gain, ledger.block(stage.name), most=free))
+    for name in growing if "layers" in levels else ():
+        stage = ledger.stages[name]
+        heard = [ledger.stages[reader] for reader in readers(graph, name)]
+        linear = isinstance(stage.module, nn.Linear | SparseLinear) and len(heard) == 1
+        if linear and heard[0].inputs.units.equal(stage.outputs.units) and heard[0].name in kept:
+            x, grad_output = kept[heard[0].name]
+            gain = layer_gain(x, grad_input_of(heard[0].module, grad_output))
+            found.append(Candidate("layers", name, gain, ledger.layer(name), most=1))
+    return found
+
+
+def growable_layers(graph: UnitGraph) -> list[str]:
+    """Names of layers whose units can change, one of each family of layers that share theirs.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.candidates import growable_layers
+        >>> from sparsenet.compaction.graph import UnitGraph
+        >>> growable_layers(UnitGraph(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))))
+        ['0']
+    """
+    taken: set[int] = set()
+    names = []
+    for name, reason in growable(graph.model, graph).items():
+        classes = set(graph.classes[next(s for s in graph.stages if s.name == name).outputs.units].tolist())
+        if reason is None and not classes & taken:
+            taken |= classes
+            names.append(name)
+    return names

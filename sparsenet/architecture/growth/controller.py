@@ -1,0 +1,105 @@
+"""How much to grow, and where: the share of the budget that is free by now, spread by gain per cost.
+
+The target rises from the network's cost at the start to the limit along a straight line (growing early trains what is
+born for longer), over the first ``grow_until`` of the training; where the training's length is not known, by a fixed
+part at every decision. What is between the cost now and the target is handed out in proportion to gain per share of
+the limit; fractions of an item are kept until they make a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from sparsenet.architecture.growth.ledger import Cost
+
+__all__ = ["Candidate", "Flow", "allotted"]
+
+DECISIONS = 40  # to grow over, where the length of the training is not known
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that can grow.
+
+    Attributes:
+        level, layer: what. gain: of one item. cost: of one item. group: items come in multiples of it. most: of items.
+    """
+
+    level: str
+    layer: str
+    gain: float
+    cost: Cost
+    group: int = 1
+    most: float = math.inf
+
+    @property
+    def key(self) -> str:
+        """Of its fraction."""
+        return f"{self.level} {self.layer}"
+
+
+@dataclass
+class Flow:
+    """The fractions of items that wait to become whole, and how far growth has come.
+
+    Attributes:
+        progress: 0 at the start, 1 when the limit may be used in full. credit: items by level and layer, below a group.
+
+    Example:
+        >>> from sparsenet.architecture.growth.controller import Flow
+        >>> flow = Flow()
+        >>> [flow.whole("blocks 0", 0.4) for _ in range(5)]
+        [0, 0, 1, 0, 1]
+    """
+
+    progress: float = 0.0
+    credit: dict[str, float] = field(default_factory=dict)
+
+    def advance(self, step: int, steps: int | None, grow_until: float) -> None:
+        """Moves on by one decision."""
+        if steps is None:
+            self.progress = min(1.0, self.progress + 1.0 / DECISIONS)
+        else:
+            self.progress = min(1.0, max(self.progress, step / max(1.0, grow_until * steps)))
+
+    def whole(self, key: str, items: float, group: int = 1) -> int:
+        """Adds ``items`` and takes out the whole groups that there are by now."""
+        held = self.credit.get(key, 0.0) + items
+        count = int(held / group + 1e-9) * group
+        self.credit[key] = held - count
+        return count
+
+
+def allotted(candidates: list[Candidate], room: Cost, limit: Cost, flow: Flow) -> dict[str, int]:
+    """How many items of each candidate are grown now, by key; together within ``room``.
+
+    Args:
+        room: what may be spent; its parts may be infinite. limit: of everything.
+
+    Example:
+        >>> from sparsenet.architecture.growth.controller import Candidate, Flow, allotted
+        >>> from sparsenet.architecture.growth.ledger import Cost
+        >>> a, b = (Candidate("units", name, gain, Cost(bytes=10.0)) for name, gain in (("a", 3.0), ("b", 1.0)))
+        >>> no_limit = float("inf")
+        >>> allotted([a, b], Cost(80.0, no_limit, no_limit), Cost(1000.0, no_limit, no_limit), Flow())
+        {'units a': 6, 'units b': 2}
+    """
+    useful = [c for c in candidates if c.gain > 0 and c.most > 0 and math.isfinite(c.gain)]
+    worth = {c.key: c.gain / max(c.cost.share_of(limit), 1e-12) for c in useful}
+    total = sum(worth.values())
+    share = min(
+        (part / most for part, most in zip(room.parts, limit.parts, strict=True) if math.isfinite(most)), default=0
+    )
+    counts: dict[str, int] = {}
+    left = room
+    for c in sorted(useful, key=lambda c: -worth[c.key]) if share > 0 and total > 0 else ():
+        items = share * worth[c.key] / total / max(c.cost.share_of(limit), 1e-12)
+        count = flow.whole(c.key, min(items, c.most), c.group)
+        count = int(min(count, c.most // c.group * c.group))
+        while count > 0 and not (c.cost * count).fits(left):
+            count -= c.group
+        if count > 0:
+            counts[c.key] = count
+            left = left - c.cost * count
+    return counts

@@ -1,0 +1,119 @@
+"""How fast the loss would fall by what is not there yet: squared gradient norms of new units, blocks and layers.
+
+All three levels are measured in the same unit, the squared norm of the loss's gradient by the new weights at birth, so
+that one number per byte (or millisecond) compares them: by gradient flow the loss falls by that much per unit of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparsenet import functional
+from sparsenet.compaction.graph import Stage, UnitGraph
+from sparsenet.layers import SparseLinear
+from sparsenet.policies.places import best_places
+
+__all__ = ["best_new_blocks", "layer_gain", "unit_gain"]
+
+CANDIDATES = 16  # random units that stand for those which could be born
+Pair = tuple[Tensor, Tensor]
+
+
+def unit_gain(x: Tensor, grad_outputs: Sequence[Tensor], seed: int) -> float:
+    """Mean over random relu units of x of the squared norm of their outgoing weights' gradient.
+
+    Args:
+        x: [rows, in], what the layer reads. grad_outputs: [rows, out] of each of its readers, before the activation.
+        seed: of the units' incoming weights (He et al., 2015).
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.gains import unit_gain
+        >>> unit_gain(torch.randn(32, 8), [torch.zeros(32, 4)], seed=0)
+        0.0
+    """
+    generator = torch.Generator().manual_seed(seed)
+    incoming = torch.randn(x.shape[1], CANDIDATES, generator=generator) * (2.0 / max(x.shape[1], 1)) ** 0.5
+    made = torch.relu(x @ incoming.to(x))
+    total = sum((g.to(made).T @ made).square().sum() for g in grad_outputs)
+    return float(total) / CANDIDATES
+
+
+def incumbent_gain(graph: UnitGraph, stage: Stage) -> float:
+    """The same by what is there: mean over the layer's units of the squared gradient norm of their outgoing weights.
+
+    For layers whose operands were not kept, convolutions above all.
+    """
+    classes = graph.classes[stage.outputs.units].unique()
+    total = 0.0
+    for reader in graph.stages:
+        if reader.weights is None or reader.inputs is None or reader.weights.per_channel:
+            continue
+        here = torch.isin(graph.classes[reader.inputs.units], classes)
+        weight = reader.module.values if isinstance(reader.module, SparseLinear) else reader.module.weight
+        if not bool(here.any()) or weight.grad is None or weight.grad.shape != weight.shape:
+            continue
+        if isinstance(reader.module, SparseLinear):
+            total += float(weight.grad.square().sum()) * float(here.float().mean())
+        else:
+            total += float(weight.grad[:, here.to(weight.device)].square().sum())
+    return total / max(len(classes), 1)
+
+
+def layer_gain(x: Tensor, grad_input: Tensor) -> float:
+    """Squared norm of the gradient of a residual layer's weight where ``x`` [rows, n] stands, per output: n of them.
+
+    Args:
+        x: after the activation. grad_input: the loss's gradient by it, [rows, n].
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.gains import layer_gain
+        >>> layer_gain(torch.eye(2), torch.eye(2))
+        2.0
+    """
+    if x.shape[1] * grad_input.shape[1] <= x.shape[0] ** 2:
+        return float((grad_input.T @ x).square().sum())
+    return float(((grad_input @ grad_input.T) * (x @ x.T)).sum())  # the same, by rows
+
+
+def best_new_blocks(layer: SparseLinear, operands: Pair, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` inactive places of largest gradient norm (Evci et al., 2020), ascending, and the squared norms.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.architecture.growth.gains import best_new_blocks
+        >>> layer = sn.SparseLinear(64, 64, density=0.25, block_size=16)
+        >>> places, norms = best_new_blocks(layer, (torch.randn(8, 64), torch.randn(8, 64)), 3)
+        >>> len(places), bool((norms > 0).all())
+        (3, True)
+    """
+    pattern = layer.pattern
+    columns = pattern.block_cols
+
+    def score(places: Tensor) -> Tensor:
+        if not len(places):
+            return torch.empty(0, device=places.device)
+        rows = int(places[0]) // columns, int(places[-1]) // columns + 1
+        norms = functional.block_gradient_squared_norms(*operands, pattern.block_size, rows)
+        return norms.flatten()[places - rows[0] * columns]
+
+    free = pattern.block_rows * columns - pattern.num_blocks
+    return best_places(pattern, score, min(count, free), (0, pattern.block_rows))
+
+
+def grad_input_of(module: nn.Module, grad_output: Tensor) -> Tensor:
+    """[rows, in]: what the layer hands back of ``grad_output`` [rows, out] (before its activation)."""
+    with torch.no_grad():
+        if isinstance(module, SparseLinear):
+            with torch.enable_grad():
+                x = torch.zeros(
+                    len(grad_output), module.in_features, dtype=grad_output.dtype, device=grad_output.device
+                )
+                x.requires_grad_(True)
+                y = functional.block_sparse_linear(x, module.values.detach(), module.pattern)
+            return torch.autograd.grad(y, x, grad_output)[0]
+        return grad_output @ module.weight.detach()

@@ -1,0 +1,97 @@
+"""Shrinking at once: the units and blocks that are worth least per byte, until a limit holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsenet.architecture.growth.fading import group_of
+from sparsenet.architecture.growth.ledger import Cost, Ledger
+from sparsenet.compaction.graph import UnitGraph
+from sparsenet.layers import SparseLinear
+
+__all__ = ["Leaving", "choose_leaving"]
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What goes: units by layer, block numbers by layer, and what that is estimated to free."""
+
+    units: dict[str, Tensor]
+    blocks: dict[str, Tensor]
+    frees: Cost
+
+
+def choose_leaving(
+    graph: UnitGraph,
+    ledger: Ledger,
+    layers: list[str],
+    unit_scores: Mapping[str, Tensor],
+    block_scores: Mapping[str, Tensor],
+    enough: Callable[[Cost], bool],
+) -> Leaving:
+    """The lowest-scored per byte of all units of ``layers`` and all blocks, until ``enough`` of what they free.
+
+    A layer keeps at least one group of units; a row of blocks keeps its last block. Scores: float32 by unit or block.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.ledger import Ledger
+        >>> from sparsenet.architecture.growth.shrinking import choose_leaving
+        >>> from sparsenet.compaction.graph import UnitGraph
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> graph = UnitGraph(model)
+        >>> scores = {"0": torch.tensor([3.0, 1.0, 2.0])}
+        >>> choose_leaving(graph, Ledger(graph, (), {}), ["0"], scores, {}, lambda freed: freed.bytes > 0).units
+        {'0': tensor([1])}
+    """
+    offers: list[tuple[float, str, str, Tensor, Cost]] = []  # score per byte, level, layer, items, cost
+    for name in layers:
+        if name in unit_scores:
+            offers += _unit_offers(graph, ledger, name, unit_scores[name].cpu())
+    for name, scores in block_scores.items():
+        cost = ledger.block(name)
+        module = ledger.stages[name].module
+        per_byte = scores.cpu() / max(cost.bytes, 1.0)
+        keep = _last_of_rows(module, per_byte)
+        offers += [
+            (float(per_byte[i]), "blocks", name, torch.tensor([i]), cost) for i in (~keep).nonzero().flatten().tolist()
+        ]
+    units: dict[str, list[Tensor]] = {}
+    blocks: dict[str, list[Tensor]] = {}
+    freed = Cost()
+    for _, level, name, items, cost in sorted(
+        offers, key=lambda offer: (offer[0], offer[1], offer[2], int(offer[3][0]))
+    ):
+        if enough(freed):
+            break
+        (units if level == "units" else blocks).setdefault(name, []).append(items)
+        freed = freed + cost
+    together = [{name: torch.cat(parts).sort().values for name, parts in found.items()} for found in (units, blocks)]
+    return Leaving(*together, freed)
+
+
+def _unit_offers(graph: UnitGraph, ledger: Ledger, name: str, scores: Tensor) -> list:
+    """Groups of units, all but the best one."""
+    size, cost = group_of(graph, name), ledger.unit(name)
+    number = torch.arange(len(scores)) // size
+    total = torch.zeros(int(number[-1]) + 1).index_add_(0, number, scores.float())
+    count = torch.bincount(number)
+    per_byte = total / (count * max(cost.bytes, 1.0))
+    best = int((total / count).argmax())
+    return [
+        (float(per_byte[g]), "units", name, (number == g).nonzero().flatten(), cost * float(count[g]))
+        for g in range(len(total))
+        if g != best
+    ]
+
+
+def _last_of_rows(layer: SparseLinear, scores: Tensor) -> Tensor:
+    """Bool [num_blocks]: the best block of each row of blocks."""
+    row = layer.pattern.row_indices.long().cpu()
+    best = torch.full((layer.pattern.block_rows,), -torch.inf).scatter_reduce_(0, row, scores.float(), "amax")
+    keep = scores == best[row]
+    return keep

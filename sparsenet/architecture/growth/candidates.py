@@ -52,7 +52,8 @@ def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[st
             gain = unit_gain(kept[name][0], [kept[reader][1] for reader in heard], seed)
         else:
             gain = incumbent_gain(graph, stage)
-        found.append(Candidate("units", name, gain, ledger.unit(name), group_of(graph, name)))
+        held = len(stage.outputs.units)
+        found.append(Candidate("units", name, gain, ledger.unit(name), held, group_of(graph, name)))
     for stage in graph.stages if "blocks" in levels else ():
         layer = stage.module
         if isinstance(layer, SparseLinear) and layer.values.requires_grad and stage.name in kept:
@@ -60,7 +61,8 @@ def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[st
             if free:
                 _, norms = best_new_blocks(layer, kept[stage.name], max(1, layer.pattern.num_blocks // 20))
                 gain = float(norms.mean())
-                found.append(Candidate("blocks", stage.name, gain, ledger.block(stage.name), most=free))
+                held = layer.pattern.num_blocks
+                found.append(Candidate("blocks", stage.name, gain, ledger.block(stage.name), held, most=free))
     for name in growing if "layers" in levels else ():
         stage = ledger.stages[name]
         heard = [ledger.stages[reader] for reader in readers(graph, name)]
@@ -68,7 +70,7 @@ def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[st
         if linear and heard[0].inputs.units.equal(stage.outputs.units) and heard[0].name in kept:
             x, grad_output = kept[heard[0].name]
             gain = layer_gain(x, grad_input_of(heard[0].module, grad_output))
-            found.append(Candidate("layers", name, gain, ledger.layer(name), most=1))
+            found.append(Candidate("layers", name, gain, ledger.layer(name), held=1, most=1))
     return found
 
 

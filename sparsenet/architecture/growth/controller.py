@@ -2,8 +2,9 @@
 
 The target rises from the network's cost at the start to the limit along a straight line (growing early trains what is
 born for longer), over the first ``grow_until`` of the training; where the training's length is not known, by a fixed
-part at every decision. What is between the cost now and the target is handed out in proportion to gain per share of
-the limit; fractions of an item are kept until they make a whole one.
+part at every decision. What is between the cost now and the target is handed out so that every layer grows by a factor
+in proportion to its gain per cost: the gradient of one new unit does not know how much of it the others could learn
+as well, and the more there are the more they can. Fractions of an item are kept until they make a whole one.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ class Candidate:
     """Something that can grow.
 
     Attributes:
-        level, layer: what. gain: of one item. cost: of one item. group: items come in multiples of it. most: of items.
+        level, layer: what. gain: of one item. cost: of one item. held: how many there are now.
+        group: items come in multiples of it. most: of items.
     """
 
     level: str
     layer: str
     gain: float
     cost: Cost
+    held: int
     group: int = 1
     most: float = math.inf
 
@@ -80,13 +83,13 @@ def allotted(candidates: list[Candidate], room: Cost, limit: Cost, flow: Flow) -
     Example:
         >>> from sparsenet.architecture.growth.controller import Candidate, Flow, allotted
         >>> from sparsenet.architecture.growth.ledger import Cost
-        >>> a, b = (Candidate("units", name, gain, Cost(bytes=10.0)) for name, gain in (("a", 3.0), ("b", 1.0)))
+        >>> a, b = (Candidate("units", name, gain, Cost(bytes=10.0), held=8) for name, gain in (("a", 3.0), ("b", 1.0)))
         >>> no_limit = float("inf")
         >>> allotted([a, b], Cost(80.0, no_limit, no_limit), Cost(1000.0, no_limit, no_limit), Flow())
         {'units a': 6, 'units b': 2}
     """
     useful = [c for c in candidates if c.gain > 0 and c.most > 0 and math.isfinite(c.gain)]
-    worth = {c.key: c.gain / max(c.cost.share_of(limit), 1e-12) for c in useful}
+    worth = {c.key: c.gain / (max(c.cost.share_of(limit), 1e-12) ** 2 * max(c.held, 1)) for c in useful}
     total = sum(worth.values())
     share = min(
         (part / most for part, most in zip(room.parts, limit.parts, strict=True) if math.isfinite(most)), default=0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from sparsenet.architecture.growth.fading import Fade, Fades, group_of
 from sparsenet.architecture.growth.idle import fading_blocks, idle_units
 from sparsenet.architecture.growth.ledger import Cost, Ledger, as_is
 from sparsenet.architecture.growth.newborn import HOW
+from sparsenet.architecture.growth.pace import Pace
 from sparsenet.architecture.growth.placing import GrowthError, growable, readers
 from sparsenet.architecture.growth.restoring import fit_structure
 from sparsenet.architecture.growth.shrinking import choose_leaving
@@ -54,7 +54,7 @@ LEVELS = ("blocks", "units", "layers")
 LOOKS = 8  # at gradients, in an interval
 SETTLED = 8  # decisions without a change after which a training of unknown length is done
 KEPT_FREE = 0.1  # of what a limit of the process leaves: others allocate too
-TOO_SLOW = 1.02  # times the milliseconds asked for, before it shrinks for that
+WINDOW = 20  # steps whose times are looked at, at least
 
 
 class Grower:
@@ -164,6 +164,7 @@ class Grower:
         self.insertions: list[dict] = []
         self._flow = Flow()
         self._fades = Fades(self.ramp)
+        self._pace = Pace()
         self._scores = IntervalScores()
         self._losses: list[Tensor | float] = []
         self._seen: list[float] = []  # mean loss of the last intervals
@@ -216,8 +217,8 @@ class Grower:
 
     @property
     def milliseconds(self) -> float:
-        """Of one training step, median of the last ones seen; 0 before the first."""
-        return 1e3 * statistics.median(self._seconds) if self._seconds else 0.0
+        """Of one training step: the lower quartile of the last ones seen, since what else runs only adds; 0 before."""
+        return 1e3 * sorted(self._seconds)[len(self._seconds) // 4] if self._seconds else 0.0
 
     # --- the step ---
 
@@ -302,7 +303,7 @@ class Grower:
     def _clock(self) -> None:
         if self._began is not None:
             self._seconds.append(time.perf_counter() - self._began)
-            self._seconds = self._seconds[-max(self.every, 20) :]
+            self._seconds = self._seconds[-max(self.every, WINDOW) :]
         self._began = None
 
     def _look(self) -> None:
@@ -366,8 +367,7 @@ class Grower:
             needed = self._activations[1] + sum(self._activations[0].values())
             if left.bytes_left < needed:
                 return f"{left.why} leaves {format_bytes(max(0, left.bytes_left))}"
-        full = len(self._seconds) >= min(self.every, 20)
-        if full and self.milliseconds > TOO_SLOW * self.step_ms:
+        if len(self._seconds) >= max(self.every, WINDOW) and self._pace.too_slow(self.milliseconds, self.step_ms):
             return f"a step takes {self.milliseconds:.3g} ms of {self.step_ms:.3g}"
         return ""
 
@@ -547,8 +547,9 @@ class Grower:
         needed = self._activations[1] + sum(self._activations[0].values())
         if left < needed and limit is None:
             budget = min(budget, self._now.bytes - (needed - left) * (1 + KEPT_FREE))
-        slow = self.milliseconds > TOO_SLOW * self.step_ms
-        target = Cost(budget, self.parameters, self.step_ms if slow else math.inf)
+        slow = why.startswith("a step takes")
+        most = self._pace.next_target(self._now.milliseconds, self.milliseconds, self.step_ms) if slow else math.inf
+        target = Cost(budget, self.parameters, most)
         for _ in range(12):
             graph = self._graph()
             ledger = self._ledger(graph)
@@ -708,6 +709,7 @@ class Grower:
             "stopped": self._stopped,
             "activations": [dict(self._activations[0]), self._activations[1]],
             "insertions": [dict(each) for each in self.insertions],
+            "pace": self._pace.state_dict(),
             "times": None if self.times is None else self.times.state_dict(),
         }
 
@@ -726,6 +728,7 @@ class Grower:
         self._still, self._stopped = state["still"], state["stopped"]
         self._activations = dict(state["activations"][0]), state["activations"][1]
         self.insertions = [dict(each) for each in state["insertions"]]
+        self._pace = Pace(**state["pace"])
         if self.times is not None and state["times"] is not None:
             self.times.load_state_dict(state["times"])
         self._layers = _layers_of(self.net)

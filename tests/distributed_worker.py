@@ -60,7 +60,14 @@ def train_with_checkpoints(kind, rank, world, checkpoint):
 
 
 def policy(name):
-    return {"rigl": sn.RigL(0.3), "set": sn.SET(0.3), "gmp": sn.GMP()}[name]
+    return {
+        "rigl": sn.RigL(0.3),
+        "set": sn.SET(0.3),
+        "gmp": sn.GMP(),
+        "taylor": sn.Taylor(0.3),
+        "fisher": sn.Fisher(0.3),
+        "woodfisher": sn.WoodFisher(0.3),
+    }[name]
 
 
 def run(case, rank, world, checkpoint):

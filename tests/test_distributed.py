@@ -27,10 +27,13 @@ def launch(case, world, folder):
     return [p.returncode for p in ranks], errors, states
 
 
-SLOWER = [pytest.param(case, marks=pytest.mark.slow) for case in ("same-set", "synchronized-rigl")]
+SLOWER = [
+    pytest.param(case, marks=pytest.mark.slow)
+    for case in ("same-set", "synchronized-rigl", "same-fisher", "same-taylor")
+]
 
 
-@pytest.mark.parametrize("case", ["same-rigl", "synchronized-gmp", *SLOWER])
+@pytest.mark.parametrize("case", ["same-rigl", "synchronized-gmp", "same-woodfisher", *SLOWER])
 def test_two_processes_train_as_one(case, tmp_path):
     codes, errors, two = launch(case, 2, tmp_path)
     assert codes == [0, 0], errors

@@ -1,6 +1,7 @@
 """Which blocks go and which come: one short file per family of policies, and the table of their names."""
 
-from sparsenet.policies.curvature import OBD, Cascade, Fisher, Taylor, WoodFisher
+from sparsenet.policies.cascade import Cascade
+from sparsenet.policies.curvature import OBD, Fisher, Taylor, WoodFisher
 from sparsenet.policies.gradual import GMP
 from sparsenet.policies.policy import LayerView, Policy, block_squared_norms
 from sparsenet.policies.rewiring import SET, RigL, Static

@@ -10,27 +10,23 @@ With ``drop_fraction=0.0`` and a falling density they only prune: ``OBD(0.0)``.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sparsenet import distributed, saliency
-from sparsenet.functional import select_extreme
 from sparsenet.policies.places import BadScores
 from sparsenet.policies.policy import LayerView, Policy
 from sparsenet.saliency.measuring import TARGETS
 from sparsenet.saliency.woodfisher import DAMP
 from sparsenet.schedules import as_integer, as_number
 
-__all__ = ["OBD", "Cascade", "Curvature", "Fisher", "Taylor", "WoodFisher"]
+__all__ = ["OBD", "Curvature", "Fisher", "GrowsByGradient", "Taylor", "WoodFisher", "informative"]
 
 
-class _GrowsByGradient(Policy):
+class GrowsByGradient(Policy):
     """Growth as in RigL (Evci et al., 2020)."""
 
     needs_gradient = True
@@ -41,7 +37,7 @@ class _GrowsByGradient(Policy):
 
 
 @dataclass(frozen=True)
-class Curvature(_GrowsByGradient):
+class Curvature(GrowsByGradient):
     """What policies have in common whose scores are sums over rows of a layer's input and output gradient.
 
     A subclass answers ``terms``; what it returns is summed over calls, batches and ranks, and ``drop_scores`` turns the
@@ -141,7 +137,7 @@ class Curvature(_GrowsByGradient):
 
     def drop_scores(self, layer: LayerView) -> Tensor:
         """The means over the rows."""
-        return _checked(layer.measured["sums"] / layer.measured["rows"])
+        return informative(layer.measured["sums"] / layer.measured["rows"])
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ class Taylor(Curvature):
 
     def drop_scores(self, layer: LayerView) -> Tensor:
         """The square of its mean."""
-        return _checked((layer.measured["sums"] / layer.measured["rows"]).square())
+        return informative((layer.measured["sums"] / layer.measured["rows"]).square())
 
 
 @dataclass(frozen=True)
@@ -288,7 +284,7 @@ class WoodFisher(Curvature):
 
     def drop_scores(self, layer: LayerView) -> Tensor:
         """The loss by the time each block has gone."""
-        return _checked(self.saliency(layer))
+        return informative(self.saliency(layer))
 
     def saliency(self, layer: LayerView, eligible: Tensor | None = None) -> Tensor:
         """The same, for some of the blocks (bool [num_blocks]) only; inf for the others."""
@@ -308,116 +304,14 @@ class WoodFisher(Curvature):
         return layer.measured["x"], layer.measured["grad_output"], layer.values, layer.pattern
 
 
-@dataclass(frozen=True)
-class Cascade(_GrowsByGradient):
-    """Two policies: the cheap one draws up a shortlist, the expensive one chooses from it.
-
-    The shortlist is ``shortlist`` times as long as what leaves, so that the work of a :class:`WoodFisher` depends on
-    the number of blocks that go, not on that of the layer's; others save nothing, as they are sums that backward makes.
-    The rest of the blocks follow in the cheap order, for the case that too many of the shortlist are the last of their
-    row or column.
-
-    Attributes:
-        cheap, expensive: policies; only their drop scores count. shortlist: at least 1.
-
-    Example:
-        >>> import torch, sparsenet as sn
-        >>> model = sn.SparseMLP([64, 64, 10], density=0.5, block_size=8)
-        >>> policy = sn.Cascade(cheap=sn.Taylor(), expensive=sn.WoodFisher(), shortlist=2.0)
-        >>> sparsifier = sn.Sparsifier(model, None, policy, every=1)
-        >>> model(torch.randn(16, 64)).square().sum().backward()
-        >>> sparsifier.step().dropped > 0
-        True
-    """
-
-    drop_fraction: float | Callable[[int], float] = 0.3
-    cheap: Policy = field(default_factory=Taylor)
-    expensive: Policy = field(default_factory=WoodFisher)
-    shortlist: float = 3.0
-
-    _PARTS: ClassVar = ("cheap", "expensive")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in self._PARTS:
-            part = getattr(self, name)
-            if not isinstance(part, Policy) or isinstance(part, Cascade):
-                raise ValueError(f"Cascade: {name} must be a policy, and no Cascade, got {part!r}")
-        if as_number("Cascade", "shortlist", self.shortlist) < 1.0:
-            raise ValueError(f"Cascade: shortlist must be at least 1, got {self.shortlist}")
-
-    @property
-    def observes(self) -> bool:
-        """Whether one of them does."""
-        return self.cheap.observes or self.expensive.observes
-
-    @property
-    def measures(self) -> bool:
-        """Whether one of them does."""
-        return self.cheap.measures or self.expensive.measures
-
-    def observe(self, layer: LayerView, x: Tensor, grad_output: Tensor) -> None:
-        """Shows both that want to see it."""
-        for part, view in self._each(layer):
-            if part.observes:
-                part.observe(view, x, grad_output)
-                layer.measured[view.part] = view.measured
-
-    def measure(self, model: nn.Module, call: saliency.Call | None, layers: Mapping[str, LayerView], seed: int) -> None:
-        """Lets both that want to."""
-        for name in self._PARTS:
-            part = getattr(self, name)
-            if part.measures:
-                views = {key: self._view(layer, name) for key, layer in layers.items()}
-                part.measure(model, call, views, seed)
-                for key, layer in layers.items():
-                    layer.measured[name] = views[key].measured
-
-    def share(self, layer: LayerView) -> None:
-        """Lets both."""
-        for part, view in self._each(layer):
-            part.share(view)
-            layer.measured[view.part] = view.measured
-
-    def drop_scores(self, layer: LayerView) -> Tensor:
-        """Ranks."""
-        (_, cheap_view), (_, expensive_view) = self._each(layer)
-        cheap = self.cheap.drop_scores(cheap_view)
-        if not bool(torch.isfinite(cheap).all()):
-            raise BadScores("its cheap drop scores hold NaN or Inf")
-        count = min(len(cheap), math.ceil(self.shortlist * layer.drop))
-        listed = torch.zeros(len(cheap), dtype=torch.bool, device=cheap.device)
-        listed[select_extreme(cheap, count, largest=False)] = True
-        if isinstance(self.expensive, WoodFisher):
-            expensive = self.expensive.saliency(expensive_view, listed)
-        else:
-            expensive = self.expensive.drop_scores(expensive_view)
-        _checked(expensive[listed])
-        return saliency.rerank(cheap, expensive.to(cheap.device), listed)
-
-    def adjust(self, layer: LayerView, dropped: Tensor) -> Tensor | None:
-        """The expensive one's."""
-        return self.expensive.adjust(self._view(layer, "expensive"), dropped)
-
-    def _each(self, layer: LayerView) -> list[tuple[Policy, LayerView]]:
-        return [(getattr(self, name), self._view(layer, name)) for name in self._PARTS]
-
-    @staticmethod
-    def _view(layer: LayerView, part: str) -> LayerView:
-        """The layer with what this part has measured of it."""
-        view = copy.copy(layer)
-        view.part, view.measured = part, layer.measured.setdefault(part, {})
-        return view
-
-
 def _refuse_unmeasured(layer: LayerView, name: str = "rows") -> None:
     """The same on every rank: nothing was measured on at least one of them."""
     if distributed.any_rank(not layer.measured.get(name, torch.empty(0)).numel()):
         raise BadScores("no backward pass through it was measured before this step")
 
 
-def _checked(scores: Tensor) -> Tensor:
-    """Refuses scores that say nothing."""
+def informative(scores: Tensor) -> Tensor:
+    """``scores``; BadScores for those that say nothing: all zero, NaN, Inf."""
     if len(scores) and not bool(scores.any()):
         raise BadScores("its drop scores are all zero")
     if not bool(torch.isfinite(scores).all()):

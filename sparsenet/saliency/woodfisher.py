@@ -24,7 +24,7 @@ from sparsenet.schedules import as_number
 __all__ = ["DAMP", "SIZE", "woodfisher_saliency", "woodfisher_update"]
 
 SIZE = 48  # weights of a group; two blocks of 32, and one block where blocks are larger
-DAMP = 1e-3  # added to the diagonal, as a share of the layer's mean
+DAMP = 1e-2  # added to the diagonal, as a share of the layer's mean
 _ROWS = 256  # whose products are summed at a time
 
 
@@ -211,7 +211,8 @@ def _eliminate(piece: _Piece, open_: Tensor) -> Tensor:
     if k == 1:  # nothing else of the group stays
         loss = (piece.weights.unsqueeze(2) @ piece.fisher @ piece.weights.unsqueeze(3)).sum((1, 2, 3)) / 2
         return loss.unsqueeze(1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(piece.fisher))
+    root = _inverse_root(piece.fisher)
+    inverse = root.mT @ root
     weights, open_ = piece.weights.clone(), open_.clone()
     losses = inverse.new_full((groups, k), torch.inf)
     total = inverse.new_zeros(groups)
@@ -219,20 +220,30 @@ def _eliminate(piece: _Piece, open_: Tensor) -> Tensor:
     for _ in range(int(open_.sum(1).max())):
         own = inverse.view(groups, b, k, b, k, b).diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
         own = torch.where(open_[:, None, :, None, None], own, unit)  # [groups, b, k, b, b]; gone blocks have zeros
-        by_block = weights.view(groups, b, k, b, 1)
-        solved = by_block / own if b == 1 else torch.linalg.solve(own, by_block)
-        cost = ((by_block * solved).sum((1, 3, 4)) / 2).clamp_(min=0.0).masked_fill_(~open_, torch.inf)
+        root = _inverse_root(own)  # [F^-1]_QQ ^ -1 = root' root
+        reduced = root @ weights.view(groups, b, k, b, 1)
+        cost = (reduced.square().sum((1, 3, 4)) / 2).masked_fill_(~open_, torch.inf)
         best, block = cost.min(1)
         goes = best.isfinite()
         total += torch.where(goes, best, 0.0)
         losses[every[goes], block[goes]] = total[goes]
         columns = inverse.view(groups, b, m, k, b)[every, :, :, block] * goes[:, None, None, None]  # [groups, b, m, b]
-        pivot = own[every, :, block]
-        weights -= (columns @ solved[every, :, block]).squeeze(3)
-        share = columns / pivot if b == 1 else torch.linalg.solve(pivot, columns.mT).mT
-        inverse -= share @ columns.mT
+        columns = columns @ root[every, :, block].mT
+        weights -= (columns @ reduced[every, :, block]).squeeze(3)
+        inverse -= columns @ columns.mT
         open_[every[goes], block[goes]] = False
     return losses
+
+
+def _inverse_root(matrices: Tensor) -> Tensor:
+    """R with ``R' R`` the inverse of each of the positive definite ``matrices`` [..., n, n]."""
+    if matrices.shape[-1] == 1:
+        return matrices.rsqrt()
+    lower, failed = torch.linalg.cholesky_ex(matrices)
+    if bool(failed.any()):
+        raise ValueError("woodfisher: damp must be large enough for an inverse to exist, got one that is too small")
+    unit = torch.eye(matrices.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, unit, upper=False)
 
 
 def _made_up(piece: _Piece, gone: Tensor) -> Tensor:
@@ -243,7 +254,8 @@ def _made_up(piece: _Piece, gone: Tensor) -> Tensor:
     pull = (piece.fisher @ (piece.weights * leaves).unsqueeze(3)).squeeze(3) * stays
     fisher = piece.fisher * (stays.unsqueeze(3) * stays.unsqueeze(2))
     fisher.diagonal(dim1=-2, dim2=-1).add_(leaves)
-    moved = torch.cholesky_solve(pull.unsqueeze(3), torch.linalg.cholesky(fisher)).squeeze(3)
+    root = _inverse_root(fisher)
+    moved = (root.mT @ (root @ pull.unsqueeze(3))).squeeze(3)
     return (piece.weights + moved) * stays
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsenet import functional
-from sparsenet.architecture.growth.newborn import UNEVEN
+from sparsenet.architecture.growth.newborn import DISTURBANCE, MIXED, UNEVEN, mixture
 from sparsenet.architecture.growth.placing import GrowthError, Placing
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies.places import layer_key
@@ -161,13 +161,19 @@ class Lines:
 
 
 def fill_leading(
-    lines: Lines, norm: float, heard: Tensor, given: tuple[Tensor, Tensor] | None, draw: torch.Generator
+    lines: Lines,
+    norm: float,
+    heard: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    mixed: bool,
+    draw: torch.Generator,
 ) -> None:
     """Weights of new lines that mirror no other.
 
     Args:
         norm: of each line. heard: bool by position; the others get zero.
         given: directions [n, others * b or less], and by position which of them it has; None: random.
+        mixed: whether random ones are mixtures of old lines, disturbed.
     """
     block, offset, position = lines.entries()
     source = lines.axis.source.to(position.device)
@@ -177,19 +183,32 @@ def fill_leading(
         return
     b = lines.blocks.shape[1]
     weights = torch.randn(len(block), b, generator=draw, dtype=torch.float64).to(position.device)
+    n = len(source)
+    if mixed:
+        old, factor = mixture(lines.axis, torch.arange(n), draw)
+        sums = torch.zeros_like(weights)
+        for k in range(MIXED):
+            found, there = lines.find(old[:, k].to(position.device)[position], lines.other[block])
+            share = factor[:, k].to(position.device)[position] * there
+            sums += lines.blocks[found, old[:, k].to(position.device)[position] % b] * share.unsqueeze(1)
+        weights = _unit_lines(sums, position, n) + DISTURBANCE * _unit_lines(weights, position, n)
     if given is not None:
         towards, which = given
         padded = torch.nn.functional.pad(towards, (0, lines.others * b - towards.shape[1])).to(weights)
         chosen = padded.reshape(len(padded), lines.others, b)[which.to(position.device)[position], lines.other[block]]
-        weights = torch.where(_by_line(chosen.square().sum(1), position, len(source)) > 0, chosen, weights)
+        weights = torch.where(_by_line(chosen.square().sum(1), position, n) > 0, chosen, weights)
     weights = weights * lines.inside.to(position.device).reshape(-1, b)[lines.other[block]]
     follower = torch.full_like(source, -1)
     follower[source[source >= 0]] = (source >= 0).nonzero().flatten()
     after = follower[position]
     weights[(after >= 0) & ~lines.find(after.clamp(min=0), lines.other[block])[1]] = 0.0  # its mirror has no such block
-    size = _by_line(weights.square().sum(1), position, len(source)).sqrt()
-    weights = weights * (norm / size.clamp(min=torch.finfo(torch.float64).tiny))
-    lines.blocks[block, offset] = weights.to(lines.blocks)
+    lines.blocks[block, offset] = (norm * _unit_lines(weights, position, n)).to(lines.blocks)
+
+
+def _unit_lines(t: Tensor, position: Tensor, n: int) -> Tensor:
+    """[entries, b] of norm 1 over all entries of the same position."""
+    size = _by_line(t.square().sum(1), position, n).sqrt()
+    return t / size.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _by_line(t: Tensor, position: Tensor, n: int) -> Tensor:

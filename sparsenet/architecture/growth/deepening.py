@@ -129,8 +129,9 @@ def deepen(
     Anywhere else both stand in an ``nn.Sequential`` in place of the old one, which so becomes ``<name>.0``.
 
     Returns:
-        Its name and size, and ``insertion``, by which the structure is built again before a checkpoint is loaded (then
-        :func:`sparsenet.resize_to`, where widths have changed as well).
+        Its name and size, and ``insertion``, by which the structure is built again before a checkpoint is loaded: make
+        model and optimizer as they were made at first, repeat the insertions with both, then
+        :func:`sparsenet.resize_to` where widths have changed as well, and :func:`sparsenet.load`.
 
     Raises:
         GrowthError: no such module, one that is called several times or whose outputs are not followed, an identity

@@ -16,7 +16,14 @@ from sparsenet.architecture.growth.block_lines import (
     share_out,
     uneven_shares,
 )
-from sparsenet.architecture.growth.newborn import Directions, generator, usual_incoming, usual_outgoing
+from sparsenet.architecture.growth.newborn import (
+    DISTURBANCE,
+    Directions,
+    generator,
+    mixture,
+    usual_incoming,
+    usual_outgoing,
+)
 from sparsenet.architecture.growth.placing import Birth, Placing
 from sparsenet.compaction.graph import Stage
 from sparsenet.compaction.moves import gather_lines
@@ -33,12 +40,14 @@ class Brood:
     """All that are born together.
 
     Attributes:
-        births: in the order of their numbers. copied: whether they are copies of other units.
+        births: in the order of their numbers.
+        copied: whether they are copies of other units. mixed: whether random weights are mixtures of old ones.
         directions: by layer; empty: random ones. seed: of all random numbers.
     """
 
     births: tuple[Birth, ...]
     copied: bool
+    mixed: bool
     directions: dict[str, Directions]
     seed: int
 
@@ -92,7 +101,7 @@ def grown_dense(stage: Stage, module: nn.Module, rows: Placing | None, cols: Pla
     if rows is not None:
         draw, lead = generator(brood.seed, stage.name, 5), rows.new[rows.source[rows.new] < 0]
         if len(lead):
-            fresh = _leading(data, brood.given(stage, rows, cols, False), lead, cols, draw)
+            fresh = _leading(data, rows, lead, brood.given(stage, rows, cols, False), cols, brood.mixed, draw)
             data[lead.to(data.device)] = _sized(fresh, usual_incoming(stage)).to(data)
         follows = (rows.source >= 0).nonzero().flatten()
         data[follows.to(data.device)] = data[rows.source[follows].to(data.device)]
@@ -112,15 +121,27 @@ def grown_dense(stage: Stage, module: nn.Module, rows: Placing | None, cols: Pla
         return data
     lead = cols.new[speaks[cols.new] & (cols.source[cols.new] < 0)]
     if len(lead):
-        fresh = _leading(turned, brood.given(stage, cols, rows, True), lead, rows, draw)
+        fresh = _leading(turned, cols, lead, brood.given(stage, cols, rows, True), rows, brood.mixed, draw)
         turned[lead.to(data.device)] = _sized(fresh, usual_outgoing(stage)).to(data)
         turned[follows] = -turned[source]
     return data
 
 
-def _leading(data: Tensor, given: Given | None, lead: Tensor, across: Placing | None, draw: torch.Generator) -> Tensor:
+def _leading(
+    data: Tensor,
+    axis: Placing,
+    lead: Tensor,
+    given: Given | None,
+    across: Placing | None,
+    mixed: bool,
+    draw: torch.Generator,
+) -> Tensor:
     """Like ``data[lead]``: random or as given, zero where a unit is born across as well."""
     fresh = torch.randn(len(lead), *data.shape[1:], generator=draw, dtype=torch.float64)
+    if mixed:
+        old, factor = mixture(axis, lead, draw)
+        sums = torch.einsum("kmx,km->kx", data[old.to(data.device)].flatten(2).double().cpu(), factor)
+        fresh = F.normalize(sums, dim=1) + DISTURBANCE * F.normalize(fresh.flatten(1), dim=1)
     fresh = fresh.reshape(len(lead), data.shape[1], -1)
     if given is not None:
         towards, which = given
@@ -148,7 +169,8 @@ def grown_blocks(
         lines = Lines(values, row, col, rows, pattern.block_cols, inside)
         heard = torch.ones(len(rows.old), dtype=torch.bool)
         given = _flat(brood.given(stage, rows, cols, False))
-        fill_leading(lines, usual_incoming(stage), heard, given, generator(brood.seed, stage.name, 5))
+        draw = generator(brood.seed, stage.name, 5)
+        fill_leading(lines, usual_incoming(stage), heard, given, brood.mixed, draw)
         fill_following(lines, 1.0, heard)
     if cols is not None:
         inside = _inside(rows, pattern.shape[0], b)
@@ -160,7 +182,7 @@ def grown_blocks(
             share_out(lines, brood.children(cols), draw)
             return values
         given = _flat(brood.given(stage, cols, rows, True))
-        fill_leading(lines, usual_outgoing(stage), heard, given, draw)
+        fill_leading(lines, usual_outgoing(stage), heard, given, brood.mixed, draw)
         fill_following(lines, -1.0, heard)
     return values
 

@@ -113,8 +113,8 @@ def widen(
             other, all of them grow: name one.
         how: how they are born. Random weights have the mean norm of those that the layer has; biases are zero.
 
-            * ``pairs``: random weights, two by two the same, heard with opposite signs: they cancel, and all of their
-              weights have a gradient at once. An odd one is as in ``zero``.
+            * ``pairs``: disturbed mixtures of the weights of old units, two by two the same and heard with opposite
+              signs: they cancel, and all of their weights have a gradient at once. An odd one is heard with zeros.
             * ``zero``: random incoming, zero outgoing weights.
             * ``split``: copies of the strongest units (Net2Net; Chen et al., 2016), which share what these said, each
               outgoing weight a little unevenly.
@@ -174,7 +174,7 @@ def widen(
         found = {}
         if how in ("gradient", "firefly"):
             found = {b.stage.name: directions(graph, b, how, operands or {}, seed) for b in births}
-        brood = Brood(births, how == "split", found, seed)
+        brood = Brood(births, how == "split", how not in ("zero", "split"), found, seed)
         twins = {id(twin): twin for twin in map(plain_model, (*copies, *getattr(sparsifier, "followers", ())))}
         twins.pop(id(net), None)
         growth = _Growth(graph, brood, states)

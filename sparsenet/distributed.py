@@ -7,6 +7,8 @@ bounded memory. Every rank then decides alike; fingerprints are compared, and a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -185,6 +187,15 @@ def any_rank(flag: bool) -> bool:
     seen = torch.tensor([int(flag)], device=_device())
     dist.all_reduce(seen, dist.ReduceOp.MAX)
     return bool(seen)
+
+
+def largest(numbers: Sequence[int]) -> list[int]:
+    """Each of the numbers, the largest that any rank has."""
+    if not is_active():
+        return list(numbers)
+    seen = torch.tensor(numbers, dtype=torch.int64, device=_device())
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return seen.tolist()
 
 
 def averaged(t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsenet import distributed, functional
 from sparsenet.densities import DISTRIBUTIONS, apportion, proportions
 from sparsenet.layers import SparseLinear, sparse_layers
+from sparsenet.limits import MemoryBudget, is_out_of_memory
 from sparsenet.optimizer_state import (
     LayerMove,
     StatesOfLayers,
@@ -26,6 +27,7 @@ from sparsenet.optimizer_state import (
 )
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies.growth import Growth, View
+from sparsenet.policies.holding import Holding
 from sparsenet.policies.places import BadScores, checked_scores, checked_values, layer_key
 from sparsenet.policies.policy import Policy
 from sparsenet.saliency import LastCall
@@ -149,10 +151,16 @@ class Sparsifier:
             sizes. ``{"exp_avg_sq": "mean"}`` tames Adam's first steps on grown blocks: with a zero second moment late
             in training they are several times too large.
         sparsity: alias, ``1 - density``.
+        budget: bytes of a training step that the blocks keep within, as ``"512MiB"``; None: no limit. It counts values,
+            gradients, optimizer state, indices, other parameters, buffers, followers, the room of a rewire, and, once a
+            forward pass in training mode was seen, activations. Growth ends where it is reached; where it is passed
+            (:attr:`budget` may be set at any time), or the process's own limits leave too little for a rewire, the
+            lowest-scored blocks leave at the next step, whatever ``every`` says.
 
     Raises:
         ValueError: no sparse layer, a parameter in two layers or in no optimizer, a number out of range, a follower of
-            other patterns, an optimizer whose state cannot follow (LBFGS).
+            other patterns, an optimizer whose state cannot follow (LBFGS), a budget below what the sparsest network
+            takes that reaches every neuron.
 
     The last block of a row of blocks never leaves where there are blocks enough for all rows, nor that of a column
     where there are enough for all columns. Where a falling density leaves too few, a warning says how many outputs and
@@ -175,6 +183,8 @@ class Sparsifier:
         True
     """
 
+    optional_state = frozenset({"budget", "seen_bytes"})  # entries of a state that another may lack
+
     def __init__(
         self,
         model: nn.Module,
@@ -190,6 +200,7 @@ class Sparsifier:
         *,
         grown_state: Mapping[str, str] | None = None,
         sparsity: float | Callable[[int], float] | None = None,
+        budget: str | int | MemoryBudget | None = None,
     ):
         if not isinstance(policy, Policy):
             raise TypeError(f"Sparsifier: policy must be a sparsenet Policy, got {policy!r}")
@@ -220,7 +231,77 @@ class Sparsifier:
         self._proportions = self._counts()
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
         self._warn_if_idle()
+        self._holding: Holding | None = None
+        self.budget = budget
         self._arm()
+
+    # --- the budget ---
+
+    @property
+    def budget(self) -> MemoryBudget | None:
+        """What a training step may take; see the class. It may be set at any time, and holds from the next step on."""
+        return None if self._holding is None else self._holding.budget
+
+    @budget.setter
+    def budget(self, amount: str | int | MemoryBudget | None) -> None:
+        seen = None if self._holding is None else self._holding.seen
+        holding = self._hold(None if amount is None else MemoryBudget(amount), seen)
+        self._holding = None if holding is None else holding.check()
+
+    def _hold(self, budget: MemoryBudget | None, seen: Mapping[str, int] | None) -> Holding | None:
+        if budget is None or not self.layers:
+            return None
+        layers, model = self._rewired(), distributed.unwrap(self.model)
+        return Holding(model, layers, self.optimizers, self._follower_layers, self.followers, budget, seen)
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes that a training step is predicted to take, as :attr:`budget` counts them; None without a budget."""
+        return None if self._holding is None else self._holding.bytes(self.policy.drop_fraction_at(self.steps + 1))
+
+    def _keep_within_budget(self) -> Update | None:
+        """Lets blocks go where there are too many, or else what is about to grow end where the budget does."""
+        if self._holding is None:
+            return None
+        if self._holding.layers.keys() != self._rewired().keys():  # somebody froze a layer
+            self._holding = self._hold(self._holding.budget, self._holding.seen)
+        elif self._quotas:
+            self._holding.measure()
+        holding = self._holding
+        if not holding.layers:
+            return None
+        holding.look()
+        share = self.policy.drop_fraction_at(self.steps)
+        wanted = self._wanted(holding.layers, [p.block_rows * p.block_cols for p in _patterns(holding.layers)])
+        counts = holding.shrunk(wanted, share)
+        if counts is not None:
+            return self._shrink(counts, share)
+        now = holding.counts()
+        quotas = {name: self._quotas.get(name, _Quota(0, 0, 0, 0)) for name in now}
+        targets = {name: now[name] - quota.drop + quota.grow for name, quota in quotas.items()}
+        for name, count in holding.within(targets, wanted, share).items():
+            less = targets[name] - count
+            if less:
+                quota = quotas[name]
+                self._quotas[name] = replace(quota, grow=quota.grow - less, clamped=quota.clamped + less)
+        return None
+
+    def _shrink(self, counts: Mapping[str, int], share: float) -> Update:
+        holding = self._holding
+        for name in counts:
+            for optimizer in self.optimizers:
+                check_followable(optimizer, self.layers[name].values, name, self.layers[name].pattern.num_blocks)
+        distributed.check_resizable(self.model, next(iter(counts)))
+        done = holding.shrink(counts, self.policy, self.steps, lambda n: layer_key(self.seed, self.steps, n), share)
+        updates = {}
+        for name, (before, after) in done.items():
+            self._say_what_died(name, before, after)
+            left = before.linear_places()
+            left = left[~torch.isin(left, after.linear_places())]
+            updates[name] = LayerUpdate(left, left[:0], after.num_blocks, after.density)
+        distributed.rebuild(self.model)
+        self._states.mark()
+        return Update(self.steps, updates)
 
     # --- the step ---
 
@@ -238,12 +319,14 @@ class Sparsifier:
         Layers whose scores are NaN or Inf, or that saw no gradient, are skipped and say so.
         """
         self.steps += 1
-        distributed.assert_same("the decision to rewire", int(self._rewires_at(self.steps)))
+        rewires = self._rewires_at(self.steps)
+        distributed.assert_same("the decision to rewire", int(rewires) + 2 * (self._holding is not None))
         self._states.follow()
         update = None
         try:
-            if self._rewires_at(self.steps):
-                update = self._rewire()
+            update = self._keep_within_budget()
+            if rewires and update is None:
+                update = self._rewire_or_shrink()
         finally:
             self._arm()
         warn_about_averages(self.layers, self._follower_layers)
@@ -256,6 +339,8 @@ class Sparsifier:
         self._follower_layers = _follower_layers(self.followers, self.layers)
         self._proportions = self._counts()
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
+        if self._holding is not None:
+            self._holding = self._hold(self._holding.budget, self._holding.seen)
         self._arm()
 
     def _rewires_at(self, step: int) -> bool:
@@ -338,6 +423,18 @@ class Sparsifier:
             return wanted if any(wanted) else list(map(float, places))
         shapes = [layer.pattern.shape for layer in layers.values()]
         return proportions(shapes, [layer.block_size for layer in layers.values()], self.distribution)
+
+    def _rewire_or_shrink(self) -> Update:
+        """A rewire; with a budget, one for which the memory fails makes the network smaller instead."""
+        try:
+            return self._rewire()
+        except (MemoryError, RuntimeError) as error:
+            if self._holding is None or distributed.is_active() or not is_out_of_memory(error):
+                raise
+            logger.warning("Sparsifier: step %d: memory ran out during the rewire", self.steps)
+        counts, fewest = self._holding.counts(), self._holding.fewest()
+        smaller = {name: max(fewest[name], count - -(-count // 4)) for name, count in counts.items()}
+        return self._shrink(smaller, self.policy.drop_fraction_at(self.steps))
 
     def _rewire(self) -> Update:
         for name in self._growth:
@@ -492,7 +589,10 @@ class Sparsifier:
 
     def state_dict(self) -> dict:
         """The step count, the seed and the layers' proportions; patterns are saved with the model."""
-        return {"steps": self.steps, "seed": self.seed, "proportions": dict(self._proportions)}
+        state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._proportions)}
+        if self._holding is not None:
+            state |= {"budget": self._holding.budget.bytes, "seen_bytes": dict(self._holding.seen)}
+        return state
 
     def load_state_dict(self, state: Mapping) -> None:
         """Continues where :meth:`state_dict` was taken. Load the model first."""
@@ -502,10 +602,19 @@ class Sparsifier:
         proportions = state.get("proportions", {})
         if not isinstance(proportions, Mapping) or not all(isinstance(n, int) for n in proportions.values()):
             raise ValueError(f"Sparsifier: state must have integers by layer in 'proportions', got {proportions!r}")
+        if "budget" in state:
+            seen = state.get("seen_bytes", {})
+            if not isinstance(seen, Mapping) or not all(isinstance(n, int) and n >= 0 for n in seen.values()):
+                raise ValueError(f"Sparsifier: state must have bytes by name in 'seen_bytes', got {seen!r}")
+            self._holding = self._hold(MemoryBudget(state["budget"]), seen).check()
         self.steps, self.seed = state["steps"], state["seed"]
         self._proportions = self._counts() | {n: c for n, c in proportions.items() if n in self.layers}
         self._states.mark()
         self._arm()
+
+
+def _patterns(layers: Mapping[str, SparseLinear]) -> list[BlockPattern]:
+    return [layer.pattern for layer in layers.values()]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

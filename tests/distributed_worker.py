@@ -59,6 +59,24 @@ def train_with_checkpoints(kind, rank, world, checkpoint):
     return module
 
 
+def train_within_a_budget(rank, world):
+    """The ranks are told other budgets in mid-training; their batches are of other sizes as well."""
+    module = make()
+    model = sn.distributed.DataParallel(module)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    sparsifier = sn.Sparsifier(model, optimizer, policy("rigl"), every=3, budget="64MiB")
+    blocks = sum(layer.pattern.num_blocks for layer in module)
+
+    def after_step(step):
+        if step == 4:
+            sparsifier.budget = sparsifier.bytes * (95 - 10 * rank) // 100
+
+    train(model, sparsifier, optimizer, rank, world, after_step=after_step)
+    assert sparsifier.bytes <= sparsifier.budget.bytes
+    assert sum(layer.pattern.num_blocks for layer in module) < 0.9 * blocks, "the smallest budget counts"
+    return module
+
+
 def policy(name):
     return {
         "rigl": sn.RigL(0.3),
@@ -90,6 +108,8 @@ def run(case, rank, world, checkpoint):
         for _ in range(3):
             sparsifier.step()
         return model
+    if kind == "budget":
+        return train_within_a_budget(rank, world)
     module = make(seed=rank if kind == "synchronized" else 0)
     density = sn.Linear(0.4, 0.15, STEPS) if name == "gmp" else None
     if kind == "refused":

@@ -46,6 +46,13 @@ def test_two_processes_train_as_one(case, tmp_path):
             torch.testing.assert_close(two[0][key], one[key], atol=2e-4, rtol=2e-3)
 
 
+def test_ranks_agree_on_the_smallest_budget(tmp_path):
+    codes, errors, (first, second) = launch("budget-rigl", 2, tmp_path)
+    assert codes == [0, 0], errors
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
 def test_synchronize_gives_every_rank_the_network_of_rank_0(tmp_path):
     codes, errors, (first, second) = launch("alike-x", 2, tmp_path)
     assert codes == [0, 0], errors

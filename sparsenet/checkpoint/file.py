@@ -217,11 +217,15 @@ class CheckpointFile:
                 raise self.error(f"must hold {key} of {name} with the shape {list(shape)}, got {list(value.shape)}")
 
     def check_part(self, part: str, thing: Any) -> None:
-        """The part of a sparsifier or scheduler: there, and with the entries that ``thing`` itself would save."""
+        """The part of a sparsifier or scheduler: there, and with the entries that ``thing`` itself would save.
+
+        What ``thing`` lists as ``optional_state`` may be there or not.
+        """
         if part not in self.header:
             raise self.error(f"must hold a {part}'s state, got none")
         saved, expected = self.decoded(part), thing.state_dict()
-        if not isinstance(saved, dict) or set(saved) != set(expected):
+        optional = getattr(thing, "optional_state", frozenset())
+        if not isinstance(saved, dict) or set(saved) - optional != set(expected) - optional:
             kind = type(thing).__name__
             raise self.error(f"must hold the state of a {kind} with {sorted(expected)}, got {_short(saved)}")
 

@@ -1,7 +1,7 @@
 """Amounts of memory: naming them, what this process may still take, and what a forward pass keeps for its backward."""
 
 from sparsenet.limits.amounts import MemoryBudget, format_bytes
-from sparsenet.limits.process import Limit, available_bytes, is_out_of_memory, process_limit
+from sparsenet.limits.process import Limit, available_bytes, is_out_of_memory, process_limit, release_heap
 from sparsenet.limits.saved import SavedBytes
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "format_bytes",
     "is_out_of_memory",
     "process_limit",
+    "release_heap",
 ]

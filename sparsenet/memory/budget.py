@@ -15,14 +15,13 @@ import re
 import resource
 import sys
 import weakref
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsenet import functional
-from sparsenet.limits import MemoryBudget, available_bytes, format_bytes
+from sparsenet.limits import MemoryBudget, available_bytes, format_bytes, release_heap
 from sparsenet.models import SparseMLP
 from sparsenet.policies.rewiring import RigL
 from sparsenet.sparsifier import Sparsifier
@@ -77,7 +76,7 @@ class PeakMemory:
         """Warms up, gives free memory of the heap back, takes the baseline and sets the high-water mark back."""
         if self._warm_up:
             _run_tiny_network(self.device)
-        _trim_heap()  # else what is needed next could hide in it
+        release_heap()  # else what is needed next could hide in it
         for other in _running:  # theirs is set back too: let them remember it
             other._look()
         self.method = self._reset()
@@ -161,11 +160,6 @@ def measure_peak(device: torch.device | str = "cpu", warm_up: bool = True) -> Pe
         True
     """
     return PeakMemory(device, warm_up)
-
-
-def _trim_heap() -> None:
-    with suppress(AttributeError, OSError, TypeError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int | None:

@@ -143,3 +143,27 @@ def test_available_bytes_without_the_file(made_system):
     made_system("", {})
     (process.Path(process._PROC) / "meminfo").unlink()
     assert limits.available_bytes() > 16 * MIB
+
+
+def test_free_memory_of_the_heap_goes_back(run_child):
+    """In a process of its own: many small pieces, one of which at the top keeps the rest in the heap."""
+    said = run_child("""
+        import ctypes, os
+        from sparsenet.limits import release_heap
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pieces = [bytearray(60_000) for _ in range(1500)]
+        top = pieces[-1]
+        del pieces
+        before = resident()
+        release_heap()
+        print(before - resident())
+    """)
+    assert int(said.stdout) > 50 * MIB
+
+
+def test_a_c_library_without_such_a_call(monkeypatch):
+    asked = []
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: asked.append(name) or object())
+    limits.release_heap()
+    assert asked == [None]

@@ -41,7 +41,7 @@ _CONVOLUTIONS = {-2: nn.Conv1d, -3: nn.Conv2d, -4: nn.Conv3d}
 
 @dataclass(frozen=True)
 class DeepenReport:
-    """What :func:`deepen` inserted.
+    """What :func:`~sparsenet.architecture.growth.deepen` inserted.
 
     Attributes:
         name: of the new module. layer: of the layer with weights in it. neighbour: of the one that feeds it.
@@ -89,7 +89,7 @@ def deepen(
         kind: ``identity``: behind a ReLU, or a layer that a ReLU or no activation follows; or ``residual``: anywhere.
         density: the new layer is block-sparse, so dense; default as the layer in front of it is, or dense.
         block_size: of a block-sparse layer; default that of the layer in front, or chosen by the density.
-        sparsifier, copies: as for :func:`widen`. seed: of the places of blocks.
+        sparsifier, copies: as for :func:`~sparsenet.architecture.growth.widen`. seed: of the places of blocks.
 
     A convolution is followed by one of the same kernel size. In an ``nn.Sequential`` or :class:`~sparsenet.SparseMLP`
     the new module stands behind the old one, under a name of its own: all other names stay, while positions shift.

@@ -20,61 +20,28 @@ from torch.optim import Optimizer
 
 from sparsenet import distributed, functional
 from sparsenet.architecture.growth.born_state import group_of, twin_of
+from sparsenet.architecture.growth.inserting import Place, ResidualLayer, placed
 from sparsenet.architecture.growth.placing import GrowthError, said_by
 from sparsenet.compaction.compacting import commit, plain_model
-from sparsenet.compaction.graph import Stage, UnitGraph, trace
+from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.compaction.moves import StageMoves
 from sparsenet.compaction.rules import Axis
 from sparsenet.densities import choose_block_size
 from sparsenet.layers import SparseLinear, refuse_unfit_state
-from sparsenet.models import SparseMLP
 from sparsenet.optimizer_state import as_optimizers, with_inner_optimizers
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies.places import layer_key
 from sparsenet.schedules import as_integer, as_number
 
-__all__ = ["KINDS", "DeepenReport", "ResidualLayer", "deepen"]
+__all__ = ["KINDS", "DeepenReport", "deepen"]
 
 KINDS = ("identity", "residual")
 _CONVOLUTIONS = {-2: nn.Conv1d, -3: nn.Conv2d, -4: nn.Conv3d}
 
 
-class ResidualLayer(nn.Module):
-    """``x + layer(activation(x))``: with a layer of zeros, the identity.
-
-    Args:
-        layer: as wide as its input. activation: in front of it.
-
-    Example:
-        >>> import torch
-        >>> from sparsenet.architecture.growth import ResidualLayer
-        >>> residual = ResidualLayer(torch.nn.Linear(4, 4), torch.nn.ReLU())
-        >>> residual(torch.randn(3, 4)).shape
-        torch.Size([3, 4])
-    """
-
-    def __init__(self, layer: nn.Module, activation: nn.Module):
-        super().__init__()
-        self.activation, self.layer = activation, layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n, ...] -> the same."""
-        return x + self.layer(self.activation(x))
-
-    @property
-    def in_features(self) -> int:
-        """Inputs."""
-        return self.layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return self.layer.out_features
-
-
 @dataclass(frozen=True)
 class DeepenReport:
-    """What :func:`deepen` inserted.
+    """What :func:`~sparsenet.architecture.growth.deepen` inserted.
 
     Attributes:
         name: of the new module. layer: of the layer with weights in it. neighbour: of the one that feeds it.
@@ -122,7 +89,7 @@ def deepen(
         kind: ``identity``: behind a ReLU, or a layer that a ReLU or no activation follows; or ``residual``: anywhere.
         density: the new layer is block-sparse, so dense; default as the layer in front of it is, or dense.
         block_size: of a block-sparse layer; default that of the layer in front, or chosen by the density.
-        sparsifier, copies: as for :func:`widen`. seed: of the places of blocks.
+        sparsifier, copies: as for :func:`~sparsenet.architecture.growth.widen`. seed: of the places of blocks.
 
     A convolution is followed by one of the same kernel size. In an ``nn.Sequential`` or :class:`~sparsenet.SparseMLP`
     the new module stands behind the old one, under a name of its own: all other names stay, while positions shift.
@@ -156,7 +123,7 @@ def deepen(
         density = as_number("deepen", "density", density, within=(0, 1))
     with said_by("deepen"), torch.no_grad():
         net = plain_model(model)
-        optimizers = with_inner_optimizers(as_optimizers(optimizer))
+        optimizers = with_inner_optimizers((*as_optimizers(optimizer), *getattr(sparsifier, "optimizers", ())))
         graph = UnitGraph(net, zeros=False)
         node, axis = _found(graph, after)
         neighbour = _neighbour(graph, node)
@@ -164,12 +131,12 @@ def deepen(
         new.train(graph.modules[after].training)
         twins = {id(twin): twin for twin in map(plain_model, (*copies, *getattr(sparsifier, "followers", ())))}
         twins.pop(id(net), None)
-        place = _placed(net, graph, node, new)
+        place = placed(net, graph, node, new)
         moves = StageMoves([(place.put, place.back)])
         for twin in twins.values():
             if after not in dict(twin.named_modules()):
                 raise GrowthError(f"deepen: every copy must have the model's modules, one has no {after!r}")
-            there = _Place(twin, after, copy.deepcopy(new), place.beside)
+            there = Place(twin, after, copy.deepcopy(new), place.beside)
             moves.puts.append((there.put, there.back))
         moves.puts += _held(optimizers, graph, neighbour, new, place.name)
         commit([moves])
@@ -230,76 +197,6 @@ def _neighbour(graph: UnitGraph, node: fx.Node) -> Stage:
             return stages[here.target]
         waiting += here.all_input_nodes
     raise GrowthError(f"deepen: after must stand behind a linear layer or convolution, got {node.target!r}")
-
-
-class _Place:
-    """Where a new module goes, and how it is taken back."""
-
-    def __init__(self, net: nn.Module, after: str, new: nn.Module, beside: bool):
-        path, _, self.key = after.rpartition(".")
-        self.parent, self.new, self.beside = net.get_submodule(path), new, beside
-        self.before = dict(self.parent._modules)
-        prefix = f"{path}." if path else ""
-        if beside:
-            number = next(n for n in range(1, len(self.before) + 2) if f"{self.key}_{n}" not in self.before)
-            self.name = f"{prefix}{self.key}_{number}"
-        else:
-            self.name = f"{after}.1"
-
-    def put(self) -> None:
-        """Puts it there."""
-        modules = self.parent._modules
-        if not self.beside:
-            old = self.before[self.key]
-            modules[self.key] = nn.Sequential(old, self.new).train(old.training)
-            return
-        modules.clear()
-        for key, module in self.before.items():
-            modules[key] = module
-            if key == self.key:
-                modules[self.name.rpartition(".")[2]] = self.new
-
-    def back(self) -> None:
-        """Takes it back."""
-        self.parent._modules.clear()
-        self.parent._modules.update(self.before)
-
-    def name_of(self, part: nn.Module) -> str:
-        """Of a part of the new module."""
-        inside = next(name for name, module in self.new.named_modules() if module is part)
-        return f"{self.name}.{inside}" if inside else self.name
-
-
-def _placed(net: nn.Module, graph: UnitGraph, node: fx.Node, new: nn.Module) -> _Place:
-    """Beside the old module where its parent runs its children in turn, else around both; tried, and taken back."""
-    kind = type(net.get_submodule(node.target.rpartition(".")[0]))
-    for beside in (True, False) if kind in (nn.Sequential, SparseMLP) else (False,):
-        place = _Place(net, node.target, new, beside)
-        place.put()
-        try:
-            if _runs_between(trace(net), graph, node, place):
-                return place
-        finally:
-            place.back()
-    raise GrowthError(f"deepen: after must name a module that its parent only calls, got {node.target!r}")
-
-
-def _runs_between(after: fx.Graph, graph: UnitGraph, node: fx.Node, place: _Place) -> bool:
-    """Whether the new module reads what the old one returns, and everybody else reads the new one instead."""
-    old = node.target if place.beside else f"{node.target}.0"
-    called = [n for n in after.nodes if n.op == "call_module"]
-    inside = [n for n in called if n.target == place.name or n.target.startswith(f"{place.name}.")]
-    source = [n for n in called if n.target == old]
-    others = [node.target if n.target == old else n.target for n in called if n not in inside]
-    if len(source) != 1 or not inside or others != [n.target for n in graph.graph.nodes if n.op == "call_module"]:
-        return False
-    residual = isinstance(place.new, ResidualLayer)
-    result = next(iter(inside[-1].users), None) if residual else inside[-1]
-    if result is None or inside[0].all_input_nodes != [source[0]]:
-        return False
-    readers = {inside[0], result} if residual else {inside[0]}
-    same = [u.target for u in result.users] == [u.target for u in node.users]
-    return set(source[0].users) == readers and same
 
 
 # --- what -----------------------------------------------------------------------------------------------------------

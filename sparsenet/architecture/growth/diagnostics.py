@@ -17,7 +17,7 @@ __all__ = ["newborn_ratio"]
 
 
 class Report(Protocol):
-    """What :func:`widen` and :func:`deepen` return."""
+    """What :func:`~sparsenet.architecture.growth.widen` and :func:`~sparsenet.architecture.growth.deepen` return."""
 
     @property
     def newborn(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -37,7 +37,7 @@ def newborn_ratio(model: nn.Module, report: Report) -> float:
 
     Args:
         model: after a backward pass, with the sizes it had when ``report`` was made.
-        report: of :func:`widen` or :func:`deepen`.
+        report: of :func:`~sparsenet.architecture.growth.widen` or :func:`~sparsenet.architecture.growth.deepen`.
 
     Returns:
         The ratio of root mean squares; infinite where only the new weights have a gradient, NaN where none has.

@@ -328,11 +328,17 @@ def test_copies_and_followers_get_the_same_new_weights():
     sparsifier = sn.Sparsifier(model, optimizer, sn.RigL(), every=1, followers=[follower])
     x = torch.randn(5, 16)
     before = follower(x)
-    widen(model, optimizer, {"0": 6}, sparsifier=sparsifier, copies=[average])
+    train(model, optimizer, x, 1)
+    average.update_parameters(model)
+    average.module.load_state_dict(model.state_dict())
+    before = follower(x)
+    report = widen(model, None, {"0": 6}, sparsifier=sparsifier, copies=[average])  # the sparsifier knows the optimizer
+    assert optimizer.state[model[0].values]["exp_avg"].shape == model[0].values.shape
     assert torch.allclose(follower(x), before, atol=1e-6) and not torch.allclose(follower(x), model(x))
     assert_unchanged(model.state_dict(), average.module.state_dict())
     assert follower[0].pattern == model[0].pattern
-    assert torch.equal(follower[1].values[:, :, 0], model[1].values[:, :, 0])
+    new = report.columns["1"]
+    assert torch.equal(follower[1].weight_dense()[:, new], model[1].weight_dense()[:, new])
     train(model, optimizer, x, 1)
     assert sparsifier.step() is not None and follower[0].pattern == model[0].pattern
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ __all__ = ["StepTimeModel"]
 
 _NOISE = 0.05  # of a step's time, relative
 _SCALE_DEVIATION, _CONSTANT_DEVIATION = 0.5, 1.0  # what is not known at first: a factor, and milliseconds
-_LARGEST_SURPRISE = 0.5  # relative; a step that was held up by something else does not count for more
-_TRUSTED_FROM = 3  # observations, from which on a surprise is bounded
+_CONSTANT_DRIFT = 0.01  # milliseconds from one step to the next
+_WINDOW = 5  # observations whose middle surprise counts: a step that was held up by something else counts for nothing
 
 
 class StepTimeModel:
@@ -31,13 +32,16 @@ class StepTimeModel:
 
     The seconds come from short measurements on this machine, made when they are first needed and kept in the user's
     cache; see :mod:`sparsenet.memory.measured_times`. Constant and scale come from the steps that are observed, by
-    recursive least squares with forgetting (Åström & Wittenmark 1995, section 2.2), so that the predictions follow what
-    the measurements do not know: the loss, other modules, caches that others use as well.
+    recursive least squares for parameters that drift (a Kalman filter of two random walks; Åström & Wittenmark 1995,
+    chapter 2), so that the predictions follow what the measurements do not know: the loss, other modules, caches that
+    others use as well. A step that was held up by something else counts for nothing: of the last five, the middle
+    surprise is taken.
 
     Args:
         optimizer: whose update is meant; default AdamW.
         folder: where measurements are kept; see :class:`~sparsenet.memory.MeasuredTimes`.
-        forgetting: weight of an observation after the next one, in (0, 1].
+        drift: how much the scale may change from one observed step to the next, in [0, 1]: the larger, the faster
+            predictions follow, and the more they tremble.
 
     Example:
         >>> import tempfile, sparsenet as sn
@@ -52,18 +56,18 @@ class StepTimeModel:
         2.0
     """
 
-    def __init__(
-        self, optimizer: Optimizer | None = None, folder: str | Path | None = None, *, forgetting: float = 0.95
-    ):
+    def __init__(self, optimizer: Optimizer | None = None, folder: str | Path | None = None, *, drift: float = 0.005):
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"StepTimeModel: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))]) if optimizer is None else optimizer
-        self.forgetting = as_number("StepTimeModel", "forgetting", forgetting, within=(0, 1))
-        if not self.forgetting:
-            raise ValueError("StepTimeModel: forgetting must be above 0, got 0")
+        self.drift = as_number("StepTimeModel", "drift", drift, within=(0, 1))
         self.times = MeasuredTimes(folder)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self.scale, self.constant, self.observations = 1.0, 0.0, 0
         self._deviations = [[_SCALE_DEVIATION**2, 0.0], [0.0, _CONSTANT_DEVIATION**2]]  # covariance of the two
+        self._window: list[tuple[float, float]] = []  # milliseconds by the measurements, and what a step took
 
     def measured_ms(self, layers: Sequence[LayerCost]) -> float:
         """What the measurements alone say, in milliseconds."""
@@ -94,17 +98,17 @@ class StepTimeModel:
             raise ValueError(f"StepTimeModel: milliseconds must be above 0, got {milliseconds}")
         measured = self.measured_ms(layers)
         known = 1.0, 1.0 / measured  # errors count relative to the step
-        surprise = milliseconds / measured - (self.scale + self.constant / measured)
-        if self.observations >= _TRUSTED_FROM:
-            bound = _LARGEST_SURPRISE * self._corrected(measured) / measured
-            surprise = min(max(surprise, -bound), bound)
+        self._window = [*self._window[1 - _WINDOW :], (measured, milliseconds)]
+        surprise = statistics.median(took / m - self.scale - self.constant / m for m, took in self._window)
         p = self._deviations
         gain = [row[0] * known[0] + row[1] * known[1] for row in p]
-        total = self.forgetting * _NOISE**2 + known[0] * gain[0] + known[1] * gain[1]
+        total = _NOISE**2 + known[0] * gain[0] + known[1] * gain[1]
         self.scale += gain[0] / total * surprise
         self.constant += gain[1] / total * surprise
-        p = [[(p[i][j] - gain[i] * gain[j] / total) / self.forgetting for j in (0, 1)] for i in (0, 1)]
-        # forgetting alone would make what is never observed ever less certain, without end
+        p = [[p[i][j] - gain[i] * gain[j] / total for j in (0, 1)] for i in (0, 1)]
+        p[0][0] += self.drift**2
+        p[1][1] += _CONSTANT_DRIFT**2
+        # what is never observed alone, as of one network with one size, would become ever less certain without end
         over = max(p[0][0] / _SCALE_DEVIATION**2, p[1][1] / _CONSTANT_DEVIATION**2, 1.0)
         self._deviations = [[entry / over for entry in row] for row in p]
         self.observations += 1
@@ -116,6 +120,7 @@ class StepTimeModel:
             "constant": self.constant,
             "observations": self.observations,
             "deviations": [list(row) for row in self._deviations],
+            "window": [list(pair) for pair in self._window],
             "machine": dict(self.times.machine),
             "seconds": dict(self.times.seconds),
         }
@@ -130,16 +135,17 @@ class StepTimeModel:
             numbers = [float(state[name]) for name in ("scale", "constant")]
             observations = int(state["observations"])
             deviations = [[float(entry) for entry in row] for row in state["deviations"]]
+            window = [(float(measured), float(took)) for measured, took in state["window"]]
             seconds = {str(key): float(s) for key, s in state["seconds"].items()}
             machine = dict(state["machine"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"StepTimeModel: state must be what state_dict gives, got {error!r}") from None
-        entries = [*numbers, *(entry for row in deviations for entry in row)]
+        entries = [*numbers, *(entry for row in (*deviations, *window) for entry in row)]
         if [len(row) for row in deviations] != [2, 2] or not all(map(math.isfinite, entries)):
             raise ValueError("StepTimeModel: state must hold finite numbers, got others")
         if machine != self.times.machine:
-            self.scale, self.constant, self.observations = 1.0, 0.0, 0
-            self._deviations = [[_SCALE_DEVIATION**2, 0.0], [0.0, _CONSTANT_DEVIATION**2]]
+            self._begin_anew()
             return
         (self.scale, self.constant), self.observations, self._deviations = numbers, observations, deviations
+        self._window = window[-_WINDOW:]
         self.times.seconds |= {key: s for key, s in seconds.items() if 0 < s < 1e6}

@@ -113,6 +113,12 @@ def test_predictions_follow_what_is_observed(made_times):
     assert made_times.predict(large) == pytest.approx(3 * raw[id(large)] + 0.7, rel=0.05)
 
 
+def test_first_steps_that_were_held_up_are_forgotten(made_times):
+    for took in [12.0] * 5 + [5.0] * 30:
+        made_times.observe([DENSE], took)
+    assert made_times.predict([DENSE]) == pytest.approx(5.0, rel=0.1)
+
+
 def test_one_step_that_was_held_up_counts_for_little(made_times):
     for _ in range(30):
         made_times.observe([DENSE], 5.0)
@@ -166,10 +172,8 @@ def test_on_another_machine_it_begins_anew_and_damaged_states_are_refused(made_t
 def test_arguments():
     with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got str"):
         StepTimeModel("adamw")
-    with pytest.raises(ValueError, match="forgetting must be a number in"):
-        StepTimeModel(forgetting=2)
-    with pytest.raises(ValueError, match="forgetting must be above 0, got 0"):
-        StepTimeModel(forgetting=0)
+    with pytest.raises(ValueError, match="drift must be a number in"):
+        StepTimeModel(drift=2)
 
 
 def test_a_real_step_is_of_the_predicted_order(tmp_path, one_thread):

@@ -16,6 +16,7 @@ from sparsenet.functional import select_extreme
 from sparsenet.policies.curvature import GrowsByGradient, Taylor, WoodFisher, informative
 from sparsenet.policies.places import BadScores
 from sparsenet.policies.policy import LayerView, Policy
+from sparsenet.schedules import as_number
 
 __all__ = ["Cascade"]
 

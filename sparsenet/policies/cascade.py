@@ -69,6 +69,11 @@ class Cascade(GrowsByGradient):
         """Whether one of them does."""
         return self.cheap.measures or self.expensive.measures
 
+    @property
+    def kept_rows(self) -> int:
+        """Those of both."""
+        return self.cheap.kept_rows + self.expensive.kept_rows
+
     def observe(self, layer: LayerView, x: Tensor, grad_output: Tensor) -> None:
         """Shows both that want to see it."""
         for part, view in self._each(layer):

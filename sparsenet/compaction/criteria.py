@@ -1,40 +1,37 @@
-"""Criteria that name units to remove: by weight, by activation, by first-order saliency, or any function of a view.
+"""Criteria that name units to remove: by weight, by activation, by first- and second-order saliency, or any function.
 
 A criterion is called with the :class:`UnitView` of each layer and returns which of its units leave (bool [units]);
-:func:`sparsenet.compact` then treats them as zero wherever they are read. Adding one: a frozen dataclass with
+:func:`sparsenet.compact` then treats them as zero wherever they are read. Those here have ``scores`` too, float64
+[units], the lowest being the first to go, which :class:`Cascade` combines. Adding one: a frozen dataclass with
 ``__call__``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from sparsenet.compaction.graph import Stage, UnitGraph
+from sparsenet.compaction.graph import UnitGraph
+from sparsenet.compaction.statistics import Batches, UnitStatistics, observe_units
 from sparsenet.compaction.weights import BlockWeights, UnitWeights
-from sparsenet.schedules import as_integer
+from sparsenet.schedules import as_integer, as_number
 
-__all__ = ["Magnitude", "RarelyActive", "Taylor", "UnitStatistics", "UnitView", "unit_views"]
-
-Batches = Iterable[Tensor | tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class UnitStatistics:
-    """What the readers of each unit saw over some data; float64 [units].
-
-    Attributes:
-        zero_share: share of zeros (APoZ, Hu et al., 2016). mean, mean_square: of the values.
-        taylor: mean over examples of |sum over places of value x gradient| (Molchanov et al., 2017); 0 without a loss.
-    """
-
-    zero_share: Tensor
-    mean: Tensor
-    mean_square: Tensor
-    taylor: Tensor
+__all__ = [
+    "OBD",
+    "Activity",
+    "Cascade",
+    "Fisher",
+    "Magnitude",
+    "RarelyActive",
+    "Taylor",
+    "UnitStatistics",
+    "UnitView",
+    "unit_views",
+]
 
 
 @dataclass(frozen=True)
@@ -72,19 +69,29 @@ class UnitView:
                 total.index_add_(0, classes, _column_squares(stage.weights))
         return total[self._graph.classes[self.units]].sqrt()
 
-    def statistics(self, batches: Batches, loss: Callable | None = None) -> UnitStatistics:
+    def statistics(
+        self,
+        batches: Batches,
+        loss: Callable | None = None,
+        *,
+        targets: str | None = None,
+        samples: int = 1,
+        seed: int = 0,
+    ) -> UnitStatistics:
         """What the readers of each unit see while the model (in eval mode) runs over ``batches``.
 
         Args:
             batches: each the model's input, or (input, target).
-            loss: ``loss(output, target)``, for the Taylor saliency.
+            loss: ``loss(output, target)``, for the Taylor and Fisher saliency. ``targets``, ``samples``, ``seed``:
+                instead, drawn from the model's prediction; see :func:`sparsenet.compaction.statistics.observe_units`.
         """
         cache = self._graph.__dict__.setdefault("_statistics", {})
-        key = (id(batches), id(loss))
+        key = (id(batches), id(loss), targets, samples, seed)
         if key not in cache:
-            cache[key] = (batches, loss, _observe(self._graph, batches, loss))  # holds both, so that ids stay theirs
-        at = self._graph.classes[self.units]
-        return UnitStatistics(*(t[at] for t in cache[key][2]))
+            found = observe_units(self._graph, batches, loss, targets=targets, samples=samples, seed=seed)
+            cache[key] = (batches, loss, found)  # holds both, so that ids stay theirs
+        at, found = self._graph.classes[self.units], cache[key][2]
+        return UnitStatistics(*(t[at] for t in vars(found).values()))
 
 
 def unit_views(graph: UnitGraph) -> dict[str, UnitView]:
@@ -126,6 +133,8 @@ def lowest(scores: Tensor, share: float, allowed: Tensor, group: int = 1) -> Ten
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"compact: share must lie in [0, 1], got {share}")
     group = as_integer("compact", "group", group, at_least=1)
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("compact: scores of units must be numbers, got NaN or Inf")
     member = torch.arange(len(scores)) // group
     count = -(-len(scores) // group)
     total = torch.zeros(count, dtype=torch.float64).index_add_(0, member, scores.double())
@@ -153,9 +162,13 @@ class Magnitude:
     share: float
     group: int = 1
 
+    def scores(self, view: UnitView) -> Tensor:
+        """float64 [units]."""
+        return view.incoming() * view.outgoing()
+
     def __call__(self, view: UnitView) -> Tensor:
         """Bool [units]."""
-        return lowest(view.incoming() * view.outgoing(), self.share, view.removable, self.group)
+        return lowest(self.scores(view), self.share, view.removable, self.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +192,10 @@ class RarelyActive:
 
     batches: Batches
     above: float | None = None
+
+    def scores(self, view: UnitView) -> Tensor:
+        """float64 [units]: the share of values that are not zero."""
+        return 1.0 - view.statistics(self.batches).zero_share
 
     def __call__(self, view: UnitView) -> Tensor:
         """Bool [units]."""
@@ -214,7 +231,157 @@ class Taylor:
 
     def __call__(self, view: UnitView) -> Tensor:
         """Bool [units]."""
-        return lowest(view.statistics(self.batches, self.loss).taylor, self.share, view.removable, self.group)
+        return lowest(self.scores(view), self.share, view.removable, self.group)
+
+    def scores(self, view: UnitView) -> Tensor:
+        """float64 [units]."""
+        return view.statistics(self.batches, self.loss).taylor
+
+
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """Removes the ``share`` of each layer's units whose values matter least: by their mean square, or their variance.
+
+    A unit of small variance is nearly a constant, which whoever reads it has to learn to do without.
+
+    Attributes:
+        batches: a list of inputs, or of (input, target). by: ``mean_square`` or ``variance``. share, group: as for
+            :class:`Magnitude`.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.compaction.criteria import Activity
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> _ = sn.compact(model, criterion=Activity([torch.randn(64, 8)], share=0.25))
+        >>> model[0].out_features
+        24
+    """
+
+    batches: Batches
+    share: float
+    group: int = 1
+    by: str = "mean_square"
+
+    def __post_init__(self):
+        if self.by not in ("mean_square", "variance"):
+            raise ValueError(f"Activity: by must be mean_square or variance, got {self.by!r}")
+
+    def scores(self, view: UnitView) -> Tensor:
+        """float64 [units]."""
+        if not any(True for _ in self.batches):
+            raise ValueError("Activity: batches must hold at least one batch, got none")
+        return getattr(view.statistics(self.batches), self.by)
+
+    def __call__(self, view: UnitView) -> Tensor:
+        """Bool [units]."""
+        return lowest(self.scores(view), self.share, view.removable, self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class Fisher:
+    """Removes the ``share`` of each layer's units whose removal costs least, by the empirical Fisher of their values.
+
+    Half the mean over examples of (the sum over places of value times gradient) squared: Theis et al. (2018) for
+    channels, Liu et al. (2021, "Group Fisher pruning") for those that several layers read.
+
+    Attributes:
+        batches: a list of (input, target). loss: ``loss(output, target)``, a mean over examples. share, group: as for
+            :class:`Magnitude`.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.compaction.criteria import Fisher
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> batches = [(torch.randn(64, 8), torch.randint(2, (64,)))]
+        >>> _ = sn.compact(model, criterion=Fisher(batches, torch.nn.functional.cross_entropy, share=0.5))
+        >>> model[0].out_features
+        16
+    """
+
+    batches: Batches
+    loss: Callable[[Tensor, Tensor], Tensor]
+    share: float
+    group: int = 1
+
+    def scores(self, view: UnitView) -> Tensor:
+        """float64 [units]."""
+        return view.statistics(self.batches, self.loss).fisher
+
+    def __call__(self, view: UnitView) -> Tensor:
+        """Bool [units]."""
+        return lowest(self.scores(view), self.share, view.removable, self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class OBD:
+    """Removes the ``share`` of each layer's units of least h / 2, h being the curvature by a gate of 1 on each unit.
+
+    LeCun, Denker & Solla (1989) for units in place of weights: zeroing a unit moves its gate from 1 to 0. h is the
+    diagonal of the Gauss-Newton matrix of the gates, estimated with targets drawn from the model's own prediction, so
+    that no labels are needed.
+
+    Attributes:
+        batches: a list of inputs. targets: ``softmax`` (the outputs are logits) or ``gaussian``. samples: draws for
+            each batch. seed: of the draws. share, group: as for :class:`Magnitude`.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.compaction.criteria import OBD
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> _ = sn.compact(model, criterion=OBD([torch.randn(64, 8)], share=0.5))
+        >>> model[0].out_features
+        16
+    """
+
+    batches: Batches
+    share: float
+    group: int = 1
+    targets: str = "softmax"
+    samples: int = 1
+    seed: int = 0
+
+    def scores(self, view: UnitView) -> Tensor:
+        """float64 [units]."""
+        return view.statistics(self.batches, targets=self.targets, samples=self.samples, seed=self.seed).fisher
+
+    def __call__(self, view: UnitView) -> Tensor:
+        """Bool [units]."""
+        return lowest(self.scores(view), self.share, view.removable, self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class Cascade:
+    """Removes the ``share`` of each layer's units that the expensive criterion takes from the cheap one's shortlist.
+
+    Attributes:
+        cheap, expensive: criteria with ``scores``; their own shares do not count. share: of each layer's units.
+        shortlist: how many times as long as what leaves the shortlist is. group: as for :class:`Magnitude`.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.compaction.criteria import OBD, Cascade, Magnitude
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+        >>> criterion = Cascade(Magnitude(0.25), OBD([torch.randn(64, 8)], 0.25), share=0.25, shortlist=2.0)
+        >>> _ = sn.compact(model, criterion=criterion)
+        >>> model[0].out_features
+        24
+    """
+
+    cheap: Any
+    expensive: Any
+    share: float
+    shortlist: float = 3.0
+    group: int = 1
+
+    def __post_init__(self):
+        if as_number("Cascade", "shortlist", self.shortlist) < 1.0:
+            raise ValueError(f"Cascade: shortlist must be at least 1, got {self.shortlist}")
+
+    def __call__(self, view: UnitView) -> Tensor:
+        """Bool [units]."""
+        longer = min(1.0, self.shortlist * self.share) if self.share <= 1.0 else self.share
+        listed = lowest(self.cheap.scores(view), longer, view.removable, self.group)
+        return lowest(self.expensive.scores(view), self.share, listed, self.group)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -230,72 +397,3 @@ def _column_squares(weights: UnitWeights) -> Tensor:
     if isinstance(weights, BlockWeights):
         return weights.line_squares(rows=False)
     return weights.module.weight.detach().double().transpose(0, 1).flatten(1).square().sum(1).cpu()
-
-
-class _Observer(fx.Interpreter):
-    """Runs the model and keeps what layers with weights read."""
-
-    def __init__(self, graph: UnitGraph):
-        super().__init__(fx.GraphModule(graph.model, graph.graph))
-        readers = {
-            stage.name: stage for stage in graph.stages if stage.weights is not None and stage.inputs is not None
-        }
-        self.readers: dict[fx.Node, Stage] = {
-            node.all_input_nodes[0]: readers[node.target]
-            for node in graph.graph.nodes
-            if node.op == "call_module" and node.target in readers
-        }
-        self.seen: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node):
-        """Runs one node and remembers its value if a layer reads it."""
-        result = super().run_node(n)
-        if n in self.readers:
-            if result.requires_grad:
-                result.retain_grad()
-            self.seen[n] = result
-        return result
-
-
-def _observe(graph: UnitGraph, batches: Batches, loss: Callable | None) -> tuple[Tensor, ...]:
-    """(zero share, mean, mean square, Taylor saliency), each float64 by class."""
-    count = len(graph.classes)
-    sums = torch.zeros(4, count, dtype=torch.float64)
-    seen, examples = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    observer = _Observer(graph)
-    training = {m: m.training for m in graph.model.modules()}
-    grads = {p: p.grad for p in graph.model.parameters()}
-    graph.model.eval()
-    try:
-        for batch in batches:
-            x, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
-            observer.seen.clear()
-            with torch.set_grad_enabled(loss is not None):
-                output = observer.run(x)
-                if loss is not None:
-                    loss(output, target).backward()
-            for node, value in observer.seen.items():
-                _accumulate(graph, observer.readers[node], value, sums, seen, examples)
-    finally:
-        for module, was in training.items():
-            module.training = was
-        for p, grad in grads.items():
-            p.grad = grad
-    seen, examples = seen.clamp(min=1), examples.clamp(min=1)
-    return sums[0] / seen, sums[1] / seen, sums[2] / seen, sums[3] / examples
-
-
-def _accumulate(graph: UnitGraph, stage: Stage, value: Tensor, sums: Tensor, seen: Tensor, examples: Tensor) -> None:
-    """Adds one batch of what ``stage`` read to the sums by class."""
-    classes = graph.classes[stage.inputs.units]
-    data = value.detach().movedim(stage.inputs.dim, 1).flatten(2 if value.dim() > 2 else 1)
-    data = data.reshape(data.shape[0], data.shape[1], -1).double()
-    places = torch.full((len(classes),), float(data.shape[0] * data.shape[2]), dtype=torch.float64)
-    seen.index_add_(0, classes, places)
-    for row, terms in enumerate((data == 0, data, data.square())):
-        sums[row].index_add_(0, classes, terms.sum((0, 2), dtype=torch.float64).cpu())
-    if value.grad is not None:
-        pull = (data * value.grad.movedim(stage.inputs.dim, 1).reshape(data.shape)).sum(2)  # [examples, positions]
-        by_class = torch.zeros(len(pull), len(graph.classes), dtype=torch.float64).index_add_(1, classes, pull.cpu())
-        sums[3] += by_class.abs().sum(0)
-        examples[classes.unique()] += len(pull)

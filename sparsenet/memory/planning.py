@@ -18,9 +18,10 @@ from sparsenet import functional
 from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size, distribute
 from sparsenet.functional.checks import check_block_size
 from sparsenet.memory.budget import MemoryBudget, format_bytes
+from sparsenet.memory.saliency import kept_bytes, measuring_bytes, surgeon_bytes
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import INDEX_BYTES
-from sparsenet.policies import POLICIES
+from sparsenet.policies import POLICIES, Policy
 from sparsenet.policies.places import PLACES_AT_ONCE
 from sparsenet.schedules import as_integer, as_number, numbers_of
 
@@ -155,6 +156,7 @@ class _Training:
     drop_fraction: float
     threads: int
     input_bytes: int  # per stored feature of an example: 1 for images, 4 for float32
+    policy: Policy = field(default_factory=Policy)
     layer_places: tuple[int, ...] = field(init=False)
 
     def __post_init__(self):
@@ -176,6 +178,8 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     values = [count * b**2 * job.element_bytes for count, b in zip(counts, job.block_sizes, strict=True)]
     weights = [v + out * job.element_bytes for v, (out, _) in zip(values, job.shapes, strict=True)]
     blocks, first_in, last = sum(counts), job.shapes[0][1], len(job.shapes) - 1
+    sizes = list(zip(job.block_sizes, counts, strict=True))
+    rows = [kept_bytes(job.policy, shape, job.batch_size) for shape in job.shapes]
     kept = {
         "weights": sum(weights),
         "optimizer state": sum(weights) * job.states,
@@ -196,6 +200,10 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
         flowing = job.rows_bytes(out) + (job.rows_bytes(inputs) if layer else 0)
         moment = kept | {"gradients": gradients, "activations": alive + logits, "gradients of activations": flowing}
         yield f"backward of layer {layer}", moment
+        if during_pass := measuring_bytes(job.policy, job.shapes[layer], *sizes[layer], job.batch_size):
+            held = sum(weights) if job.policy.measures else gradients  # a pass of its own comes beside the gradients
+            saliency = during_pass + sum(rows[layer:])
+            yield f"measuring layer {layer}", moment | {"gradients": held, "saliency": saliency}
         if job.grows_by_gradient:
             before_activation = job.rows_bytes(out) if job.activation != "none" and layer != last else 0
             scores = min(job.layer_places[layer], PLACES_AT_ONCE) * _SCORE_BYTES
@@ -205,6 +213,7 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
             yield f"scoring growth of layer {layer}", max(during, after, key=lambda items: sum(items.values()))
     yield "optimizer step", kept | {"gradients": gradients, "activations": logits}
     left, states, planned = 0.0, 1 + job.states, 0
+    kept = kept | {"saliency": sum(rows)} if any(rows) else kept
     for layer, (size, count, places) in enumerate(zip(values, counts, job.layer_places, strict=True)):
         exchanged = min(job.drop_fraction, (places - count) / max(count, 1))  # no more than there are free places
         if exchanged * count < 0.5:
@@ -212,8 +221,12 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
         left += exchanged * size * states  # kept until the rewire has succeeded
         beside = round(left + size * states) + blocks * _PLANNED_BYTES + count * _REWIRE_BYTES
         moving = kept | {"rewiring": beside, "activations": logits}
+        surgeon = surgeon_bytes(job.policy, job.shapes[layer], *sizes[layer], job.batch_size)
         scores = min(places, PLACES_AT_ONCE) * _SCORE_BYTES if job.grows_otherwise else 0
         choosing = kept | {"rewiring": planned, "growth scores": scores, "activations": logits}
+        if surgeon:
+            choosing["saliency"] += surgeon
+            planned += size  # the adjusted values
         planned += count * _PLANNED_BYTES
         yield f"rewire of layer {layer}", max(choosing, moving, key=lambda items: sum(items.values()))
     flowing = max(job.rows_bytes(out) + job.rows_bytes(inputs) for out, inputs in job.shapes)
@@ -312,6 +325,7 @@ def plan(
         grows_by_gradient=POLICIES[policy].needs_gradient,
         grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].scores_places(),
         drop_fraction=POLICIES[policy].largest_share(drop_fraction),
+        policy=POLICIES[policy](),
         threads=as_integer("plan", "threads", threads or torch.get_num_threads(), at_least=1),
         input_bytes=input_bytes,
     )

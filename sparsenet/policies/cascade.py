@@ -16,6 +16,7 @@ from sparsenet.functional import select_extreme
 from sparsenet.policies.curvature import GrowsByGradient, Taylor, WoodFisher, informative
 from sparsenet.policies.places import BadScores
 from sparsenet.policies.policy import LayerView, Policy
+from sparsenet.schedules import as_number
 
 __all__ = ["Cascade"]
 
@@ -67,6 +68,11 @@ class Cascade(GrowsByGradient):
     def measures(self) -> bool:
         """Whether one of them does."""
         return self.cheap.measures or self.expensive.measures
+
+    @property
+    def kept_rows(self) -> int:
+        """Those of both."""
+        return self.cheap.kept_rows + self.expensive.kept_rows
 
     def observe(self, layer: LayerView, x: Tensor, grad_output: Tensor) -> None:
         """Shows both that want to see it."""

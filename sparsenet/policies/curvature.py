@@ -261,6 +261,11 @@ class WoodFisher(Curvature):
         if not as_number("WoodFisher", "damp", self.damp) > 0.0:
             raise ValueError(f"WoodFisher: damp must be positive, got {self.damp}")
 
+    @property
+    def kept_rows(self) -> int:
+        """At most so many."""
+        return self.rows
+
     def observe(self, layer: LayerView, x: Tensor, grad_output: Tensor) -> None:
         """Keeps every n-th row of all that come, n being doubled when there are too many."""
         kept = layer.measured

@@ -62,6 +62,7 @@ class Policy:
         follows_density: whether the Sparsifier must have a density schedule for the policy to do anything.
         observes: whether ``observe`` is shown the last backward pass before a rewire that drops.
         measures: whether ``measure`` may run the model at such a rewire, before anything is chosen.
+        kept_rows: how many rows of every layer's input and output gradient it keeps until the rewire.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -82,6 +83,7 @@ class Policy:
     follows_density = False
     observes = False
     measures = False
+    kept_rows = 0
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

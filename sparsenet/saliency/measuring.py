@@ -161,7 +161,7 @@ def show_backward_passes(
                 call, target = _parts(batch, needs_target=loss is not None)
                 output = model(*call.args, **call.kwargs)
                 for number in range(samples):
-                    value = _checked_loss(loss(output, target)) if loss else sampled_loss(output, targets, generator)
+                    value = checked_loss(loss(output, target)) if loss else sampled_loss(output, targets, generator)
                     if leaves:
                         torch.autograd.grad(value, leaves, retain_graph=number + 1 < samples, allow_unused=True)
         finally:
@@ -204,10 +204,11 @@ def _parts(batch: Any, needs_target: bool) -> tuple[Call, Any]:
     return call, target
 
 
-def _checked_loss(value: Any) -> Tensor:
+def checked_loss(value: Any) -> Tensor:
+    """What a loss returned; ValueError unless it is one number with a graph."""
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         got = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"show_backward_passes: loss must return one number that depends on the weights, got {got}")
+        raise ValueError(f"saliency: loss must return one number that depends on the weights, got {got}")
     return value
 
 

@@ -48,7 +48,7 @@ def woodfisher_saliency(
         element_mask: bool [num_blocks, b, b]; elements where it is False are not there.
 
     Returns:
-        [num_blocks], float32 (float64 for float64 operands). Temporary tensors take about three times
+        [num_blocks], float32 (float64 for float64 operands). Temporary tensors take about four times
         ``WORKSPACE_BYTES``, or what one group needs, beyond those as large as the values.
 
     Raises:

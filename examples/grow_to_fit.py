@@ -71,7 +71,7 @@ def train_grown(args: argparse.Namespace, data: tuple[torch.Tensor, ...]) -> tup
     x, y, held_x, held_y = data[:4]
     classes = int(y.max()) + 1
     generator = torch.Generator().manual_seed(args.seed)
-    model = sn.SparseMLP([x.shape[1], *[8] * HIDDEN, classes], 1.0, 16, generator=generator)
+    model = sn.SparseMLP([x.shape[1], *[8] * HIDDEN, classes], [0.1, 1.0, 1.0, 1.0], 16, generator=generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     steps = args.epochs * (len(x) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -58,7 +58,7 @@ def mnist_mlp(task: Growth) -> dict:
         def compute(seed=seed) -> dict:
             model = mlp([data.features, 256, 64, data.outputs], seed)
             sparsify_(model, density=0.03, block_size=1, distribution="erdos_renyi")
-            grower = {"budget": "1GiB", "parameters": 20_300, "levels": ("blocks", "units"), "every": 100}
+            grower = {"budget": "1GiB", "parameters": 20_300, "levels": ("blocks",), "density": 1.0, "every": 100}
             result = train(model, data, epochs=task.epochs(20), lr=2e-3, seed=seed, grower=grower)
             return result.numbers()
 

@@ -57,7 +57,7 @@ def _swept(data: Task, sizes: list[int], density: float, block: int, seed: int, 
 
 def _stopped(data: Task, sizes: list[int], block: int, seed: int, common: dict) -> dict:
     model = sparse_mlp(sizes, DENSITIES[0], block, seed)
-    grower = {"budget": "1GiB", "levels": ("blocks",), "held_out": True, "grow_until": 0.5}
+    grower = {"budget": "1GiB", "levels": ("blocks",), "held_out": True, "grow_until": 0.5, "density": 1.0}
     result = train(model, data, seed=seed, grower=grower, **common)
     stored = sum(layer.pattern.num_blocks * block**2 for layer in model)
     places = sum(layer.pattern.block_rows * layer.pattern.block_cols * block**2 for layer in model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -25,11 +26,14 @@ __all__ = ["candidates", "growable_layers"]
 Kept = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[str], seed: int) -> list[Candidate]:
+def candidates(
+    graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[str], density: float, seed: int
+) -> list[Candidate]:
     """Everything that could grow.
 
     Args:
-        kept: (x, gradient of the output before the activation) of the last step, by layer. seed: of random units.
+        kept: (x, gradient of the output before the activation) of the last step, by layer.
+        density: up to which blocks are added to a layer. seed: of random units.
 
     Example:
         >>> import torch
@@ -39,7 +43,7 @@ def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[st
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> graph = UnitGraph(model)
         >>> kept = {"0": (torch.randn(16, 4), torch.randn(16, 8)), "2": (torch.randn(16, 8), torch.randn(16, 2))}
-        >>> [offer] = candidates(graph, Ledger(graph, (), {}), kept, ["units"], seed=0)
+        >>> [offer] = candidates(graph, Ledger(graph, (), {}), kept, ["units"], density=0.1, seed=0)
         >>> offer.level, offer.layer, offer.cost.parameters
         ('units', '0', 7.0)
     """
@@ -52,17 +56,17 @@ def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[st
             gain = unit_gain(kept[name][0], [kept[reader][1] for reader in heard], seed)
         else:
             gain = incumbent_gain(graph, stage)
-        held = len(stage.outputs.units)
-        found.append(Candidate("units", name, gain, ledger.unit(name), held, group_of(graph, name)))
+        width, group = len(stage.outputs.units), group_of(graph, name)
+        found.append(Candidate("units", name, gain, ledger.unit(name), width, group, most=max(width, group)))
     for stage in graph.stages if "blocks" in levels else ():
         layer = stage.module
         if isinstance(layer, SparseLinear) and layer.values.requires_grad and stage.name in kept:
-            free = layer.pattern.block_rows * layer.pattern.block_cols - layer.pattern.num_blocks
-            if free:
-                _, norms = best_new_blocks(layer, kept[stage.name], max(1, layer.pattern.num_blocks // 20))
-                gain = float(norms.mean())
-                held = layer.pattern.num_blocks
-                found.append(Candidate("blocks", stage.name, gain, ledger.block(stage.name), held, most=free))
+            held, places = layer.pattern.num_blocks, layer.pattern.block_rows * layer.pattern.block_cols
+            most = min(math.ceil(density * places) - held, held)
+            if most > 0:
+                _, norms = best_new_blocks(layer, kept[stage.name], max(1, held // 20))
+                cost, gain = ledger.block(stage.name), float(norms.mean())
+                found.append(Candidate("blocks", stage.name, gain, cost, layer.out_features, most=most))
     for name in growing if "layers" in levels else ():
         stage = ledger.stages[name]
         heard = [ledger.stages[reader] for reader in readers(graph, name)]
@@ -70,7 +74,7 @@ def candidates(graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[st
         if linear and heard[0].inputs.units.equal(stage.outputs.units) and heard[0].name in kept:
             x, grad_output = kept[heard[0].name]
             gain = layer_gain(x, grad_input_of(heard[0].module, grad_output))
-            found.append(Candidate("layers", name, gain, ledger.layer(name), held=1, most=1))
+            found.append(Candidate("layers", name, gain, ledger.layer(name), stage.weights.rows, most=1))
     return found
 
 

@@ -2,9 +2,10 @@
 
 The target rises from the network's cost at the start to the limit along a straight line (growing early trains what is
 born for longer), over the first ``grow_until`` of the training; where the training's length is not known, by a fixed
-part at every decision. What is between the cost now and the target is handed out so that every layer grows by a factor
-in proportion to its gain per cost: the gradient of one new unit does not know how much of it the others could learn
-as well, and the more there are the more they can. Fractions of an item are kept until they make a whole one.
+part at every decision. What is between the cost now and the target is handed out in proportion to worth: gain per cost,
+over the square of the layer's width. The gradient of one new unit does not know how much of it the others could learn
+as well: if the loss falls with width n as 1/n, the next unit is worth 1/n² of the first. No layer more than doubles at
+one decision. Fractions of an item are kept until they make a whole one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Candidate:
     """Something that can grow.
 
     Attributes:
-        level, layer: what. gain: of one item. cost: of one item. held: how many there are now.
+        level, layer: what. gain: of one item. cost: of one item. width: outputs of the layer now.
         group: items come in multiples of it. most: of items.
     """
 
@@ -32,7 +33,7 @@ class Candidate:
     layer: str
     gain: float
     cost: Cost
-    held: int
+    width: int
     group: int = 1
     most: float = math.inf
 
@@ -83,23 +84,23 @@ def allotted(candidates: list[Candidate], room: Cost, limit: Cost, flow: Flow) -
     Example:
         >>> from sparsenet.architecture.growth.controller import Candidate, Flow, allotted
         >>> from sparsenet.architecture.growth.ledger import Cost
-        >>> a, b = (Candidate("units", name, gain, Cost(bytes=10.0), held=8) for name, gain in (("a", 3.0), ("b", 1.0)))
+        >>> cost = Cost(bytes=10.0)
+        >>> a, b = (Candidate("units", name, gain, cost, width=8) for name, gain in (("a", 3.0), ("b", 1.0)))
         >>> no_limit = float("inf")
         >>> allotted([a, b], Cost(80.0, no_limit, no_limit), Cost(1000.0, no_limit, no_limit), Flow())
         {'units a': 6, 'units b': 2}
     """
     useful = [c for c in candidates if c.gain > 0 and c.most > 0 and math.isfinite(c.gain)]
-    worth = {c.key: c.gain / (max(c.cost.share_of(limit), 1e-12) ** 2 * max(c.held, 1)) for c in useful}
-    total = sum(worth.values())
-    share = min(
-        (part / most for part, most in zip(room.parts, limit.parts, strict=True) if math.isfinite(most)), default=0
-    )
+    worth = {c.key: c.gain / (max(c.cost.share_of(limit), 1e-12) * max(c.width, 1) ** 2) for c in useful}
+    parts = zip(room.parts, limit.parts, strict=True)
+    share = min((part / most for part, most in parts if math.isfinite(most)), default=0)
     counts: dict[str, int] = {}
-    left = room
-    for c in sorted(useful, key=lambda c: -worth[c.key]) if share > 0 and total > 0 else ():
-        items = share * worth[c.key] / total / max(c.cost.share_of(limit), 1e-12)
-        count = flow.whole(c.key, min(items, c.most), c.group)
-        count = int(min(count, c.most // c.group * c.group))
+    left, waiting = room, sum(worth.values())
+    for c in sorted(useful, key=lambda c: c.most * c.cost.share_of(limit) / worth[c.key]):  # the first to be full
+        each = max(c.cost.share_of(limit), 1e-12)
+        items = min(max(share, 0.0) * worth[c.key] / waiting / each, c.most)
+        share, waiting = share - items * each, waiting - worth[c.key]
+        count = min(flow.whole(c.key, items, c.group), int(c.most // c.group * c.group))
         while count > 0 and not (c.cost * count).fits(left):
             count -= c.group
         if count > 0:

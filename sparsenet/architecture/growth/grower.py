@@ -81,6 +81,8 @@ class Grower:
         prune: ``fisher`` (Molchanov et al., 2019) or ``magnitude``.
         every: steps from decision to decision: small for continuous growth, large for growth in phases; the same code.
         grow_until: share of the training by which the limit may be used in full.
+        density: up to which blocks are added to a block-sparse layer; the rest of the budget widens it. A wide layer
+            of few blocks learns more than a narrow full one of the same bytes.
         turnover: share of each layer's blocks exchanged per 100 steps at the start, falling as a cosine to zero at
             three quarters of the training (RigL: Evci et al., 2020).
         idle: units (and, where blocks may change, blocks) worth less than this share of their layer's mean leave.
@@ -127,6 +129,7 @@ class Grower:
         prune: str = "fisher",
         every: int | None = None,
         grow_until: float = 0.25,
+        density: float = 0.1,
         turnover: float = 0.3,
         idle: float = 0.01,
         ramp: int | None = None,
@@ -149,6 +152,7 @@ class Grower:
         if self.ramp >= self.every:
             raise ValueError(f"Grower: ramp must be below every ({self.every}), got {self.ramp}")
         self.grow_until = as_number("Grower", "grow_until", grow_until, within=(0, 1))
+        self.density = as_number("Grower", "density", density, within=(0, 1))
         self.turnover = as_number("Grower", "turnover", turnover, within=(0, 1))
         self.idle = as_number("Grower", "idle", idle, within=(0, 1))
         self.parameters = math.inf if parameters is None else as_integer("Grower", "parameters", parameters, at_least=1)
@@ -355,7 +359,7 @@ class Grower:
     def limit(self) -> Cost:
         """What a step may cost until the next decision."""
         budget = min(float(self._budget(step)) for step in (self.steps, self.steps + self.every))
-        return Cost(budget, self.parameters, self.step_ms)
+        return Cost(min(budget, self._pace.most_bytes(self.step_ms)), self.parameters, self.step_ms)
 
     def _broken(self) -> str:
         """The limit that the network is above, in words; empty if none."""
@@ -400,7 +404,7 @@ class Grower:
         limit, total = self.limit(), self._agreed(ledger.total())
         freed = sum((ledger.unit(name) * len(items) for name, items in leaving["units"].items()), Cost())
         seed = layer_key(self.seed, self.steps, "births") & 0x7FFFFFFF
-        offers = [] if self._stopped else candidates(graph, ledger, kept, self.levels, seed)
+        offers = [] if self._stopped else candidates(graph, ledger, kept, self.levels, self.density, seed)
         counts = allotted(offers, self._room(total - freed, limit), limit, self._flow)
         gains = {c.key: c.gain for c in offers}
         units, more = self._within(ledger, offers, counts, limit - (total - freed))
@@ -426,7 +430,12 @@ class Grower:
             graph = self._graph()
         self._begin_fading(graph, {c.layer for c in changes if c.level == "units"})
         self._scores.clear()
-        return self._settle(graph, changes, total, predicted, ratio)
+        event = self._settle(graph, changes, total, predicted, ratio)
+        broken = self._broken() if self._now.bytes > limit.bytes else ""  # more than was predicted
+        if broken:
+            self.events.append(event)
+            event = self._shrink(broken)
+        return event
 
     def _within(
         self, ledger: Ledger, offers: Sequence[Candidate], counts: Mapping[str, int], left: Cost
@@ -472,7 +481,9 @@ class Grower:
     def _room(self, total: Cost, limit: Cost) -> Cost:
         """What may be spent now: from the cost at present to the target on the way to the limit."""
         parts = zip(self._start.parts, limit.parts, total.parts, strict=True)
-        return Cost(*(_target(start, most, self._flow.progress) - now for start, most, now in parts))
+        room = Cost(*(_target(start, most, self._flow.progress) - now for start, most, now in parts))
+        now = max(total.milliseconds, self.milliseconds)
+        return replace(room, milliseconds=min(room.milliseconds, self._pace.room(now, self.step_ms)))
 
     def _ask_for_the_loss(self) -> None:
         """The mean of the interval's losses joins those seen; the last two are kept."""
@@ -547,9 +558,9 @@ class Grower:
         needed = self._activations[1] + sum(self._activations[0].values())
         if left < needed and limit is None:
             budget = min(budget, self._now.bytes - (needed - left) * (1 + KEPT_FREE))
-        slow = why.startswith("a step takes")
-        most = self._pace.next_target(self._now.milliseconds, self.milliseconds, self.step_ms) if slow else math.inf
-        target = Cost(budget, self.parameters, most)
+        if why.startswith("a step takes"):
+            budget = min(budget, self._pace.shrunk(self._now.bytes, self.milliseconds, self.step_ms))
+        target = Cost(budget, self.parameters, math.inf)
         for _ in range(12):
             graph = self._graph()
             ledger = self._ledger(graph)

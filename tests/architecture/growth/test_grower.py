@@ -145,7 +145,7 @@ def test_block_sparse_networks_grow_and_exchange_blocks():
     generator = torch.Generator().manual_seed(0)
     model = sn.SparseMLP([16, 64, 64, 4], 0.3, 4, distribution="uniform", generator=generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    options = {"parameters": 2500, "steps": 300, "every": 10, "levels": ("blocks", "units")}
+    options = {"parameters": 2500, "density": 0.6, "steps": 300, "every": 10, "levels": ("blocks", "units")}
     grower = Grower(model, optimizer, "1MiB", **options)
     events = run(model, grower, optimizer, 300)
     levels = {change.level for event in events for change in event.changes if change.grown}

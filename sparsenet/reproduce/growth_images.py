@@ -31,7 +31,9 @@ def fashion_growth(task: Growth) -> dict:
         "75 units from the start": (GROWN_UNITS, None),
         "8 units, not grown": (SEED_UNITS, None),
         "grown, continuous": (SEED_UNITS, {"every": 25}),
+        "grown, every 200 steps": (SEED_UNITS, {"every": 200}),
         "grown, in phases": (SEED_UNITS, {"every": 500}),
+        "grown, zero outgoing": (SEED_UNITS, {"every": 25, "grow": "zero"}),
         "grown, by GradMax": (SEED_UNITS, {"every": 25, "grow": "gradient"}),
         "grown, Firefly-like": (SEED_UNITS, {"every": 25, "grow": "firefly"}),
         "grown, by splitting": (SEED_UNITS, {"every": 25, "grow": "split"}),
@@ -95,7 +97,7 @@ def mnist_convolutional(task: Growth) -> dict:
         def compute(seed=seed) -> dict:
             model = convolutional([4] * 5, 1, data.outputs, seed)
             grower = {"budget": "1GiB", "parameters": 6200, "levels": ("units",), "every": 25}
-            result = train(model, data, epochs=task.epochs(20), lr=5e-3, seed=seed, grower=grower, augment=shifted)
+            result = train(model, data, epochs=task.epochs(12), lr=5e-3, seed=seed, grower=grower, augment=shifted)
             widths = [m.out_channels for m in model if isinstance(m, nn.Conv2d)]
             return {**result.numbers(), "widths": widths}
 

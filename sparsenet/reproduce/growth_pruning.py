@@ -75,7 +75,8 @@ def gradual(task: Growth) -> dict:
                     def rewirer(m: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Sparsifier:
                         every = max(1, steps // 2 // STAGES)
                         schedule = Exponential(1.0, density, steps=every * STAGES)
-                        return Sparsifier(m, optimizer, make(), density=schedule, every=every, end=every * STAGES)
+                        end, spread = every * STAGES, "erdos_renyi"
+                        return Sparsifier(m, optimizer, make(), schedule, spread, every=every, end=end)
 
                     return train(model, data, epochs=2, lr=5e-4, seed=seed, sparsifier=rewirer).numbers()
 
@@ -117,4 +118,4 @@ def rewired_digits(task: Growth) -> dict:
     seeds = range(5) if task.scale == 1 else task.all_seeds
     data = image_task("digits")
     sizes = [data.features, 100, data.outputs]
-    return _rewired(task, "d4", data, sizes, (0.1, 0.05), task.epochs(60), seeds, batch=32, lr=3e-3)
+    return _rewired(task, "d4", data, sizes, (0.1, 0.05), task.epochs(60), seeds, batch=32, lr=1e-2)

@@ -96,7 +96,8 @@ def train_grown(args: argparse.Namespace, data: tuple[torch.Tensor, ...]) -> tup
         if event is not None:
             shown = accuracy(model, held_x, held_y) if step % 250 < 50 or step == steps - 1 else None
             units = [layer.out_features for layer in model][:-1]
-            notes.append((step, units, density(model), event.bytes, event.milliseconds, shown))
+            milliseconds = event.milliseconds or float("nan")  # not known right after it shrank
+            notes.append((step, units, density(model), event.bytes, milliseconds, shown))
             if shown is not None:
                 print(f"{event}; units {units}; held out {shown:.2f} %", flush=True)
     print(f"trained in {time.perf_counter() - started:.0f} s", flush=True)

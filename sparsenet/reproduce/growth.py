@@ -48,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``parts.reproduce``."""
+    """Runs the parts that are missing, prints the tables, draws the figures; errors: ``parts.reproduce``.
+
+    A part that was skipped, or has fewer seeds than are asked for, is missing; its trainings so far are kept.
+    """
     task = Growth(Path(args.out), args.data_dir, scale=args.scale, seeds=args.seeds)
+    for part, numbers in reproduce_parts.read_parts(task.out, PARTS).items():
+        seeds = {row["seed"] for row in numbers["rows"]}
+        if args.parts == "all" or part in args.parts.split(","):
+            if numbers.get("skipped") or (numbers["scale"] == args.scale and not seeds >= set(task.all_seeds)):
+                (task.out / f"{part}.json").unlink()
     return reproduce_parts.reproduce("growth", args, PARTS, task, growth_tables.tables, growth_tables.figures)

@@ -13,6 +13,8 @@ from sparsenet.reproduce.growth_training import mlp, sparse_mlp, train
 
 __all__ = ["budgets", "start_points"]
 
+LEAST_STEPS = 24  # of a training whose budget changes, at any scale: a fifth before, and a quarter to settle
+
 
 def budgets(task: Growth) -> dict:
     """D7: half and twice the bytes, and milliseconds, of the start; how near the end is, and the worst once settled."""
@@ -30,8 +32,10 @@ def _capped(task: Growth, data: Task, resource: str, share: float, seed: int) ->
     """784-256-256-10: free for a fifth of the training, then capped."""
     model = mlp([data.features, 256, 256, data.outputs], seed)
     start: dict[str, float] = {}
-    epochs = task.epochs(6)
-    change_at = int(0.2 * epochs * (len(data.train[0]) // 128))
+    per_epoch = max(1, len(data.train[0]) // 128)
+    epochs = max(task.epochs(6), LEAST_STEPS / per_epoch)
+    steps = round(epochs * per_epoch)
+    change_at = int(0.2 * steps)
 
     def during(step: int, grower) -> None:
         if step != change_at:
@@ -44,13 +48,16 @@ def _capped(task: Growth, data: Task, resource: str, share: float, seed: int) ->
             grower.step_ms = share * grower.milliseconds
 
     held = sum(p.numel() for p in model.parameters())
-    options = {"budget": "1GiB", "parameters": held, "levels": ("units",), "every": 25, "grow_until": 0.5}
+    options = {"budget": "1GiB", "parameters": held, "levels": ("units",), "every": task.every(25), "grow_until": 0.5}
     if resource == "milliseconds":
         options["step_ms"] = 1e6  # none yet
     result = train(model, data, epochs=epochs, seed=seed, grower=options, during=during)
     target = share * start[resource]
     column = 2 if resource == "bytes" else 3
-    settled = [row[column] for row in result.curve if row[0] >= 0.75 * epochs * (len(data.train[0]) // 128)]
+    # no milliseconds are known right after it shrank
+    settled = [row[column] for row in result.curve if row[0] >= 0.75 * steps and row[column] > 0]
+    if not settled:
+        raise RuntimeError(f"reproduce growth: d7_budgets must have decisions after step {int(0.75 * steps)}, got none")
     final = sorted(settled)[len(settled) // 2]
     return {
         **result.numbers(),
@@ -81,7 +88,7 @@ def start_points(task: Growth) -> dict:
                 options = {
                     "budget": falling if sizes[1] == 1024 else budget,
                     "levels": ("blocks", "units"),
-                    "every": 50,
+                    "every": task.every(50),
                 }
                 result = train(model, data, epochs=epochs, seed=seed, grower=options)
                 return {**result.numbers(), "sizes": [m.out_features for m in model]}

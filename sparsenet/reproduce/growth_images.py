@@ -30,13 +30,13 @@ def fashion_growth(task: Growth) -> dict:
     kinds = {
         "75 units from the start": (GROWN_UNITS, None),
         "8 units, not grown": (SEED_UNITS, None),
-        "grown, continuous": (SEED_UNITS, {"every": 25}),
-        "grown, every 200 steps": (SEED_UNITS, {"every": 200}),
-        "grown, in phases": (SEED_UNITS, {"every": 500}),
-        "grown, zero outgoing": (SEED_UNITS, {"every": 25, "grow": "zero"}),
-        "grown, by GradMax": (SEED_UNITS, {"every": 25, "grow": "gradient"}),
-        "grown, Firefly-like": (SEED_UNITS, {"every": 25, "grow": "firefly"}),
-        "grown, by splitting": (SEED_UNITS, {"every": 25, "grow": "split"}),
+        "grown, continuous": (SEED_UNITS, {"every": task.every(25)}),
+        "grown, every 200 steps": (SEED_UNITS, {"every": task.every(200)}),
+        "grown, in phases": (SEED_UNITS, {"every": task.every(500)}),
+        "grown, zero outgoing": (SEED_UNITS, {"every": task.every(25), "grow": "zero"}),
+        "grown, by GradMax": (SEED_UNITS, {"every": task.every(25), "grow": "gradient"}),
+        "grown, Firefly-like": (SEED_UNITS, {"every": task.every(25), "grow": "firefly"}),
+        "grown, by splitting": (SEED_UNITS, {"every": task.every(25), "grow": "split"}),
     }
     for kind, (units, options) in kinds.items():
         for seed in task.all_seeds:
@@ -60,7 +60,13 @@ def mnist_mlp(task: Growth) -> dict:
         def compute(seed=seed) -> dict:
             model = mlp([data.features, 256, 64, data.outputs], seed)
             sparsify_(model, density=0.03, block_size=1, distribution="erdos_renyi")
-            grower = {"budget": "1GiB", "parameters": 20_300, "levels": ("blocks",), "density": 1.0, "every": 100}
+            grower = {
+                "budget": "1GiB",
+                "parameters": 20_300,
+                "levels": ("blocks",),
+                "density": 1.0,
+                "every": task.every(100),
+            }
             result = train(model, data, epochs=task.epochs(20), lr=2e-3, seed=seed, grower=grower)
             return result.numbers()
 
@@ -96,7 +102,7 @@ def mnist_convolutional(task: Growth) -> dict:
 
         def compute(seed=seed) -> dict:
             model = convolutional([4] * 5, 1, data.outputs, seed)
-            grower = {"budget": "1GiB", "parameters": 6200, "levels": ("units",), "every": 25}
+            grower = {"budget": "1GiB", "parameters": 6200, "levels": ("units",), "every": task.every(25)}
             result = train(model, data, epochs=task.epochs(12), lr=5e-3, seed=seed, grower=grower, augment=shifted)
             widths = [m.out_channels for m in model if isinstance(m, nn.Conv2d)]
             return {**result.numbers(), "widths": widths}
@@ -108,12 +114,9 @@ def mnist_convolutional(task: Growth) -> dict:
 def cifar(task: Growth) -> dict:
     """D9: a convolutional network with a block-sparse classifier against the dense one; skipped without the data."""
     try:
-        data = task.images("cifar10", flat=False) if task.data_dir is not None else None
+        data = task.images("cifar10", flat=False, download=False)
     except FileNotFoundError as error:
-        data, why = None, str(error)
-    else:
-        why = "no --data-dir was given"
-    if data is None:
+        why = f"{error}; put the binary version into DATA_DIR/cifar10"
         print(f"reproduce growth: d9_cifar is SKIPPED: {why}", flush=True)
         return {"rows": [], "skipped": why}
     rows = []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from sparsenet.files import replace_file
 from sparsenet.models import SparseMLP, sparsify_
 from sparsenet.policies import GMP, OBD, Policy, RigL, Static, WoodFisher
 from sparsenet.reproduce.growth_cells import Growth
@@ -24,14 +25,14 @@ STAGES = 10
 
 def _dense(task: Growth, data: Task, seed: int) -> nn.Sequential:
     """The trained 784-300-100-10 network that is pruned, kept in a file."""
-    file = task.out / "cells" / f"dense_{seed}_{task.scale}.pt"
+    file = task.cells / f"dense_{seed}_{task.scale}.pt"
     model = mlp([data.features, *SIZES, data.outputs], seed)
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
     else:
         train(model, data, epochs=task.epochs(6), seed=seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), file)
+        replace_file(file, lambda part: torch.save(model.state_dict(), part))
     return model
 
 
@@ -39,7 +40,7 @@ def one_shot(task: Growth) -> dict:
     """D1: 80 % of the weights removed at once, without training afterwards."""
     data, rows = task.images("fashion-mnist"), []
     x, y = data.train
-    batches = [(x[i : i + 250], y[i : i + 250]) for i in range(0, 1000, 250)]
+    batches = [(x[i : i + 250], y[i : i + 250]) for i in range(0, min(1000, len(x)), 250)]
     policies: dict[str, Callable[[], Policy]] = {
         "magnitude": lambda: GMP(),
         "OBD": lambda: OBD(drop_fraction=0.0, batches=batches, loss=data.loss),

@@ -44,8 +44,8 @@ def _sizes(data: Task) -> list[int]:
 
 
 def _epochs(task: Growth, data: Task) -> float:
-    """A hundred, or as many as 6,000 steps are."""
-    return min(task.epochs(EPOCHS), 6_000 * BATCH / len(data.train[0]))
+    """A hundred, or as many as 6,000 steps are; fewer at a smaller scale."""
+    return min(task.epochs(EPOCHS), 6_000 * task.scale * BATCH / len(data.train[0]))
 
 
 def _dense(task: Growth, data: Task, seed: int) -> dict:

@@ -244,10 +244,11 @@ def figures(numbers: Mapping[str, dict], folder: Path) -> list[Path]:
 def _draw_growth(rows: Rows, path: Path) -> Path:
     figure, axes = new_axes(6.4, 3.6)
     full = _mean(rows, "flops", kind="75 units from the start")
-    for colour, kind in zip(COLOURS, _kinds(rows), strict=False):
+    for i, kind in enumerate(_kinds(rows)):
         found = [row for row in rows if row["kind"] == kind]
         x = [row["flops"] / full for row in found]
-        axes.plot(x, [row["score"] for row in found], "o", color=colour, label=kind)
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": "o" if i < len(COLOURS) else "D"}
+        axes.plot(x, [row["score"] for row in found], linestyle="", label=kind, **style)
     axes.axhline(88.0, color=GREY, linewidth=1, linestyle="--")
     axes.set(xlabel="training FLOPs, 75 units from the start = 1", ylabel="test accuracy, %")
     axes.set_title("784-8-10 grown to 75 units on Fashion-MNIST (dashed: asked)")

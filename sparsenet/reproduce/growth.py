@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """
     task = Growth(Path(args.out), args.data_dir, scale=args.scale, seeds=args.seeds)
     for part, numbers in reproduce_parts.read_parts(task.out, PARTS).items():
+        asked = args.parts == "all" or part in args.parts.split(",")
         seeds = {row["seed"] for row in numbers["rows"]}
-        if args.parts == "all" or part in args.parts.split(","):
-            if numbers.get("skipped") or (numbers["scale"] == args.scale and not seeds >= set(task.all_seeds)):
-                (task.out / f"{part}.json").unlink()
+        if asked and numbers["scale"] == args.scale and not seeds >= set(task.all_seeds):
+            (task.out / f"{part}.json").unlink()
     return reproduce_parts.reproduce("growth", args, PARTS, task, growth_tables.tables, growth_tables.figures)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsenet import distributed
-from sparsenet.architecture.growth.account import Account
+from sparsenet.architecture.growth.account import Account, agreed
 from sparsenet.architecture.growth.candidates import candidates, growable_layers
 from sparsenet.architecture.growth.controller import Candidate, Flow
 from sparsenet.architecture.growth.events import Change
@@ -93,7 +93,7 @@ class Decider:
         kept = _of_all_ranks(kept)
         units, blocks = self.fades.items("units"), self.fades.items("blocks")
         limit = self.limits.until(step, self.rules.every, total, self.account)
-        held = total - sum((ledger.unit(name) * len(items) for name, items in units.items()), Cost())
+        held = total - agreed(sum((ledger.unit(name) * len(items) for name, items in units.items()), Cost()))
         seed = layer_key(self.rules.seed, step, "births") & 0x7FFFFFFF
         offers: list[Candidate] = []
         if not stopped and self.flow.progress > 0:

@@ -509,7 +509,7 @@ class Grower:
         if self._surgery.young is None:
             return None
         try:
-            ratio = newborn_ratio(self.net, self._surgery.young)
+            ratio = newborn_ratio(self.model, self._surgery.young)
         except GrowthError:  # it is not where it was born any more
             return None
         return ratio if math.isfinite(ratio) else None

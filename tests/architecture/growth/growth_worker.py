@@ -24,7 +24,7 @@ def train(case: str, rank: int) -> tuple[nn.Module, sn.Grower]:
     options = {"step_ms": 1e3} if case == "milliseconds" else {}
     if case == "validate":
         options["validate"] = lambda: 1.0 + rank
-    budget = "64KiB" if case != "budgets" else f"{64 - 32 * rank}KiB"
+    budget = {"budgets": f"{64 - 32 * rank}KiB", "sparse": "320KiB"}.get(case, "64KiB")
     grower = sn.Grower(model, optimizer, budget, steps=120, every=10, density=0.9, **options)
     generator = torch.Generator().manual_seed(rank)
     for step in range(60):

@@ -27,6 +27,11 @@ def is_active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def world_size() -> int:
+    """How many ranks train together."""
+    return dist.get_world_size() if is_active() else 1
+
+
 class DataParallel(nn.Module):
     """DistributedDataParallel that survives a change of the number of blocks: the wrapper is then built anew.
 
@@ -198,13 +203,29 @@ def largest(numbers: Sequence[int]) -> list[int]:
     return seen.tolist()
 
 
+def highest(numbers: Sequence[float]) -> list[float]:
+    """Each of the numbers, the largest that any rank has; they may be infinite."""
+    if not is_active():
+        return list(numbers)
+    seen = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return seen.tolist()
+
+
+def mean_of(numbers: Sequence[float]) -> list[float]:
+    """Each of the numbers, its mean over the ranks."""
+    if not is_active():
+        return list(numbers)
+    return averaged(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
 def averaged(t: Tensor) -> Tensor:
-    """The mean of ``t`` over the ranks, as DDP averages gradients."""
+    """The mean of ``t`` over the ranks, as DDP averages gradients; on the device of ``t``."""
     if not is_active():
         return t
-    total = t.clone()
+    total = t.to(_device(), copy=True)
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return (total / dist.get_world_size()).to(t.device)
 
 
 def _gather_rows(t: Tensor) -> Tensor:

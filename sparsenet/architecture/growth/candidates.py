@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsenet.architecture.growth.controller import Candidate
 from sparsenet.architecture.growth.fading import group_of
@@ -18,12 +18,13 @@ from sparsenet.architecture.growth.gains import (
 )
 from sparsenet.architecture.growth.ledger import Ledger
 from sparsenet.architecture.growth.placing import growable, readers
+from sparsenet.architecture.growth.watch import Seen
 from sparsenet.compaction.graph import UnitGraph
 from sparsenet.layers import SparseLinear
 
-__all__ = ["candidates", "growable_layers"]
+__all__ = ["candidates", "growable_layers", "reasons_against"]
 
-Kept = Mapping[str, tuple[Tensor, Tensor]]
+Kept = Mapping[str, Seen]
 
 
 def candidates(
@@ -32,17 +33,18 @@ def candidates(
     """Everything that could grow.
 
     Args:
-        kept: (x, gradient of the output before the activation) of the last step, by layer.
+        kept: what each layer saw in the last step.
         density: up to which blocks are added to a layer. seed: of random units.
 
     Example:
         >>> import torch
         >>> from sparsenet.architecture.growth.candidates import candidates
         >>> from sparsenet.architecture.growth.ledger import Ledger
+        >>> from sparsenet.architecture.growth.watch import Seen
         >>> from sparsenet.compaction.graph import UnitGraph
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> graph = UnitGraph(model)
-        >>> kept = {"0": (torch.randn(16, 4), torch.randn(16, 8)), "2": (torch.randn(16, 8), torch.randn(16, 2))}
+        >>> graph, r = UnitGraph(model), torch.randn
+        >>> kept = {"0": Seen(r(16, 4), r(16, 8), 16), "2": Seen(r(16, 8), r(16, 2), 16)}
         >>> [offer] = candidates(graph, Ledger(graph, (), {}), kept, ["units"], density=0.1, seed=0)
         >>> offer.level, offer.layer, offer.cost.parameters
         ('units', '0', 7.0)
@@ -52,8 +54,9 @@ def candidates(
     for name in growing if "units" in levels else ():
         stage = ledger.stages[name]
         heard = readers(graph, name)
-        if name in kept and heard and all(reader in kept for reader in heard):
-            gain = unit_gain(kept[name][0], [kept[reader][1] for reader in heard], seed)
+        seen = [kept[each] for each in (name, *heard) if each in kept]
+        if heard and len(seen) == 1 + len(heard) and len({each.total for each in seen}) == 1:
+            gain = unit_gain(seen[0].x, [each.grad_output for each in seen[1:]], seed)
         else:
             gain = incumbent_gain(graph, stage)
         width, group = len(stage.outputs.units), group_of(graph, name)
@@ -64,7 +67,7 @@ def candidates(
             held, places = layer.pattern.num_blocks, layer.pattern.block_rows * layer.pattern.block_cols
             most = min(math.ceil(density * places) - held, held)
             if most > 0:
-                _, norms = best_new_blocks(layer, kept[stage.name], max(1, held // 20))
+                _, norms = best_new_blocks(layer, kept[stage.name][:2], max(1, held // 20))
                 cost, gain = ledger.block(stage.name), float(norms.mean())
                 found.append(Candidate("blocks", stage.name, gain, cost, layer.out_features, most=most))
     for name in growing if "layers" in levels else ():
@@ -72,10 +75,42 @@ def candidates(
         heard = [ledger.stages[reader] for reader in readers(graph, name)]
         linear = isinstance(stage.module, nn.Linear | SparseLinear) and len(heard) == 1
         if linear and heard[0].inputs.units.equal(stage.outputs.units) and heard[0].name in kept:
-            x, grad_output = kept[heard[0].name]
+            x, grad_output, _ = kept[heard[0].name]
             gain = layer_gain(x, grad_input_of(heard[0].module, grad_output))
             found.append(Candidate("layers", name, gain, ledger.layer(name), stage.weights.rows, most=1))
     return found
+
+
+def reasons_against(graph: UnitGraph) -> dict[str, str | None]:
+    """By layer: why its units do not change, None where they can.
+
+    Beside what stands against new units in any model, layers that are frozen and those that feed a frozen one stay.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.candidates import reasons_against
+        >>> from sparsenet.compaction.graph import UnitGraph
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = model[1].requires_grad_(False)
+        >>> reasons_against(UnitGraph(model))["0"]
+        "'1' is frozen"
+    """
+    held: dict[int, str] = {}
+    for stage in graph.stages:
+        if stage.weights is None:
+            continue
+        weight = stage.module.values if isinstance(stage.module, SparseLinear) else stage.module.weight
+        if not weight.requires_grad:
+            for axis in (stage.inputs, stage.outputs):
+                for unit in graph.classes[axis.units].unique().tolist() if axis is not None else ():
+                    held.setdefault(unit, f"{stage.name!r} is frozen")
+    reasons = growable(graph.model, graph)
+    stages = {stage.name: stage for stage in graph.stages}
+    for name, reason in reasons.items() if held else ():
+        if reason is None:
+            units = graph.classes[stages[name].outputs.units].tolist()
+            reasons[name] = next((held[unit] for unit in units if unit in held), None)
+    return reasons
 
 
 def growable_layers(graph: UnitGraph) -> list[str]:
@@ -90,8 +125,9 @@ def growable_layers(graph: UnitGraph) -> list[str]:
     """
     taken: set[int] = set()
     names = []
-    for name, reason in growable(graph.model, graph).items():
-        classes = set(graph.classes[next(s for s in graph.stages if s.name == name).outputs.units].tolist())
+    stages = {stage.name: stage for stage in graph.stages if stage.weights is not None}
+    for name, reason in reasons_against(graph).items():
+        classes = set(graph.classes[stages[name].outputs.units].tolist()) if reason is None else set()
         if reason is None and not classes & taken:
             taken |= classes
             names.append(name)

@@ -74,6 +74,10 @@ class Flow:
         self.credit[key] = held - count
         return count
 
+    def give_back(self, key: str, items: int) -> None:
+        """Items that were taken out and could not be born."""
+        self.credit[key] = self.credit.get(key, 0.0) + items
+
 
 def allotted(candidates: list[Candidate], room: Cost, limit: Cost, flow: Flow) -> dict[str, int]:
     """How many items of each candidate are grown now, by key; together within ``room``.

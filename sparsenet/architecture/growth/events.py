@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from sparsenet.limits import format_bytes
 
-__all__ = ["Change", "Event"]
+__all__ = ["Change", "Event", "together"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,20 @@ class Event:
         said = "; ".join(map(str, self.changes)) or "nothing changed"
         tail = f" [{self.reason}]" if self.reason else ""
         return f"step {self.step}: {said}; {format_bytes(self.bytes)} of {format_bytes(self.limit_bytes)}{tail}"
+
+
+def together(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """One change by layer and level.
+
+    Example:
+        >>> from sparsenet.architecture.growth.events import Change, together
+        >>> [str(change) for change in together([Change("units", "0", pruned=1), Change("units", "0", pruned=2)])]
+        ['0 -3 units']
+    """
+    found: dict[tuple[str, str], Change] = {}
+    for c in changes:
+        key = c.level, c.layer
+        before = found.get(key)
+        more = c if before is None else replace(before, grown=before.grown + c.grown, pruned=before.pruned + c.pruned)
+        found[key] = more
+    return tuple(found.values())

@@ -7,7 +7,7 @@ unit would be worth; one whose worth rises clearly above that it was chosen with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -98,6 +98,14 @@ class Fades:
         """What is to go from now on. What faded before must be gone."""
         self.begun, self.fades = step, fades
 
+    def drop_blocks(self) -> None:
+        """Blocks were moved by others: those that fade are not known any more."""
+        self.fades = [fade for fade in self.fades if fade.level != "blocks"]
+
+    def items(self, level: str) -> dict[str, Tensor]:
+        """What fades at one level, by layer."""
+        return {fade.layer: fade.items for fade in self.fades if fade.level == level}
+
     def apply(self, step: int, modules: Mapping[str, nn.Module]) -> None:
         """Weakens everything by one step; optimizers have moved the weights since."""
         before, now = self.strength(step - 1), self.strength(step)
@@ -124,15 +132,16 @@ class Fades:
             if values is None:
                 continue
             worth = (values[fade.items] / strength).square()
+            worth = worth.to(fade.worth.device)
             fade.seen = worth if fade.seen is None else fade.seen + worth
             fade.looks += 1
 
     def rescue(
-        self, graph: UnitGraph | None, step: int, modules: Mapping[str, nn.Module]
+        self, graph: Callable[[], UnitGraph], step: int, modules: Mapping[str, nn.Module]
     ) -> list[tuple[str, str, int]]:
         """Gives back its strength to what turned out to be worth more; (level, layer, how many). Called before the end.
 
-        Units that stand in one block are rescued together.
+        ``graph``: makes one of the model, asked only where units are rescued. Units of one block are rescued together.
         """
         strength, rescued = self.strength(step), []
         if strength <= 0.0:
@@ -140,22 +149,21 @@ class Fades:
         for fade in self.fades:
             if fade.seen is None or not fade.looks:
                 continue
-            back = fade.seen / fade.looks > RESCUED_FROM * fade.worth.clamp(min=1e-30)
-            if fade.level == "units" and graph is not None:
-                back = _whole_groups(graph, fade, back)
+            back = (fade.seen / fade.looks > RESCUED_FROM * fade.worth.clamp(min=1e-30)).to(fade.items.device)
             if not bool(back.any()):
                 continue
             if fade.level == "blocks":
                 with torch.no_grad():
                     modules[fade.layer].values[fade.items[back]] *= 1.0 / strength
-            elif graph is not None:
-                for reader, columns in outgoing_of(graph, fade.layer, fade.items[back].cpu()).items():
+            else:
+                units = graph()
+                back = _whole_groups(units, fade, back)
+                for reader, columns in outgoing_of(units, fade.layer, fade.items[back]).items():
                     scale_columns(modules[reader], columns, 1.0 / strength)
+                fade.columns = outgoing_of(units, fade.layer, fade.items[~back])
             rescued.append((fade.level, fade.layer, int(back.sum())))
-            fade.items, fade.worth = fade.items[~back], fade.worth[~back]
-            fade.seen = fade.seen[~back]
-            if fade.level == "units" and graph is not None:
-                fade.columns = outgoing_of(graph, fade.layer, fade.items.cpu()) if len(fade.items) else {}
+            kept = ~back.to(fade.worth.device)
+            fade.items, fade.worth, fade.seen = fade.items[~back], fade.worth[kept], fade.seen[kept]
         self.fades = [fade for fade in self.fades if len(fade.items)]
         return rescued
 

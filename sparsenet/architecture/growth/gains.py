@@ -37,6 +37,7 @@ def unit_gain(x: Tensor, grad_outputs: Sequence[Tensor], seed: int) -> float:
     """
     generator = torch.Generator().manual_seed(seed)
     incoming = torch.randn(x.shape[1], CANDIDATES, generator=generator) * (2.0 / max(x.shape[1], 1)) ** 0.5
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # sums of half precision overflow
     made = torch.relu(x @ incoming.to(x))
     total = sum((g.to(made).T @ made).square().sum() for g in grad_outputs)
     return float(total) / CANDIDATES
@@ -75,6 +76,8 @@ def layer_gain(x: Tensor, grad_input: Tensor) -> float:
         >>> layer_gain(torch.eye(2), torch.eye(2))
         2.0
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    grad_input = grad_input.to(x)
     if x.shape[1] * grad_input.shape[1] <= x.shape[0] ** 2:
         return float((grad_input.T @ x).square().sum())
     return float(((grad_input @ grad_input.T) * (x @ x.T)).sum())  # the same, by rows
@@ -98,7 +101,7 @@ def best_new_blocks(layer: SparseLinear, operands: Pair, count: int) -> tuple[Te
         if not len(places):
             return torch.empty(0, device=places.device)
         rows = int(places[0]) // columns, int(places[-1]) // columns + 1
-        norms = functional.block_gradient_squared_norms(*operands, pattern.block_size, rows)
+        norms = functional.block_gradient_squared_norms(*operands[:2], pattern.block_size, rows)
         return norms.flatten()[places - rows[0] * columns]
 
     free = pattern.block_rows * columns - pattern.num_blocks
@@ -109,11 +112,9 @@ def grad_input_of(module: nn.Module, grad_output: Tensor) -> Tensor:
     """[rows, in]: what the layer hands back of ``grad_output`` [rows, out] (before its activation)."""
     with torch.no_grad():
         if isinstance(module, SparseLinear):
+            grad_output = grad_output.to(module.values.dtype)
             with torch.enable_grad():
-                x = torch.zeros(
-                    len(grad_output), module.in_features, dtype=grad_output.dtype, device=grad_output.device
-                )
-                x.requires_grad_(True)
+                x = grad_output.new_zeros(len(grad_output), module.in_features).requires_grad_(True)
                 y = functional.block_sparse_linear(x, module.values.detach(), module.pattern)
             return torch.autograd.grad(y, x, grad_output)[0]
-        return grad_output @ module.weight.detach()
+        return grad_output.to(module.weight.dtype) @ module.weight.detach()

@@ -2,16 +2,17 @@
 
 Between decisions it only looks: at gradients, losses and the clock. A decision reads what they say, lets what has faded
 go, hands out what is free of the budget to whatever gains most per byte (or millisecond), and chooses what fades next.
+
+What goes fades out over a ramp; what comes does not fade in. It is born so that it changes no output, with weights of
+the size that its layer has and second moments that let it learn at once: behind a gate that starts at zero its own
+weights would have no gradient until the gate has opened.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,30 +20,39 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import distributed
+from sparsenet.architecture.growth.account import Account
 from sparsenet.architecture.growth.candidates import candidates, growable_layers
-from sparsenet.architecture.growth.controller import Candidate, Flow, allotted
+from sparsenet.architecture.growth.checking import (
+    check_can_grow,
+    check_fits,
+    network_of,
+    one_number,
+    optimizers_of,
+    smallest,
+)
+from sparsenet.architecture.growth.controller import Flow
 from sparsenet.architecture.growth.diagnostics import newborn_ratio
-from sparsenet.architecture.growth.events import Change, Event
-from sparsenet.architecture.growth.fading import Fade, Fades, group_of
+from sparsenet.architecture.growth.events import Change, Event, together
+from sparsenet.architecture.growth.fading import Fade, Fades
+from sparsenet.architecture.growth.holding import Amount, Limits
 from sparsenet.architecture.growth.idle import fading_blocks, idle_units
-from sparsenet.architecture.growth.ledger import Cost, Ledger, as_is
+from sparsenet.architecture.growth.ledger import Cost, Ledger
 from sparsenet.architecture.growth.newborn import HOW
-from sparsenet.architecture.growth.pace import Pace
-from sparsenet.architecture.growth.placing import GrowthError, growable, readers
+from sparsenet.architecture.growth.placing import GrowthError, readers
 from sparsenet.architecture.growth.restoring import fit_structure
+from sparsenet.architecture.growth.saving import resume, state_of
 from sparsenet.architecture.growth.shrinking import choose_leaving
+from sparsenet.architecture.growth.spending import agreed_offers, room, spent
+from sparsenet.architecture.growth.step_watch import StepWatch
 from sparsenet.architecture.growth.stopping import ExtrapolatedGain
 from sparsenet.architecture.growth.surgery import Surgery
-from sparsenet.architecture.growth.watch import IntervalScores, Operands, unit_and_block_products
-from sparsenet.compaction.compacting import plain_model
+from sparsenet.architecture.growth.watch import IntervalScores, Operands, Seen, unit_and_block_products
+from sparsenet.architecture.growth.worth import Worth
 from sparsenet.compaction.graph import UnitGraph
-from sparsenet.compaction.weights import BlockWeights, unit_weights
+from sparsenet.compaction.weights import unit_weights
 from sparsenet.layers import SparseLinear
-from sparsenet.limits import MemoryBudget, format_bytes, is_out_of_memory, process_limit
-from sparsenet.memory.costs import layer_costs
-from sparsenet.memory.network import step_bytes
+from sparsenet.limits import format_bytes, is_out_of_memory, release_heap
 from sparsenet.memory.step_time import StepTimeModel
-from sparsenet.optimizer_state import as_optimizers, holds
 from sparsenet.policies.places import layer_key
 from sparsenet.schedules import as_integer, as_number
 
@@ -53,7 +63,6 @@ logger = logging.getLogger(__name__)
 LEVELS = ("blocks", "units", "layers")
 LOOKS = 8  # at gradients, in an interval
 SETTLED = 8  # decisions without a change after which a training of unknown length is done
-KEPT_FREE = 0.1  # of what a limit of the process leaves: others allocate too
 WINDOW = 20  # steps whose times are looked at, at least
 
 
@@ -68,7 +77,8 @@ class Grower:
         budget: bytes of one training step: parameters, gradients, optimizer state, indices, buffers and the activations
             kept for backward, at the batch size seen; the data are excluded. An amount such as ``"64MiB"``, or a
             function of the step that returns bytes. It may be set anew at any time.
-        step_ms: milliseconds of one training step (from the model's forward to :meth:`step`), or None.
+        step_ms: milliseconds of one training step (from the model's forward to :meth:`step`), or None. Times are
+            measured, so two runs with such a limit need not be alike; models on the CPU only.
         parameters: most elements of all parameters together, or None.
         batch_size: rows of a batch, where the budget is to hold for larger ones than those seen.
         steps: optimizer steps of the whole training. None: growth goes on in fixed parts, and the Grower is
@@ -95,7 +105,13 @@ class Grower:
         ValueError, TypeError: the model needs more than the budget as it is; it cannot be traced, or has nothing that
             can grow; a number out of range. Nothing was changed.
 
-    Call :meth:`step` after every ``optimizer.step()`` and before the gradients are set to zero.
+    Call :meth:`step` after every ``optimizer.step()`` and before the gradients are set to zero. Frozen layers stay as
+    they are, and so do the units that they read. With several ranks, the model is in a
+    :class:`sparsenet.distributed.DataParallel` and every rank calls :meth:`step`: the smallest budget counts, and the
+    largest cost and time; scores, gains and losses are averaged, and all ranks decide alike.
+
+    Between decisions nothing else should change the model's sizes; where a Sparsifier moves blocks or units are
+    removed by hand, what is known of them is forgotten.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -117,7 +133,7 @@ class Grower:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        budget: str | int | MemoryBudget | Callable[[int], float] = "64MiB",
+        budget: Amount = "64MiB",
         step_ms: float | None = None,
         *,
         parameters: int | None = None,
@@ -140,8 +156,8 @@ class Grower:
         sparsifier=None,
     ):
         self.model, self.optimizer, self.validate, self.sparsifier = model, optimizer, validate, sparsifier
-        self.optimizers = as_optimizers(optimizer)
-        self.net = _plain(model)
+        self.net = network_of(model)
+        self.optimizers = optimizers_of(self.net, optimizer)
         self.levels, self.grow, self.prune = _chosen("levels", levels, LEVELS), grow, prune
         _one_of("grow", grow, HOW)
         _one_of("prune", prune, ("fisher", "magnitude"))
@@ -155,64 +171,81 @@ class Grower:
         self.density = as_number("Grower", "density", density, within=(0, 1))
         self.turnover = as_number("Grower", "turnover", turnover, within=(0, 1))
         self.idle = as_number("Grower", "idle", idle, within=(0, 1))
-        self.parameters = math.inf if parameters is None else as_integer("Grower", "parameters", parameters, at_least=1)
-        self.step_ms = math.inf if step_ms is None else as_number("Grower", "step_ms", step_ms, within=(0, math.inf))
-        self.batch_size = None if batch_size is None else as_integer("Grower", "batch_size", batch_size, at_least=1)
+        rows = None if batch_size is None else as_integer("Grower", "batch_size", batch_size, at_least=1)
         self.seed = as_integer("Grower", "seed", seed)
         self.followers, self.opaque = tuple(followers), tuple(opaque)
         self.gain = ExtrapolatedGain(as_number("Grower", "tolerance", tolerance, within=(0, 1)))
-        self.times = StepTimeModel(self.optimizers[0]) if step_ms is not None else None
         self.steps = 0
         self.done = False
         self.events: list[Event] = []
         self.insertions: list[dict] = []
-        self._flow = Flow()
-        self._fades = Fades(self.ramp)
-        self._pace = Pace()
-        self._scores = IntervalScores()
+        self._flow, self._fades, self._scores = Flow(), Fades(self.ramp), IntervalScores()
+        self._worth = Worth(prune, self._scores)
         self._losses: list[Tensor | float] = []
         self._seen: list[float] = []  # mean loss of the last intervals
         self._still = 0  # decisions in a row that changed next to nothing
         self._stopped = ""  # why growth has ended
-        self._activations: tuple[dict[str, int], int] = ({}, 0)
-        self._costs: list = []
-        self._said: set[str] = set()
-        self._check_model()
-        self._layers = _layers_of(self.net)
+        self._operands: Operands | None = None
+        self._account = Account(self.net, self.optimizers, None, rows)
+        self._limits = Limits(budget, parameters, None)
+        self.step_ms = step_ms
         self._surgery = Surgery(model, optimizer, self.followers, self.opaque, sparsifier, grow, self._scores)
+        self._layers = _layers_of(self.net)
         graph = self._graph()
-        self._check_can_grow(graph)
-        self._start = self._ledger(graph).total()  # without activations, until a batch was seen
-        self._now = self._start
-        self.budget = budget
-        self._check_seed()
-        self._watch: Operands | None = None
-        self._batch: tuple | None = None
-        self._began: float | None = None
-        self._seconds: list[float] = []
-        self._want_batch = True
-        self._hook = _watch_forward(self)
+        for name in check_can_grow(graph, self.levels, bool(self._sparse())):
+            logger.warning("Grower: layer %s is frozen, or feeds one that is: its units stay as they are", name)
+        self._start = self._now = self._account.total(graph)  # without activations, until a batch was seen
+        check_fits(self._now, self._limits.at(0))
+        self._know(graph)
+        self._watch = StepWatch(self.net, max(self.every, WINDOW))
 
     # --- what it is ---
 
     @property
     def budget(self) -> Callable[[int], float]:
         """Bytes as a function of the step."""
-        return self._budget
+        return self._limits.budget
 
     @budget.setter
-    def budget(self, amount: str | int | MemoryBudget | Callable[[int], float]) -> None:
-        if callable(amount):
-            schedule = amount
-        else:
-            fixed = MemoryBudget(amount).bytes
-            schedule = lambda step: fixed  # noqa: E731
-        at_once = float(schedule(self.steps))
-        if not math.isfinite(at_once) or at_once < 1:
-            raise ValueError(f"Grower: budget must be at least 1 byte, got {at_once} at step {self.steps}")
+    def budget(self, amount: Amount) -> None:
+        at_once = Limits(amount).budget(self.steps)
         if self.steps:
-            self._refuse_below_smallest(at_once)
-        self._budget = schedule
+            graph = self._graph()
+            least = smallest(graph, self._account.ledger(graph), self.levels).bytes
+            if least > at_once:
+                raise ValueError(
+                    f"Grower: budget must be at least about {format_bytes(least)}, which the smallest network that "
+                    f"this one can shrink to needs, got {format_bytes(at_once)}"
+                )
+        self._limits.set_budget(amount, self.steps)
+
+    @property
+    def parameters(self) -> float:
+        """Most elements of all parameters, infinite where any number is allowed. May be set anew."""
+        return self._limits.parameters
+
+    @parameters.setter
+    def parameters(self, most: float | None) -> None:
+        self._limits.parameters = most
+
+    @property
+    def step_ms(self) -> float:
+        """Most milliseconds of a step, infinite where any number is allowed. May be set anew."""
+        return self._limits.step_ms
+
+    @step_ms.setter
+    def step_ms(self, most: float | None) -> None:
+        device = next((p.device.type for p in self.net.parameters() if p.device.type != "cpu"), "cpu")
+        if most not in (None, math.inf) and device != "cpu":
+            raise ValueError(f"Grower: step_ms must be None for a model on {device}: times are those of the CPU")
+        self._limits.step_ms = most
+        if self._limits.step_ms < math.inf and self._account.times is None:
+            self._account.times = StepTimeModel(self.optimizers[0])
+
+    @property
+    def times(self) -> StepTimeModel | None:
+        """The model of step times; None where there never was a limit of milliseconds."""
+        return self._account.times
 
     @property
     def bytes(self) -> int:
@@ -222,7 +255,7 @@ class Grower:
     @property
     def milliseconds(self) -> float:
         """Of one training step: the lower quartile of the last ones seen, since what else runs only adds; 0 before."""
-        return 1e3 * sorted(self._seconds)[len(self._seconds) // 4] if self._seconds else 0.0
+        return self._watch.milliseconds
 
     # --- the step ---
 
@@ -236,20 +269,25 @@ class Grower:
             What was decided, or None between decisions.
 
         Raises:
-            CompactionError, RuntimeError: an optimizer's state is not understood, or ranks disagree.
+            ValueError: ``loss`` is not one number; at the first step, the budget is too small for the activations.
+            CompactionError, RuntimeError: an optimizer's state is not understood, gradients were set to zero before,
+                or ranks disagree.
         """
+        loss = one_number(loss)
+        self._watch.stop_clock()
+        looks = (self.steps + 1) % max(1, self.every // LOOKS) == 0
+        noticed = self._notice()
+        if looks and not noticed and not self.done and all(p.grad is None for p in self.net.parameters()):
+            raise RuntimeError("Grower: step must be called before the gradients are set to zero, got none")
         self.steps += 1
-        self._clock()
-        self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+        if not self.done:
+            self._losses.append(loss)
         self._fades.apply(self.steps, self._layers)
-        if self._batch is not None and not self._activations[0]:
-            self._measure()
-            self._start = self._now = self._ledger(self._graph()).total()
-            self._check_seed()
-        if self.steps % max(1, self.every // LOOKS) == 0 and not self.done:
+        self._count()
+        if looks and not self.done:
             self._look()
         event = None
-        broken = self._broken()
+        broken = self._broken(looks)
         if broken:
             event = self._shrink(broken)
         elif self.steps % self.every == 0 and not self.done:
@@ -264,7 +302,7 @@ class Grower:
         """Calls ``closure`` (forward and backward, returns the loss); where memory runs out, shrinks and tries again.
 
         The closure must set gradients to zero itself before it computes them. A quarter of what the step costs goes at
-        each try; raises the error of the last one where nothing more can go.
+        each try; raises the error of the last one where nothing more can go. For one rank only: others would wait.
 
         Example:
             >>> import torch, sparsenet as sn
@@ -282,33 +320,29 @@ class Grower:
             >>> model[0].out_features <= 40
             True
         """
+        if distributed.is_active():
+            raise RuntimeError("Grower: attempt must be called by a single rank, got several: the others would wait")
         while True:
             try:
                 return closure()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = error
+                failed = error.with_traceback(None)  # its frames hold the activations
             self.net.zero_grad(set_to_none=True)
-            smaller = 0.75 * self._now.bytes
-            event = self._shrink("an allocation failed", limit=smaller)
+            release_heap()
+            self._limits.cap = max(1.0, 0.75 * self._now.bytes)
+            event = self._shrink("an allocation failed")
             self.events.append(event)
             if not event.pruned:
                 raise failed
-            self.budget = max(1, round(smaller))
 
     def close(self) -> None:
         """Takes its hooks off the model."""
         self._disarm()
-        self._hook.remove()
+        self._watch.close()
 
     # --- watching ---
-
-    def _clock(self) -> None:
-        if self._began is not None:
-            self._seconds.append(time.perf_counter() - self._began)
-            self._seconds = self._seconds[-max(self.every, WINDOW) :]
-        self._began = None
 
     def _look(self) -> None:
         """Takes note of the gradients: of all units and blocks, and of what fades."""
@@ -319,153 +353,164 @@ class Grower:
         self._fades.look(self.steps, products)
         middle = self._fades.begun + self.ramp // 2
         if middle <= self.steps < middle + max(1, self.every // LOOKS):
-            graph = self._graph()
-            for level, layer, count in self._fades.rescue(graph, self.steps, self._layers):
+            for level, layer, count in self._fades.rescue(self._graph, self.steps, self._layers):
                 logger.info("Grower: step %d: %d fading %s of %s are kept after all", self.steps, count, level, layer)
+
+    def _count(self) -> None:
+        """Counts the activations of the first step, and of one with a larger batch than those before."""
+        batch = self._watch.batch
+        if batch is None:
+            if not self._watch.seen and self.steps == 1:
+                logger.warning("Grower: no forward pass of the model in training was seen: activations do not count")
+            return
+        first = not self._account.counted
+        if not first and not self._watch.larger:
+            return
+        self._measure()
+        self._now = self._account.total(self._graph())
+        if first:
+            self._start = self._now
+            check_fits(self._now, self._limits.at(self.steps))
+
+    def _measure(self) -> None:
+        if self._watch.batch is not None:
+            with self._watch.paused():
+                self._account.measure(self._watch.batch, self._watch.most_rows)
+            self._watch.batch = None
 
     def _arm(self) -> None:
         """Before a step that decides, has the operands of all layers kept."""
         self._disarm()
         if (self.steps + 1) % self.every == 0 and not self.done:
-            self._watch = Operands(self._layers.items())
-            self._want_batch = True
+            self._operands = Operands(self._layers.items())
+            self._watch.wanted = self._account.stale
 
     def _disarm(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        if self._operands is not None:
+            self._operands.close()
+            self._operands = None
 
-    def _measure(self) -> None:
-        """Counts the activations of a step, by a forward pass of its own over the last batch; learns its time."""
-        if self.times is not None and self._costs and self._seconds:
-            self.times.observe(self._costs, self.milliseconds)
-        if self._batch is None:
-            return
-        counted = step_bytes(self.net, self.optimizers, self._batch)
-        items = counted.items
-        rows = len(next(t for t in self._batch if isinstance(t, Tensor)))
-        factor = 1.0 if self.batch_size is None else max(1.0, self.batch_size / max(rows, 1))
-        by_module = {name: round(n * factor) for name, n in counted.activation_bytes.items()}
-        others = items["activations"] - sum(counted.activation_bytes.values()) + items["outputs"]
-        self._activations = by_module, round(others * factor)
-        self._costs = layer_costs(self.net, self._batch)  # milliseconds are of the batch that was seen
-        self._batch = None
+    def _know(self, graph: UnitGraph) -> None:
+        """Remembers the structure, to see when others change it."""
+        self._layers = _layers_of(self.net)
+        self._known, self._sizes = _structure(self._layers), Account.sizes(graph)
 
-    def _ledger(self, graph: UnitGraph) -> Ledger:
-        return Ledger(graph, self.optimizers, *self._activations, self._costs, self.times)
+    def _notice(self) -> bool:
+        """Whether others have changed the model since; what is known of units or blocks that moved is forgotten."""
+        layers = _layers_of(self.net)
+        now = _structure(layers)
+        if now == self._known and all(layers[name] is module for name, module in self._layers.items()):
+            return False
+        if {n: shape for n, (shape, _) in now.items()} == {n: shape for n, (shape, _) in self._known.items()}:
+            self._scores.forget_blocks()
+            self._fades.drop_blocks()
+        else:
+            self._scores.clear()
+            self._fades.begin(self.steps, [])
+        graph = self._graph()
+        self._disarm()
+        self._account.follow(self._sizes, graph)
+        self._now = self._account.total(graph)
+        self._know(graph)
+        return True
 
-    # --- limits ---
-
-    def limit(self) -> Cost:
-        """What a step may cost until the next decision."""
-        budget = min(float(self._budget(step)) for step in (self.steps, self.steps + self.every))
-        return Cost(min(budget, self._pace.most_bytes(self.step_ms)), self.parameters, self.step_ms)
-
-    def _broken(self) -> str:
+    def _broken(self, looks: bool) -> str:
         """The limit that the network is above, in words; empty if none."""
-        budget = float(self._budget(self.steps))
-        if self._now.bytes > budget:
-            return f"the budget is {format_bytes(budget)}"
-        if self.steps % max(1, self.every // LOOKS) == 0:
-            left = process_limit()
-            needed = self._activations[1] + sum(self._activations[0].values())
-            if left.bytes_left < needed:
-                return f"{left.why} leaves {format_bytes(max(0, left.bytes_left))}"
-        if len(self._seconds) >= max(self.every, WINDOW) and self._pace.too_slow(self.milliseconds, self.step_ms):
-            return f"a step takes {self.milliseconds:.3g} ms of {self.step_ms:.3g}"
-        return ""
+        timed = looks and self.step_ms < math.inf and len(self._watch.seconds) >= self._watch.window
+        milliseconds = self._agreed_ms() if distributed.any_rank(timed) else None
+        return self._limits.broken(self.steps, self._now, milliseconds, self._account if looks else None)
 
-    def _agreed(self, cost: Cost) -> Cost:
-        """The largest of all ranks."""
-        if not distributed.is_active():
-            return cost
-        return Cost(*distributed.largest(torch.tensor(cost.parts, dtype=torch.float64)).tolist())
+    def _agreed_ms(self) -> float:
+        return distributed.highest([self.milliseconds])[0]
 
     # --- deciding ---
 
     def _decide(self) -> Event:
         """One decision: what faded goes, what is worth it is born, what is idle begins to fade."""
+        if self._operands is not None:
+            self._operands.close()  # what was kept stays
+        if self.times is not None and self._account.layers and (ms := self._agreed_ms()) > 0:
+            self.times.observe(self._account.layers, ms)
         self._measure()
         self._ask_for_the_loss()
-        bad = self._scores.not_finite()
-        if bad or not (self._seen and math.isfinite(self._seen[-1])):
-            what = f"scores of layer {bad} hold" if bad else "the loss holds"
-            logger.warning("Grower: step %d keeps the network: %s NaN or Inf", self.steps, what)
+        if reason := self._not_to_be_judged():
+            logger.warning("Grower: step %d keeps the network: %s", self.steps, reason)
             self._scores.clear()
-            return self._event((), f"{what} NaN or Inf")
-        graph = self._decided_on = self._graph()
-        ledger = self._ledger(graph)
+            return self._event((), reason)
+        graph = self._graph()
+        ledger, before = self._account.ledger(graph), Account.sizes(graph)
         ratio = self._newborn_ratio()
         self._ask_whether_growth_pays()
         self._flow.advance(self.steps, self.total_steps, self.grow_until)
         kept, sparse = self._kept(), self._sparse()
-        leaving = {level: {f.layer: f.items for f in self._fades.fades if f.level == level} for level in LEVELS}
-        turned = {name: len(items) for name, items in leaving["blocks"].items()}
-        limit, total = self.limit(), self._agreed(ledger.total())
-        freed = sum((ledger.unit(name) * len(items) for name, items in leaving["units"].items()), Cost())
+        leaving, faded = self._fades.items("units"), self._fades.items("blocks")
+        total = self._account.total(graph)
+        limit = self._limits.until(self.steps, self.every, total, self._account)
+        freed = sum((ledger.unit(name) * len(items) for name, items in leaving.items()), Cost())
         seed = layer_key(self.seed, self.steps, "births") & 0x7FFFFFFF
         offers = [] if self._stopped else candidates(graph, ledger, kept, self.levels, self.density, seed)
-        counts = allotted(offers, self._room(total - freed, limit), limit, self._flow)
+        offers = agreed_offers(offers)
+        free = room(self._start, limit, total - freed, self._flow, self._limits.pace, self._agreed_ms())
+        births = spent(offers, ledger, free, limit, limit - (total - freed), self._flow)
         gains = {c.key: c.gain for c in offers}
-        units, more = self._within(ledger, offers, counts, limit - (total - freed))
-        blocks = {name: more.get(name, 0) + turned.get(name, 0) for name in sparse}
-        layers = [c.layer for c in offers if c.level == "layers" and c.key in counts]
-        pairs = {n: (kept[n], kept[r]) for n in units if (r := self._reader_kept(ledger, n, kept))}
+        operands = self._pairs(ledger, births.units, kept)
         self._fades.begin(self.steps, [])
-        changes = self._surgery.exchange(sparse, leaving["blocks"], blocks, kept)
-        removed = self._surgery.remove_units(leaving["units"], "faded")
-        operands = {
-            name: (x, grad_output)
-            for name, ((x, _), (_, grad_output)) in pairs.items()
-            if not removed or self._layers[name].in_features == x.shape[1]
-        }
-        changes += removed + self._surgery.widen(units, operands, {n: gains[f"units {n}"] for n in units}, seed)
-        for name in layers[:1]:
-            added, insertion = self._surgery.deepen(name, gains[f"layers {name}"], seed)
-            self.insertions.append(insertion)
-            changes += added
+        blocks = {name: births.blocks.get(name, 0) + len(faded.get(name, ())) for name in sparse}
+        changes = self._surgery.exchange(sparse, faded, blocks, kept)
+        removed = self._surgery.remove_units(leaving, "faded")
+        changes += removed
+        no_memory = ""
+        try:
+            units = {name: gains[f"units {name}"] for name in births.units}
+            changes += self._surgery.widen(births.units, {} if removed else operands, units, seed)
+            if births.layer:
+                added, insertion = self._surgery.deepen(births.layer, gains[f"layers {births.layer}"], seed)
+                self.insertions.append(insertion)
+                changes += added
+        except (RuntimeError, MemoryError) as error:
+            if distributed.is_active() or not is_out_of_memory(error):
+                raise
+            no_memory = "no memory to grow"
+            logger.warning("Grower: step %d: %s", self.steps, no_memory)
         predicted = -sum(c.gain * c.grown for c in changes) * self._learning_rate() * self.every
-        self._layers = _layers_of(self.net)
-        if any(c.level != "blocks" for c in changes):
-            graph = self._graph()
-        self._begin_fading(graph, {c.layer for c in changes if c.level == "units"})
+        graph = self._settle(graph, before, changes, total)
+        if not self.done:
+            self._begin_fading(graph)
         self._scores.clear()
-        event = self._settle(graph, changes, total, predicted, ratio)
-        broken = self._broken() if self._now.bytes > limit.bytes else ""  # more than was predicted
-        if broken:
+        event = self._event(changes, no_memory or self._stopped, predicted, ratio)
+        if broken := self._limits.broken(self.steps, self._now, None, None):  # more than was predicted
             self.events.append(event)
             event = self._shrink(broken)
         return event
 
-    def _within(
-        self, ledger: Ledger, offers: Sequence[Candidate], counts: Mapping[str, int], left: Cost
-    ) -> tuple[dict[str, int], dict[str, int]]:
-        """Units and blocks by layer, as many as were allotted, or fewer if together they would pass what is left."""
-        share = 1.0
-        while share > 0.01:
-            units, blocks = {}, {}
-            for offer in offers:
-                count = int(share * counts.get(offer.key, 0)) // offer.group * offer.group
-                if offer.level == "units":  # so many that the last block of the layer is full
-                    count -= unit_weights(self._layers[offer.layer]).rows % offer.group if count else 0
-                if count > 0 and offer.level != "layers":
-                    (units if offer.level == "units" else blocks)[offer.layer] = count
-            if ledger.grown(units, blocks).fits(left):
-                return units, blocks
-            share *= 0.8
-        return {}, {}
+    def _not_to_be_judged(self) -> str:
+        """Why no decision is made on what was seen; empty if one is."""
+        bad = self._scores.not_finite()
+        if distributed.any_rank(bool(bad)):
+            return f"scores of layer {bad or 'another rank'} hold NaN or Inf"
+        if not (self._seen and math.isfinite(self._seen[-1])):
+            return "the loss holds NaN or Inf"
+        if distributed.any_rank(self._scores.all_zero()):
+            return "all gradients are zero; were they set to zero before Grower.step?"
+        return ""
 
-    def _graph(self) -> UnitGraph:
-        return UnitGraph(self.net, self.opaque, zeros=False)
+    def _settle(self, graph: UnitGraph, before: Mapping[str, int], changes: list[Change], total: Cost) -> UnitGraph:
+        """What the network costs now, and whether everything is done; returns a graph of it."""
+        if any(change.level != "blocks" for change in changes):
+            graph = self._graph()
+        if any(change.level != "blocks" or change.grown != change.pruned for change in changes):
+            self._account.follow(before, graph)
+        self._know(graph)
+        self._now = self._account.total(graph)
+        net = abs(self._now.parameters - total.parameters) / max(total.parameters, 1.0)
+        self._still = self._still + 1 if net <= 0.005 else 0
+        if self.total_steps is None:
+            self.done = self._still >= SETTLED and (bool(self._stopped) or self._flow.progress >= 1.0)
+        else:
+            self.done = self.steps + self.every > self.total_steps
+        return graph
 
-    def _reader_kept(self, ledger: Ledger, name: str, kept: Mapping) -> str:
-        """The one layer that reads ``name``, where its operands and those of ``name`` were kept; else empty."""
-        heard = readers(ledger.graph, name)
-        known = len(heard) == 1 and heard[0] in kept and name in kept
-        alike = known and ledger.stages[heard[0]].inputs.units.equal(ledger.stages[name].outputs.units)
-        return heard[0] if alike else ""
-
-    def _begin_fading(self, graph: UnitGraph, changed: set[str]) -> None:
+    def _begin_fading(self, graph: UnitGraph) -> None:
         """Chooses what leaves until the next decision: blocks by turnover, units that are idle."""
         fades: list[Fade | None] = []
         if "blocks" in self.levels and self._turns():
@@ -473,55 +518,11 @@ class Grower:
             for name, layer in self._sparse().items():
                 count, places = layer.pattern.num_blocks, layer.pattern.block_rows * layer.pattern.block_cols
                 asked = self._flow.whole(f"turnover {name}", min(share * count, places - count))
-                fades.append(fading_blocks(name, layer, self._block_scores(name), min(asked, count)))
+                fades.append(fading_blocks(name, layer, self._worth.blocks(name, layer), min(asked, count)))
         if "units" in self.levels and self.idle:
-            fades += [idle_units(graph, name, self._unit_scores(name), self.idle) for name in growable_layers(graph)]
+            for name in growable_layers(graph):
+                fades.append(idle_units(graph, name, self._worth.units(name, self._layers[name]), self.idle))
         self._fades.begin(self.steps, [fade for fade in fades if fade is not None])
-
-    def _room(self, total: Cost, limit: Cost) -> Cost:
-        """What may be spent now: from the cost at present to the target on the way to the limit."""
-        parts = zip(self._start.parts, limit.parts, total.parts, strict=True)
-        room = Cost(*(_target(start, most, self._flow.progress) - now for start, most, now in parts))
-        now = max(total.milliseconds, self.milliseconds)
-        return replace(room, milliseconds=min(room.milliseconds, self._pace.room(now, self.step_ms)))
-
-    def _ask_for_the_loss(self) -> None:
-        """The mean of the interval's losses joins those seen; the last two are kept."""
-        if not self._losses:
-            return
-        losses = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu").reshape(()) for x in self._losses])
-        mean = distributed.averaged(losses.mean()) if distributed.is_active() else losses.mean()
-        self._losses = []
-        self._seen = [*self._seen[-1:], float(mean)]
-
-    def _ask_whether_growth_pays(self) -> None:
-        """Asks for the held-out loss, and stops growth that no longer pays."""
-        if self.validate is None or self._stopped or self._flow.progress >= 1.0:
-            return
-        size = float(sum(p.numel() for p in self.net.parameters()))
-        training = {module: module.training for module in self.net.modules()}
-        try:
-            with torch.no_grad():
-                loss = torch.tensor(float(self.validate()), dtype=torch.float64)
-        finally:
-            for module, was in training.items():
-                module.training = was
-        self.gain.observe(size, float(distributed.averaged(loss) if distributed.is_active() else loss))
-        if not self.gain.useful():
-            self._stopped = (
-                f"the next enlargement is predicted to gain {self.gain.predicted():.2%} of the held-out loss"
-            )
-            logger.info("Grower: step %d: growth ends: %s", self.steps, self._stopped)
-
-    def _kept(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The operands of the last step, of all ranks together."""
-        kept = self._watch.kept if self._watch is not None else {}
-        if distributed.is_active():
-            kept = {name: distributed.gather_operands(*kept[name]) for name in self._layers if name in kept}
-        return kept
-
-    def _sparse(self) -> dict[str, SparseLinear]:
-        return {n: m for n, m in self._layers.items() if isinstance(m, SparseLinear) and m.values.requires_grad}
 
     def _turns(self) -> bool:
         return self.turnover > 0 and self.steps < self._turn_end()
@@ -529,101 +530,109 @@ class Grower:
     def _turn_end(self) -> float:
         return 0.75 * self.total_steps if self.total_steps is not None else math.inf
 
-    def _unit_scores(self, name: str) -> Tensor | None:
-        if self.prune == "fisher":
-            scores = self._scores.units(name)
-        else:
-            weights = (
-                self._layers[name].values if isinstance(self._layers[name], SparseLinear) else self._layers[name].weight
-            )
-            scores = _row_squares(self._layers[name]) if weights.numel() else None
-        return None if scores is None else distributed.averaged(scores) if distributed.is_active() else scores
+    def _graph(self) -> UnitGraph:
+        return UnitGraph(self.net, self.opaque, zeros=False)
 
-    def _block_scores(self, name: str) -> Tensor | None:
-        scores = self._scores.blocks(name)
-        if self.prune == "magnitude" and scores is not None:
-            young = torch.isinf(scores)
-            scores = torch.where(young, scores, self._layers[name].values.detach().float().square().sum((1, 2)))
-        return None if scores is None else distributed.averaged(scores) if distributed.is_active() else scores
+    def _sparse(self) -> dict[str, SparseLinear]:
+        return {n: m for n, m in self._layers.items() if isinstance(m, SparseLinear) and m.values.requires_grad}
+
+    def _kept(self) -> dict[str, Seen]:
+        """The operands of the last step, of all ranks together."""
+        kept = self._operands.kept if self._operands is not None else {}
+        if not distributed.is_active():
+            return kept
+        names = [name for name in self._layers if name in kept]
+        distributed.assert_same("the layers whose operands were kept", sum(map(ord, " ".join(names))))
+        totals = distributed.mean_of([float(kept[name].total) for name in names])
+        world = distributed.world_size()
+        return {
+            name: Seen(*distributed.gather_operands(*kept[name][:2]), round(total * world))
+            for name, total in zip(names, totals, strict=True)
+        }
+
+    def _pairs(self, ledger: Ledger, units: Mapping[str, int], kept: Mapping[str, Seen]) -> dict:
+        """Of layers that are read by one layer only, unit by unit: (its inputs, gradients of what its reader makes)."""
+        found = {}
+        for name in units:
+            heard = readers(ledger.graph, name)
+            if len(heard) == 1 and heard[0] in kept and name in kept and kept[name].total == kept[heard[0]].total:
+                made, read = ledger.stages[name].outputs.units, ledger.stages[heard[0]].inputs.units
+                if read.equal(made):
+                    found[name] = kept[name].x, kept[heard[0]].grad_output
+        return found
+
+    def _ask_for_the_loss(self) -> None:
+        """The mean of the interval's losses joins those seen; the last two are kept."""
+        if self._losses:
+            losses = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in self._losses])
+            self._losses = []
+            self._seen = [*self._seen[-1:], *distributed.mean_of([float(losses.mean())])]
+
+    def _ask_whether_growth_pays(self) -> None:
+        """Asks for the held-out loss, and stops growth that no longer pays; training does not notice that it asked."""
+        if self.validate is None or self._stopped or self._flow.progress >= 1.0:
+            return
+        size = float(sum(p.numel() for p in self.net.parameters()))
+        training = {module: module.training for module in self.net.modules()}
+        devices = sorted({p.device.index for p in self.net.parameters() if p.is_cuda})
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), self._watch.paused():
+                loss = float(self.validate())
+        finally:
+            for module, was in training.items():
+                module.training = was
+        self.gain.observe(size, distributed.mean_of([loss])[0])
+        if not self.gain.useful():
+            gain = self.gain.predicted()
+            self._stopped = f"the next enlargement is predicted to gain {gain:.2%} of the held-out loss"
+            logger.info("Grower: step %d: growth ends: %s", self.steps, self._stopped)
 
     # --- shrinking at once ---
 
-    def _shrink(self, why: str, limit: float | None = None) -> Event:
-        """The lowest-scored units and blocks go, now, until the limits hold."""
+    def _shrink(self, why: str) -> Event:
+        """What fades goes, then the lowest-scored units and blocks, now, until the limits hold."""
         before, changes = self._now, []
         self._disarm()
-        limits = self.limit()
-        budget = min(float(self._budget(self.steps)), limits.bytes) if limit is None else limit
-        left = process_limit().bytes_left
-        needed = self._activations[1] + sum(self._activations[0].values())
-        if left < needed and limit is None:
-            budget = min(budget, self._now.bytes - (needed - left) * (1 + KEPT_FREE))
-        if why.startswith("a step takes"):
-            budget = min(budget, self._pace.shrunk(self._now.bytes, self.milliseconds, self.step_ms))
-        target = Cost(budget, self.parameters, math.inf)
-        for _ in range(12):
-            graph = self._graph()
-            ledger = self._ledger(graph)
-            now = self._agreed(ledger.total())
-            if now.fits(target):
-                break
-            units, blocks = self._worth(graph)
-            leaving = choose_leaving(graph, ledger, list(units), units, blocks, partial(_enough, now, target))
-            if not leaving.units and not leaving.blocks:
-                break
-            changes += self._surgery.blocks(self._sparse(), leaving.blocks, why)
-            changes += self._surgery.remove_units(leaving.units, why)
-            self._rescale(graph)
+        target = self._limits.to_shrink_to(why, self.steps, before, self._agreed_ms(), self._account)
+        units, blocks = self._fades.items("units"), self._fades.items("blocks")
         self._fades.begin(self.steps, [])
-        self._now = self._agreed(self._ledger(self._graph()).total())
-        self._seconds = []
-        logger.warning(
-            "Grower: step %d: %s: shrinks from %s to %s",
-            self.steps,
-            why,
-            format_bytes(before.bytes),
-            format_bytes(self._now.bytes),
-        )
-        return self._event(_together(changes), why)
-
-    def _worth(self, graph: UnitGraph) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Scores of all units and all blocks that may go; squared weights where none are known yet."""
-        units, blocks = {}, {}
-        for name in growable_layers(graph) if "units" in self.levels else ():
-            scores = self._unit_scores(name)
-            units[name] = _row_squares(self._layers[name]) if scores is None else scores
-        for name, layer in self._sparse().items() if "blocks" in self.levels else ():
-            scores = self._block_scores(name)
-            known = scores is not None and len(scores) == layer.pattern.num_blocks
-            blocks[name] = scores if known else layer.values.detach().float().square().sum((1, 2))
-        return units, blocks
-
-    def _rescale(self, before: UnitGraph) -> None:
-        """Activations go with the outputs of the modules that they are of, until they are counted again."""
-        sizes = {stage.name: len(stage.outputs.units) for stage in before.stages}
-        after = {stage.name: len(stage.outputs.units) for stage in self._graph().stages}
-        by_module, fixed = self._activations
-        scaled = {n: round(size * after.get(n, 1) / max(sizes.get(n, 1), 1)) for n, size in by_module.items()}
-        self._activations = scaled, fixed
-        self._costs = [as_is(cost, self.net) for cost in self._costs]
+        for again in range(13):
+            graph = self._graph()
+            ledger, sizes = self._account.ledger(graph), Account.sizes(graph)
+            now = self._account.total(graph)
+            if again:
+                if now.fits(target):
+                    break
+                growing = growable_layers(graph) if "units" in self.levels else []
+                worth = self._worth.of_all(self._layers, growing, self._sparse() if "blocks" in self.levels else {})
+                leaving = choose_leaving(graph, ledger, growing, *worth, partial(_enough, now, target))
+                units, blocks = leaving.units, leaving.blocks
+                if not units and not blocks:
+                    break
+            for freed in (False, True):
+                try:
+                    changes += self._surgery.blocks(self._sparse(), blocks, why)
+                    blocks = {}
+                    changes += self._surgery.remove_units(units, why)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if freed or not is_out_of_memory(error):
+                        raise
+                self.net.zero_grad(set_to_none=True)  # room for the smaller tensors beside the larger ones
+                release_heap()
+            self._layers = _layers_of(self.net)
+            self._account.follow(sizes, self._graph())
+        graph = self._graph()
+        self._know(graph)
+        self._now = self._account.total(graph)
+        self._watch.seconds = []
+        sizes_in_words = format_bytes(before.bytes), format_bytes(self._now.bytes)
+        logger.warning("Grower: step %d: %s: shrinks from %s to %s", self.steps, why, *sizes_in_words)
+        if not self._now.fits(target):
+            logger.warning("Grower: step %d: nothing more can go, and the limit does not hold", self.steps)
+        return self._event(together(changes), why)
 
     # --- what it says ---
-
-    def _settle(
-        self, before: UnitGraph, changes: list[Change], total: Cost, predicted: float, ratio: float | None
-    ) -> Event:
-        """The event, the costs as they are now, and whether everything is done."""
-        if any(change.level != "blocks" or change.grown != change.pruned for change in changes):
-            self._want_batch = True
-            self._rescale(self._decided_on)
-        self._now = self._agreed(self._ledger(before).total())
-        net = abs(self._now.parameters - total.parameters) / max(total.parameters, 1.0)
-        self._still = self._still + 1 if net <= 0.005 else 0
-        if self.total_steps is None:
-            self.done = self._still >= SETTLED and (bool(self._stopped) or self._flow.progress >= 1.0)
-        else:
-            self.done = self.steps + self.every > self.total_steps
-        return self._event(tuple(changes), self._stopped, predicted, ratio)
 
     def _event(
         self, changes: Sequence[Change], reason: str, predicted: float = 0.0, ratio: float | None = None
@@ -634,7 +643,7 @@ class Grower:
             bytes=round(self._now.bytes),
             parameters=round(self._now.parameters),
             milliseconds=self.milliseconds,
-            limit_bytes=round(float(self._budget(self.steps))),
+            limit_bytes=round(self._limits.at(self.steps).bytes),
             predicted=predicted,
             seen=self._seen[-1] - self._seen[-2] if len(self._seen) == 2 else None,
             newborn_ratio=ratio,
@@ -643,7 +652,7 @@ class Grower:
         )
 
     def _newborn_ratio(self) -> float | None:
-        """Of the last additions, while they are where they were born."""
+        """Of the last additions, one interval later, while they are where they were born."""
         if self._surgery.young is None:
             return None
         try:
@@ -653,97 +662,21 @@ class Grower:
         return ratio if math.isfinite(ratio) else None
 
     def _learning_rate(self) -> float:
-        return max(
-            (float(group["lr"]) for o in self.optimizers for group in o.param_groups if "lr" in group), default=0.0
-        )
-
-    # --- checks ---
-
-    def _check_model(self) -> None:
-        if not self.optimizers:
-            raise ValueError("Grower: optimizer must hold the model's parameters, got None")
-        for name, p in self.net.named_parameters():
-            if p.requires_grad and not any(holds(o, p) for o in self.optimizers):
-                raise ValueError(f"Grower: optimizer must hold every trainable parameter, got none for {name!r}")
-
-    def _check_can_grow(self, graph: UnitGraph) -> None:
-        """Raises where nothing could ever change, with the reasons."""
-        reasons = growable(self.net, graph)
-        sparse = "blocks" in self.levels and bool(self._sparse())
-        if not sparse and all(reasons.values()):
-            said = (
-                "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
-                or "it has no linear layer or convolution"
-            )
-            raise ValueError(f"Grower: model must have a layer whose units can change, got {said}")
-
-    def _check_seed(self) -> None:
-        budget = float(self._budget(self.steps))
-        if not self._now.fits(Cost(budget, self.parameters, math.inf)):
-            raise ValueError(
-                f"Grower: budget must be at least {format_bytes(self._now.bytes)} and {round(self._now.parameters)} "
-                f"parameters, which the network needs as it is, got {format_bytes(budget)}; lower it afterwards "
-                "(grower.budget = ...) and the network shrinks"
-            )
-
-    def _refuse_below_smallest(self, budget: float) -> None:
-        """A budget that not even one group of units in every layer would fit."""
-        graph = self._graph()
-        ledger = self._ledger(graph)
-        least = ledger.total()
-        for name in growable_layers(graph) if "units" in self.levels else ():
-            count = len(ledger.classes_of(name)) - group_of(graph, name)
-            least = least - ledger.unit(name) * max(0, count)
-        if least.bytes > budget:
-            raise ValueError(
-                f"Grower: budget must be at least about {format_bytes(least.bytes)}, which the smallest network that "
-                f"this one can shrink to needs, got {format_bytes(budget)}"
-            )
+        groups = (group for o in self.optimizers for group in o.param_groups)
+        return max((float(group["lr"]) for group in groups if "lr" in group), default=0.0)
 
     # --- saving ---
 
     def state_dict(self) -> dict:
         """Everything that decides what happens next; the model and the optimizer are saved beside it."""
-        return {
-            "steps": self.steps,
-            "seed": self.seed,
-            "done": self.done,
-            "start": list(self._start.parts),
-            "now": list(self._now.parts),
-            "flow": {"progress": self._flow.progress, "credit": dict(self._flow.credit)},
-            "fades": self._fades.state_dict(),
-            "scores": self._scores.state_dict(),
-            "gain": [list(point) for point in self.gain.points],
-            "losses": [float(loss) for loss in self._losses],
-            "seen": list(self._seen),
-            "still": self._still,
-            "stopped": self._stopped,
-            "activations": [dict(self._activations[0]), self._activations[1]],
-            "insertions": [dict(each) for each in self.insertions],
-            "pace": self._pace.state_dict(),
-            "times": None if self.times is None else self.times.state_dict(),
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping) -> None:
         """Continues where :meth:`state_dict` was taken. Load the model first: :func:`sparsenet.load` does both."""
-        for key in ("steps", "seed"):
-            if not isinstance(state.get(key), int):
-                raise ValueError(f"Grower: state must have an integer {key!r}, got {state.get(key)!r}")
-        self.steps, self.seed, self.done = state["steps"], state["seed"], state["done"]
-        self._start, self._now = Cost(*state["start"]), Cost(*state["now"])
-        self._flow = Flow(state["flow"]["progress"], dict(state["flow"]["credit"]))
-        self._fades.load_state_dict(state["fades"])
-        self._scores.load_state_dict(state["scores"])
-        self.gain.points = [tuple(point) for point in state["gain"]]
-        self._losses, self._seen = list(state["losses"]), list(state["seen"])
-        self._still, self._stopped = state["still"], state["stopped"]
-        self._activations = dict(state["activations"][0]), state["activations"][1]
-        self.insertions = [dict(each) for each in state["insertions"]]
-        self._pace = Pace(**state["pace"])
-        if self.times is not None and state["times"] is not None:
-            self.times.load_state_dict(state["times"])
-        self._layers = _layers_of(self.net)
-        self._surgery.young, self._seconds = None, []
+        resume(self, state)
+        self._know(self._graph())
+        self._surgery.young = None
+        self._watch.wanted, self._watch.batch = True, None
         self._arm()
 
     def fit_to(self, path: str | Path, state: Mapping) -> Callable[[], None]:
@@ -763,22 +696,6 @@ class Grower:
         return back
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    if "_orig_mod" in model._modules:
-        raise ValueError(
-            "Grower: model must not be compiled while it grows: every change of shape compiles anew; compile it when "
-            "the grower is done"
-        )
-    return plain_model(model)
-
-
-def _target(start: float, most: float, progress: float) -> float:
-    return most if math.isinf(most) or most <= start else start + progress * (most - start)
-
-
 def _enough(now: Cost, target: Cost, freed: Cost) -> bool:
     return (now - freed).fits(target)
 
@@ -787,39 +704,13 @@ def _layers_of(net: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in net.named_modules() if unit_weights(module) is not None}
 
 
-def _row_squares(module: nn.Module) -> Tensor:
-    weights = unit_weights(module)
-    if isinstance(weights, BlockWeights):
-        return weights.line_squares(rows=True).float()
-    return module.weight.detach().float().flatten(1).square().sum(1)
-
-
-def _watch_forward(grower: Grower):
-    """Notes when a step began, and keeps the inputs of one forward pass when they are wanted."""
-    this = weakref.ref(grower)
-
-    def before(module: nn.Module, args: tuple) -> None:
-        owner = this()
-        if owner is None or module is not owner.net or not module.training:
-            return
-        if owner._began is None:
-            owner._began = time.perf_counter()
-        if owner._want_batch and args:
-            owner._batch, owner._want_batch = args, False
-
-    return grower.net.register_forward_pre_hook(before)
-
-
-def _together(changes: Sequence[Change]) -> tuple[Change, ...]:
-    """One change by layer and level."""
-    found: dict[tuple[str, str], Change] = {}
-    for c in changes:
-        key = c.level, c.layer
-        before = found.get(key)
-        found[key] = (
-            c if before is None else replace(before, grown=before.grown + c.grown, pruned=before.pruned + c.pruned)
-        )
-    return tuple(found.values())
+def _structure(layers: Mapping[str, nn.Module]) -> dict[str, tuple]:
+    """By layer: the shape of its weight as a matrix or kernel, and the pattern of its blocks."""
+    sparse = {name: m.pattern for name, m in layers.items() if isinstance(m, SparseLinear)}
+    return {
+        name: (sparse[name].shape, sparse[name]) if name in sparse else (tuple(m.weight.shape), None)
+        for name, m in layers.items()
+    }
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsenet import functional
 from sparsenet.compaction.graph import Stage, UnitGraph
@@ -17,6 +18,7 @@ from sparsenet.compaction.weights import BlockWeights, unit_weights
 from sparsenet.layers import SparseLinear
 from sparsenet.memory.costs import LayerCost
 from sparsenet.memory.step_time import StepTimeModel
+from sparsenet.optimizer_state import state_bytes
 
 __all__ = ["Cost", "Ledger", "as_is", "with_more"]
 
@@ -92,6 +94,12 @@ def as_is(cost: LayerCost, model: nn.Module) -> LayerCost:
     return with_more(cost, *more)
 
 
+def _square(cost: LayerCost, width: int, density: float) -> LayerCost:
+    """A layer of its kind with as many inputs as outputs."""
+    blocks = density * width * width / cost.block_size**2 - cost.num_blocks if cost.block_size else 0.0
+    return with_more(cost, width - cost.out_features, width - cost.in_features, blocks)
+
+
 Changes = Mapping[str, tuple[float, float, float]]  # by layer: outputs, inputs and blocks more
 
 
@@ -122,6 +130,9 @@ class Ledger:
     def total(self) -> Cost:
         """Of the whole model."""
         elements, stored, _ = model_bytes(self.graph.model, self.optimizers)
+        for p in self.graph.model.parameters():
+            if p.requires_grad and not any(optimizer.state.get(p) for optimizer in self.optimizers):
+                stored += _first_state(self.optimizers, p) * p.numel()  # it comes with the first step
         kept = self.fixed_bytes + sum(self.activation_bytes.values())
         return Cost(stored + kept, elements) + self._of_layers({})
 
@@ -166,7 +177,7 @@ class Ledger:
         size = layer.block_size**2
         some = 16.0  # one block alone is below what a model of times resolves
         later = self._more({name: (0.0, 0.0, some)}).milliseconds / some
-        return Cost(size * self._bytes_per_element(layer.values) + 8.0, size, later)
+        return Cost(size * self._bytes_per_element(layer.values) + self._bytes_per_block(layer), size, later)
 
     def layer(self, name: str) -> Cost:
         """Of a layer as wide as the outputs of ``name`` inserted after it, as dense as that one is."""
@@ -176,7 +187,12 @@ class Ledger:
         share = module.density if isinstance(module, SparseLinear) else 1.0
         elements = share * width * width * (weight[0, 0].numel() if not isinstance(module, SparseLinear) else 1) + width
         saved = self.activation_bytes.get(name, 0)
-        return Cost(elements * self._bytes_per_element(weight) + 2 * saved, elements, 0.0)
+        indices = 8.0 * math.ceil(share * width * width / module.block_size**2) if share < 1 else 0.0
+        more = 0.0
+        new = [_square(cost, width, share) for cost in self.layers if cost.name == name]
+        if self.times is not None and new:
+            more = max(0.0, self.times.predict([*self.layers, *new]) - self.times.predict(self.layers))
+        return Cost(elements * self._bytes_per_element(weight) + indices + 2 * saved, elements, more)
 
     def grown(self, units: Mapping[str, int], blocks: Mapping[str, int]) -> Cost:
         """What would be added by so many units and blocks of layers together, never too little.
@@ -203,7 +219,8 @@ class Ledger:
                     more += math.ceil(r / side) * math.ceil(c / side)
                 weight = stage.module.values
                 extra = max(0.0, more - self._blocks(stage, r, c)) * side**2
-                cost += Cost(extra * self._bytes_per_element(weight) + 8 * more, extra)
+                indices = self._bytes_per_block(stage.module) * max(0.0, more - self._blocks(stage, r, c))
+                cost += Cost(extra * self._bytes_per_element(weight) + indices, extra)
             elif stage.weights is not None and not stage.weights.per_channel and r and c:
                 weight = stage.module.weight
                 corner = weight[0, 0].numel() * r * c
@@ -241,8 +258,9 @@ class Ledger:
         if stage.weights.per_channel:
             elements = weight.numel() * rows / all_rows
         bias = rows if module.bias is not None else 0.0
+        indices = self._blocks(stage, rows, columns) * self._bytes_per_block(module)
         saved = self.activation_bytes.get(stage.name, 0) * rows / all_rows
-        return Cost((elements + bias) * self._bytes_per_element(weight) + saved, elements + bias)
+        return Cost((elements + bias) * self._bytes_per_element(weight) + indices + saved, elements + bias)
 
     def _blocks(self, stage: Stage, rows: float, columns: float) -> float:
         if not isinstance(stage.weights, BlockWeights):
@@ -250,11 +268,30 @@ class Ledger:
         count = stage.module.pattern.num_blocks
         return count * (rows / max(stage.weights.rows, 1) + columns / max(stage.weights.columns, 1))
 
+    def _bytes_per_block(self, layer: nn.Module) -> float:
+        """Beside its values: of its indices, of the row index that grows with rows of blocks, and of its mask."""
+        if not isinstance(layer, SparseLinear):
+            return 0.0
+        return 12.0 + (0 if layer.element_mask is None else layer.block_size**2)
+
     def _bytes_per_element(self, parameter: nn.Parameter) -> float:
         """Of the parameter, its gradient and its state."""
         size = parameter.element_size() * (1 + parameter.requires_grad)
+        if parameter.requires_grad and not any(optimizer.state.get(parameter) for optimizer in self.optimizers):
+            return size + _first_state(self.optimizers, parameter)
         for optimizer in self.optimizers:
             for t in optimizer.state.get(parameter, {}).values():
                 if isinstance(t, Tensor) and t.numel() > 1:
                     size += t.numel() * t.element_size() / max(parameter.numel(), 1)
         return size
+
+
+_first_states = WeakIdKeyDictionary()  # bytes per element, by parameter: asking an optimizer takes two of its steps
+
+
+def _first_state(optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter) -> float:
+    """Bytes of state per element that the optimizers will keep for a parameter that they have not moved yet."""
+    if parameter not in _first_states:
+        per_entry, _ = state_bytes(optimizers, parameter)
+        _first_states[parameter] = per_entry / max(parameter[:1].numel() if parameter.dim() else 1, 1)
+    return _first_states[parameter]

@@ -11,7 +11,10 @@ activation; what units, blocks and layers that do not exist would gain is comput
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from sparsenet.compaction.weights import unit_weights
 from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern, carried_from
 
-__all__ = ["IntervalScores", "Operands", "unit_and_block_products"]
+__all__ = ["IntervalScores", "Operands", "Seen", "unit_and_block_products"]
 
 MOST_ROWS = 4096  # of operands kept per layer: gains are averages, more rows do not change a ranking
 
@@ -76,34 +79,43 @@ class IntervalScores:
 
     def __init__(self):
         self.count = 0
+        self._looks: dict[str, int] = {}
         self._units: dict[str, Tensor] = {}
         self._blocks: dict[str, Tensor] = {}
 
-    def observe(self, layers: dict[str, nn.Module]) -> None:
-        """Adds what the present gradients say."""
+    def observe(self, layers: dict[str, nn.Module]) -> bool:
+        """Adds what the present gradients say; whether there were any."""
         seen = False
         for name, module in layers.items():
             found = unit_and_block_products(module)
             if found is None:
                 continue
             seen = True
+            self._looks[name] = self._looks.get(name, 0) + 1
             for sums, products in zip((self._units, self._blocks), found, strict=True):
                 if products is not None:
                     squares = products.square()
                     sums[name] = squares if name not in sums else sums[name].add_(squares)
         self.count += seen
+        return seen
 
     def units(self, name: str) -> Tensor | None:
         """float32 [out], or None where nothing was seen."""
-        return self._units[name] / self.count if name in self._units else None
+        return self._units[name] / self._looks[name] if name in self._units else None
 
     def blocks(self, name: str) -> Tensor | None:
         """float32 [num_blocks], or None where nothing was seen."""
-        return self._blocks[name] / self.count if name in self._blocks else None
+        return self._blocks[name] / self._looks[name] if name in self._blocks else None
 
     def not_finite(self) -> str:
         """The first layer of which a gradient held NaN or Inf; empty if none."""
+        if not self._units or bool(torch.stack([sums.sum().cpu() for sums in self._units.values()]).isfinite().all()):
+            return ""
         return next((name for name, sums in self._units.items() if not bool(torch.isfinite(sums).all())), "")
+
+    def all_zero(self) -> bool:
+        """Whether gradients were seen and not one differed from zero."""
+        return bool(self._units) and not any(bool(sums.any()) for sums in self._units.values())
 
     # --- what changes of the model ask ---
 
@@ -127,29 +139,55 @@ class IntervalScores:
             self._units[name] = nn.functional.pad(self._units[name], (0, count), value=torch.inf)
         self._blocks.clear()
 
+    def forget_blocks(self) -> None:
+        """Blocks were moved by others: their numbers mean other blocks now."""
+        self._blocks.clear()
+
     def clear(self) -> None:
         """Begins the next interval."""
         self.count = 0
-        self._units, self._blocks = {}, {}
+        self._looks, self._units, self._blocks = {}, {}, {}
 
     def state_dict(self) -> dict:
         """The sums of the interval that has begun."""
         return {
             "count": self.count,
+            "looks": dict(self._looks),
             "units": {name: t.clone() for name, t in self._units.items()},
             "blocks": {name: t.clone() for name, t in self._blocks.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Continues the interval."""
-        self.count = state["count"]
+        self.count, self._looks = state["count"], dict(state["looks"])
         self._units, self._blocks = dict(state["units"]), dict(state["blocks"])
 
 
-class Operands:
-    """Keeps, for one training step, (x [rows, in], gradient of the output before the activation [rows, out]) by layer.
+class Seen(NamedTuple):
+    """What one layer saw in a step.
 
-    Linear and block-sparse layers only; a convolution's would have to be unfolded. :meth:`close` takes the hooks off.
+    Attributes:
+        x: [rows, in]. grad_output: of the output before the activation, [rows, out], so that sums over rows are those
+            of all ``total`` rows.
+        total: rows that there were: two layers saw the same places only where these agree.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.watch import Seen
+        >>> Seen(torch.ones(2, 4), torch.ones(2, 8), 2).total
+        2
+    """
+
+    x: Tensor
+    grad_output: Tensor
+    total: int
+
+
+class Operands:
+    """Keeps, for one training step, what each layer reads and the gradient of its output before the activation.
+
+    Linear and block-sparse layers only; a convolution's would have to be unfolded. Where a step has several backward
+    passes, their gradients are added up, and so are these. :meth:`close` takes the hooks off.
 
     Example:
         >>> import torch
@@ -158,44 +196,67 @@ class Operands:
         >>> operands = Operands(dict(model.named_modules()).items())
         >>> model(torch.randn(16, 4)).square().mean().backward()
         >>> operands.close()
-        >>> [tuple(t.shape) for t in operands.kept["2"]]
+        >>> [tuple(t.shape) for t in operands.kept["2"][:2]]
         [(16, 8), (16, 2)]
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]):
-        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._handles = []
-        self._watched: list[SparseLinear] = []
+        self._watched: list[tuple[SparseLinear, object]] = []
         for name, module in modules:
             if isinstance(module, SparseLinear) and unit_weights(module) is not None:
                 if module.topology.observer is None:  # a Sparsifier's comes first
-                    module.topology.observer = self._observer(name)
-                    self._watched.append(module)
+                    seen = partial(self._keep, name)
+                    module.topology.observer = seen
+                    self._watched.append((module, seen))
             elif isinstance(module, nn.Linear) and unit_weights(module) is not None:
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+                self._handles.append(module.register_forward_hook(_Hook(self, name, module)))
 
-    def _observer(self, name: str):
-        def seen(x: Tensor, grad_output: Tensor) -> None:
-            self._keep(name, x, grad_output)
-
-        return seen
-
-    def _hook(self, name: str):
-        def called(module: nn.Module, given: tuple, output: Tensor) -> None:
-            if output.requires_grad:
-                x = given[0].detach().reshape(-1, module.in_features)
-                output.register_hook(lambda g: self._keep(name, x, g.detach().reshape(-1, module.out_features)))
-
-        return called
+    @property
+    def kept(self) -> dict[str, Seen]:
+        """By layer: of more than ``MOST_ROWS`` rows some, evenly spread, with gradients so much larger."""
+        found = {}
+        for name, calls in self._calls.items():
+            x, grad_output = (torch.cat(parts) if len(calls) > 1 else parts[0] for parts in zip(*calls, strict=True))
+            step = -(-len(x) // MOST_ROWS)
+            some = grad_output[::step]
+            found[name] = Seen(x[::step], some * (len(x) / len(some)) if step > 1 else some, len(x))
+        return found
 
     def _keep(self, name: str, x: Tensor, grad_output: Tensor) -> None:
-        step = -(-len(x) // MOST_ROWS)
-        self.kept[name] = (x.detach()[::step], grad_output.detach()[::step])
+        self._calls.setdefault(name, []).append((x.detach(), grad_output.detach()))
 
     def close(self) -> None:
         """Takes the hooks off; what was kept stays."""
         for handle in self._handles:
             handle.remove()
-        for module in self._watched:
-            module.topology.observer = None
+        for module, seen in self._watched:
+            if module.topology.observer is seen:
+                module.topology.observer = None
         self._handles, self._watched = [], []
+
+
+class _Hook:
+    """On a dense layer; a copy of the layer watches nothing."""
+
+    def __init__(self, owner: Operands, name: str, module: nn.Linear):
+        self._owner, self._name, self._module = weakref.ref(owner), name, weakref.ref(module)
+
+    def __call__(self, module: nn.Module, given: tuple, output: Tensor) -> None:
+        owner = self._owner()
+        if owner is None or module is not self._module() or not output.requires_grad:
+            return
+        x = given[0].detach().reshape(-1, module.in_features)
+        output.register_hook(lambda g: owner._keep(self._name, x, g.reshape(-1, module.out_features)))
+
+    def __reduce__(self):
+        return _nobody, ()
+
+
+def _nobody():
+    return _ignored
+
+
+def _ignored(module: nn.Module, given: tuple, output: Tensor) -> None:
+    """In a copy."""

@@ -134,7 +134,9 @@ def test_what_goes_first_is_worth_least():
         model[2].weight[:, 3:9] *= 1e-3
     run(model, grower, optimizer, 40)
     strong = {tuple(row.tolist()) for row in model[0].weight.detach()[[0, 1, 2, 9, 10, 11]]}
-    grower.budget = round(grower.bytes - 5 * (8 * (16 + 1 + 4) + 4 * 32))  # five units with what they keep for 32 rows
+    grower.budget = round(
+        grower.bytes - 5 * (8 * (16 + 1 + 4) + 2 * 4 * 32)
+    )  # five units, what they keep for 32 rows and gradients of it
     grower.step(1.0)
     left = {tuple(row.tolist()) for row in model[0].weight.detach()}
     assert strong < left

@@ -74,7 +74,7 @@ WRITTEN_PAGES = [page for page in PAGES if page.name != "cuda_variants.md"]  # a
 
 @pytest.mark.parametrize("page", WRITTEN_PAGES, ids=name)
 def test_files_that_a_page_names_exist(page):
-    files = [str(file.relative_to(ROOT)) for top in ("sparsenet", "csrc", "tests", "bench", "docs")
+    files = [str(file.relative_to(ROOT)) for top in ("sparsenet", "csrc", "tests", "bench", "docs", "examples")
              for file in (ROOT / top).rglob("*.*")]  # fmt: skip
     for found in re.findall(r"`([\w./]+\.(?:py|h|cpp|cuh|cu|md))(?:::\w+)?`", plain_text(page)):
         if not found.startswith(("OUT/", "_")):  # what a command writes, and endings of names

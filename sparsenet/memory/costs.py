@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class LayerCost:
     places: int = 1
     groups: int = 1
     input_gradient: bool = True
-    name: str = ""
+    name: str = field(default="", compare=False)
 
     def __post_init__(self):
         if self.kind not in KINDS:

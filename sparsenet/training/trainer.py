@@ -363,9 +363,8 @@ class Trainer:
     def save(self) -> None:
         """Writes ``checkpoint.safetensors``, from which :meth:`fit` can resume."""
         extra = {"tally": asdict(self._tally), "normalization": self.normalization and asdict(self.normalization)}
-        checkpoint.save(
-            self.folder / CHECKPOINT, self.model, self.optimizer, self.sparsifier, self.scheduler, self.step, extra
-        )
+        parts = self.model, self.optimizer, self.sparsifier, self.scheduler
+        checkpoint.save(self.folder / CHECKPOINT, *parts, step=self.step, extra=extra)
 
     def _saved(self, per_epoch: int) -> tuple[Tally, data.Normalization | None]:
         """What the folder's checkpoint says of the fit that it is of; refuses another one."""

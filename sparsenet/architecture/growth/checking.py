@@ -65,9 +65,9 @@ def check_can_grow(graph: UnitGraph, levels: Sequence[str], any_sparse: bool) ->
         >>> import torch
         >>> from sparsenet.architecture.growth.checking import check_can_grow
         >>> from sparsenet.compaction.graph import UnitGraph
-        >>> check_can_grow(UnitGraph(torch.nn.Linear(4, 2)), ("units",), any_sparse=False)
+        >>> check_can_grow(UnitGraph(torch.nn.Sequential(torch.nn.Linear(4, 2))), ("units",), any_sparse=False)
         Traceback (most recent call last):
-        ValueError: Grower: model must have a layer whose units can change, got '': the model returns it
+        ValueError: Grower: model must have a layer whose units can change, got '0': the model returns it
     """
     reasons = reasons_against(graph)
     if not ("blocks" in levels and any_sparse) and all(reasons.values()):

@@ -104,7 +104,7 @@ def allotted(candidates: list[Candidate], room: Cost, limit: Cost, flow: Flow) -
         each = max(c.cost.share_of(limit), 1e-12)
         items = min(max(share, 0.0) * worth[c.key] / waiting / each, c.most)
         share, waiting = share - items * each, waiting - worth[c.key]
-        count = min(flow.whole(c.key, items, c.group), int(c.most // c.group * c.group))
+        count = min(flow.whole(c.key, items, c.group), int(min(c.most, 1e12) // c.group * c.group))
         while count > 0 and not (c.cost * count).fits(left):
             count -= c.group
         if count > 0:

@@ -18,6 +18,11 @@ class Change:
         level: ``blocks``, ``units`` or ``layers``. layer: its name.
         grown, pruned: how many. why: in words.
         gain: squared norm of the gradient of what was born, per item: how fast the loss falls by it at first.
+
+    Example:
+        >>> from sparsenet.architecture.growth import Change
+        >>> str(Change("units", "0", grown=4, why="largest gain"))
+        '0 +4 units (largest gain)'
     """
 
     level: str
@@ -41,8 +46,16 @@ class Event:
         bytes, parameters, milliseconds: of a training step afterwards, as predicted. limit_bytes: in force.
         predicted: change of the loss over the next interval that the growth is worth, to first order and at the
             optimizer's learning rate. seen: change of the mean loss between the last two intervals.
-        newborn_ratio: gradient per weight of the last additions over that of the incumbents; None where none is young.
-        reason: why nothing or less was done, or what limit was met.
+        newborn_ratio: gradient per weight of the last additions over that of the incumbents, one interval later; None
+            where none is young.
+        reason: why nothing or less was done, or what limit was met. units: outputs of every layer.
+
+    Example:
+        >>> from sparsenet.architecture.growth import Change, Event
+        >>> changes = (Change("units", "0", grown=4), Change("blocks", "2", grown=1, pruned=1))
+        >>> event = Event(20, changes, bytes=2048, parameters=90, milliseconds=1.0, limit_bytes=4096)
+        >>> event.grown, event.pruned, str(event)
+        (5, 1, 'step 20: 0 +4 units; 2 +1 -1 blocks; 2 KiB of 4 KiB')
     """
 
     step: int

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from sparsenet import distributed
 from sparsenet.architecture.growth.account import Account
-from sparsenet.architecture.growth.candidates import candidates, growable_layers
 from sparsenet.architecture.growth.checking import (
     check_can_grow,
     check_fits,
@@ -31,29 +29,25 @@ from sparsenet.architecture.growth.checking import (
     smallest,
 )
 from sparsenet.architecture.growth.controller import Flow
+from sparsenet.architecture.growth.deciding import Decider, Rules
 from sparsenet.architecture.growth.diagnostics import newborn_ratio
-from sparsenet.architecture.growth.events import Change, Event, together
-from sparsenet.architecture.growth.fading import Fade, Fades
+from sparsenet.architecture.growth.events import Change, Event
+from sparsenet.architecture.growth.fading import Fades
 from sparsenet.architecture.growth.holding import Amount, Limits
-from sparsenet.architecture.growth.idle import fading_blocks, idle_units
-from sparsenet.architecture.growth.ledger import Cost, Ledger
+from sparsenet.architecture.growth.losses import Losses
 from sparsenet.architecture.growth.newborn import HOW
-from sparsenet.architecture.growth.placing import GrowthError, readers
+from sparsenet.architecture.growth.placing import GrowthError
 from sparsenet.architecture.growth.restoring import fit_structure
 from sparsenet.architecture.growth.saving import resume, state_of
-from sparsenet.architecture.growth.shrinking import choose_leaving
-from sparsenet.architecture.growth.spending import agreed_offers, room, spent
+from sparsenet.architecture.growth.shrinking import shrink
 from sparsenet.architecture.growth.step_watch import StepWatch
 from sparsenet.architecture.growth.stopping import ExtrapolatedGain
+from sparsenet.architecture.growth.structure import Structure
 from sparsenet.architecture.growth.surgery import Surgery
-from sparsenet.architecture.growth.watch import IntervalScores, Operands, Seen, unit_and_block_products
+from sparsenet.architecture.growth.watch import IntervalScores, Operands, unit_and_block_products
 from sparsenet.architecture.growth.worth import Worth
-from sparsenet.compaction.graph import UnitGraph
-from sparsenet.compaction.weights import unit_weights
-from sparsenet.layers import SparseLinear
 from sparsenet.limits import format_bytes, is_out_of_memory, release_heap
 from sparsenet.memory.step_time import StepTimeModel
-from sparsenet.policies.places import layer_key
 from sparsenet.schedules import as_integer, as_number
 
 __all__ = ["Grower"]
@@ -155,49 +149,50 @@ class Grower:
         opaque: Iterable[str] = (),
         sparsifier=None,
     ):
-        self.model, self.optimizer, self.validate, self.sparsifier = model, optimizer, validate, sparsifier
+        self.model, self.optimizer, self.sparsifier = model, optimizer, sparsifier
         self.net = network_of(model)
         self.optimizers = optimizers_of(self.net, optimizer)
-        self.levels, self.grow, self.prune = _chosen("levels", levels, LEVELS), grow, prune
         _one_of("grow", grow, HOW)
         _one_of("prune", prune, ("fisher", "magnitude"))
-        self.total_steps = None if steps is None else as_integer("Grower", "steps", steps, at_least=1)
-        default = 50 if steps is None else min(100, max(10, self.total_steps // 100))
+        total = None if steps is None else as_integer("Grower", "steps", steps, at_least=1)
+        default = 50 if total is None else min(100, max(10, total // 100))
         self.every = default if every is None else as_integer("Grower", "every", every, at_least=2)
         self.ramp = max(1, self.every // 2) if ramp is None else as_integer("Grower", "ramp", ramp, at_least=1)
         if self.ramp >= self.every:
             raise ValueError(f"Grower: ramp must be below every ({self.every}), got {self.ramp}")
-        self.grow_until = as_number("Grower", "grow_until", grow_until, within=(0, 1))
-        self.density = as_number("Grower", "density", density, within=(0, 1))
-        self.turnover = as_number("Grower", "turnover", turnover, within=(0, 1))
-        self.idle = as_number("Grower", "idle", idle, within=(0, 1))
+        shares = {"density": density, "turnover": turnover, "idle": idle, "grow_until": grow_until}
+        self.rules = Rules(
+            levels=_chosen("levels", levels, LEVELS),
+            every=self.every,
+            steps=total,
+            seed=as_integer("Grower", "seed", seed),
+            **{name: as_number("Grower", name, share, within=(0, 1)) for name, share in shares.items()},
+        )
         rows = None if batch_size is None else as_integer("Grower", "batch_size", batch_size, at_least=1)
-        self.seed = as_integer("Grower", "seed", seed)
-        self.followers, self.opaque = tuple(followers), tuple(opaque)
-        self.gain = ExtrapolatedGain(as_number("Grower", "tolerance", tolerance, within=(0, 1)))
+        gain = ExtrapolatedGain(as_number("Grower", "tolerance", tolerance, within=(0, 1)))
+        followers, opaque = tuple(followers), tuple(opaque)
         self.steps = 0
         self.done = False
         self.events: list[Event] = []
-        self.insertions: list[dict] = []
+        self._still = 0  # decisions in a row that changed next to nothing
+        self._operands: Operands | None = None
+        self._losses = Losses(gain, validate)
         self._flow, self._fades, self._scores = Flow(), Fades(self.ramp), IntervalScores()
         self._worth = Worth(prune, self._scores)
-        self._losses: list[Tensor | float] = []
-        self._seen: list[float] = []  # mean loss of the last intervals
-        self._still = 0  # decisions in a row that changed next to nothing
-        self._stopped = ""  # why growth has ended
-        self._operands: Operands | None = None
         self._account = Account(self.net, self.optimizers, None, rows)
         self._limits = Limits(budget, parameters, None)
         self.step_ms = step_ms
-        self._surgery = Surgery(model, optimizer, self.followers, self.opaque, sparsifier, grow, self._scores)
-        self._layers = _layers_of(self.net)
-        graph = self._graph()
-        for name in check_can_grow(graph, self.levels, bool(self._sparse())):
-            logger.warning("Grower: layer %s is frozen, or feeds one that is: its units stay as they are", name)
+        self._structure = Structure(self.net, opaque)
+        graph = self._structure.graph()
+        frozen = check_can_grow(graph, self.rules.levels, bool(self._structure.sparse()))
         self._start = self._now = self._account.total(graph)  # without activations, until a batch was seen
         check_fits(self._now, self._limits.at(0))
-        self._know(graph)
+        self._surgery = Surgery(model, optimizer, followers, opaque, sparsifier, grow, self._scores)
+        parts = self._structure, self._account, self._limits, self._surgery, self._worth, self._fades, self._flow
+        self._decider = Decider(self.rules, *parts, [])
         self._watch = StepWatch(self.net, max(self.every, WINDOW))
+        for name in frozen:
+            logger.warning("Grower: layer %s is frozen, or is read by one that is: its units stay as they are", name)
 
     # --- what it is ---
 
@@ -210,8 +205,8 @@ class Grower:
     def budget(self, amount: Amount) -> None:
         at_once = Limits(amount).budget(self.steps)
         if self.steps:
-            graph = self._graph()
-            least = smallest(graph, self._account.ledger(graph), self.levels).bytes
+            graph = self._structure.graph()
+            least = smallest(graph, self._account.ledger(graph), self.rules.levels).bytes
             if least > at_once:
                 raise ValueError(
                     f"Grower: budget must be at least about {format_bytes(least)}, which the smallest network that "
@@ -248,6 +243,11 @@ class Grower:
         return self._account.times
 
     @property
+    def insertions(self) -> list[dict]:
+        """Layers that were inserted: arguments of :func:`~sparsenet.architecture.growth.deepen`, in their order."""
+        return self._decider.insertions
+
+    @property
     def bytes(self) -> int:
         """Of one training step, as predicted for the network as it is."""
         return round(self._now.bytes)
@@ -281,8 +281,8 @@ class Grower:
             raise RuntimeError("Grower: step must be called before the gradients are set to zero, got none")
         self.steps += 1
         if not self.done:
-            self._losses.append(loss)
-        self._fades.apply(self.steps, self._layers)
+            self._losses.add(loss)
+        self._fades.apply(self.steps, self._structure.layers)
         self._count()
         if looks and not self.done:
             self._look()
@@ -346,14 +346,14 @@ class Grower:
 
     def _look(self) -> None:
         """Takes note of the gradients: of all units and blocks, and of what fades."""
-        self._scores.observe(self._layers)
+        layers = self._structure.layers
+        self._scores.observe(layers)
         if not self._fades.fades:
             return
-        products = {f.layer: unit_and_block_products(self._layers[f.layer]) for f in self._fades.fades}
-        self._fades.look(self.steps, products)
+        self._fades.look(self.steps, {f.layer: unit_and_block_products(layers[f.layer]) for f in self._fades.fades})
         middle = self._fades.begun + self.ramp // 2
         if middle <= self.steps < middle + max(1, self.every // LOOKS):
-            for level, layer, count in self._fades.rescue(self._graph, self.steps, self._layers):
+            for level, layer, count in self._fades.rescue(self._structure.graph, self.steps, layers):
                 logger.info("Grower: step %d: %d fading %s of %s are kept after all", self.steps, count, level, layer)
 
     def _count(self) -> None:
@@ -367,7 +367,7 @@ class Grower:
         if not first and not self._watch.larger:
             return
         self._measure()
-        self._now = self._account.total(self._graph())
+        self._now = self._account.total(self._structure.graph())
         if first:
             self._start = self._now
             check_fits(self._now, self._limits.at(self.steps))
@@ -382,7 +382,7 @@ class Grower:
         """Before a step that decides, has the operands of all layers kept."""
         self._disarm()
         if (self.steps + 1) % self.every == 0 and not self.done:
-            self._operands = Operands(self._layers.items())
+            self._operands = Operands(self._structure.layers.items())
             self._watch.wanted = self._account.stale
 
     def _disarm(self) -> None:
@@ -390,28 +390,22 @@ class Grower:
             self._operands.close()
             self._operands = None
 
-    def _know(self, graph: UnitGraph) -> None:
-        """Remembers the structure, to see when others change it."""
-        self._layers = _layers_of(self.net)
-        self._known, self._sizes = _structure(self._layers), Account.sizes(graph)
-
     def _notice(self) -> bool:
         """Whether others have changed the model since; what is known of units or blocks that moved is forgotten."""
-        layers = _layers_of(self.net)
-        now = _structure(layers)
-        if now == self._known and all(layers[name] is module for name, module in self._layers.items()):
+        changed = self._structure.changed()
+        if not changed:
             return False
-        if {n: shape for n, (shape, _) in now.items()} == {n: shape for n, (shape, _) in self._known.items()}:
+        if changed == "blocks":
             self._scores.forget_blocks()
             self._fades.drop_blocks()
         else:
             self._scores.clear()
             self._fades.begin(self.steps, [])
-        graph = self._graph()
         self._disarm()
-        self._account.follow(self._sizes, graph)
+        graph, sizes = self._structure.graph(), self._structure.sizes
+        self._structure.know(graph)
+        self._account.follow(sizes, graph)
         self._now = self._account.total(graph)
-        self._know(graph)
         return True
 
     def _broken(self, looks: bool) -> str:
@@ -426,58 +420,31 @@ class Grower:
     # --- deciding ---
 
     def _decide(self) -> Event:
-        """One decision: what faded goes, what is worth it is born, what is idle begins to fade."""
-        if self._operands is not None:
-            self._operands.close()  # what was kept stays
-        if self.times is not None and self._account.layers and (ms := self._agreed_ms()) > 0:
-            self.times.observe(self._account.layers, ms)
+        """One decision, unless what it would rest on is not finite or not there."""
+        kept = {} if self._operands is None else self._operands.kept
+        self._disarm()
+        milliseconds = self._agreed_ms()
+        if self.times is not None and self._account.layers and milliseconds > 0:
+            self.times.observe(self._account.layers, milliseconds)
         self._measure()
-        self._ask_for_the_loss()
+        self._losses.end_interval()
         if reason := self._not_to_be_judged():
             logger.warning("Grower: step %d keeps the network: %s", self.steps, reason)
             self._scores.clear()
             return self._event((), reason)
-        graph = self._graph()
-        ledger, before = self._account.ledger(graph), Account.sizes(graph)
         ratio = self._newborn_ratio()
-        self._ask_whether_growth_pays()
-        self._flow.advance(self.steps, self.total_steps, self.grow_until)
-        kept, sparse = self._kept(), self._sparse()
-        leaving, faded = self._fades.items("units"), self._fades.items("blocks")
-        total = self._account.total(graph)
-        limit = self._limits.until(self.steps, self.every, total, self._account)
-        freed = sum((ledger.unit(name) * len(items) for name, items in leaving.items()), Cost())
-        seed = layer_key(self.seed, self.steps, "births") & 0x7FFFFFFF
-        offers = [] if self._stopped else candidates(graph, ledger, kept, self.levels, self.density, seed)
-        offers = agreed_offers(offers)
-        free = room(self._start, limit, total - freed, self._flow, self._limits.pace, self._agreed_ms())
-        births = spent(offers, ledger, free, limit, limit - (total - freed), self._flow)
-        gains = {c.key: c.gain for c in offers}
-        operands = self._pairs(ledger, births.units, kept)
-        self._fades.begin(self.steps, [])
-        blocks = {name: births.blocks.get(name, 0) + len(faded.get(name, ())) for name in sparse}
-        changes = self._surgery.exchange(sparse, faded, blocks, kept)
-        removed = self._surgery.remove_units(leaving, "faded")
-        changes += removed
-        no_memory = ""
-        try:
-            units = {name: gains[f"units {name}"] for name in births.units}
-            changes += self._surgery.widen(births.units, {} if removed else operands, units, seed)
-            if births.layer:
-                added, insertion = self._surgery.deepen(births.layer, gains[f"layers {births.layer}"], seed)
-                self.insertions.append(insertion)
-                changes += added
-        except (RuntimeError, MemoryError) as error:
-            if distributed.is_active() or not is_out_of_memory(error):
-                raise
-            no_memory = "no memory to grow"
-            logger.warning("Grower: step %d: %s", self.steps, no_memory)
-        predicted = -sum(c.gain * c.grown for c in changes) * self._learning_rate() * self.every
-        graph = self._settle(graph, before, changes, total)
+        if self._flow.progress < 1.0:
+            with self._watch.paused():
+                self._losses.ask(self.net, self.steps)
+        before = self._now.parameters
+        decided = self._decider.decide(self.steps, kept, self._start, milliseconds, bool(self._losses.stopped))
+        self._now = self._account.total(self._structure.graph())
+        self._settle(before)
         if not self.done:
-            self._begin_fading(graph)
+            self._decider.begin_fading(self.steps)
         self._scores.clear()
-        event = self._event(changes, no_memory or self._stopped, predicted, ratio)
+        predicted = -decided.gained * self._learning_rate() * self.every
+        event = self._event(decided.changes, decided.reason or self._losses.stopped, predicted, ratio)
         if broken := self._limits.broken(self.steps, self._now, None, None):  # more than was predicted
             self.events.append(event)
             event = self._shrink(broken)
@@ -488,149 +455,35 @@ class Grower:
         bad = self._scores.not_finite()
         if distributed.any_rank(bool(bad)):
             return f"scores of layer {bad or 'another rank'} hold NaN or Inf"
-        if not (self._seen and math.isfinite(self._seen[-1])):
+        if not self._losses.finite:
             return "the loss holds NaN or Inf"
         if distributed.any_rank(self._scores.all_zero()):
             return "all gradients are zero; were they set to zero before Grower.step?"
         return ""
 
-    def _settle(self, graph: UnitGraph, before: Mapping[str, int], changes: list[Change], total: Cost) -> UnitGraph:
-        """What the network costs now, and whether everything is done; returns a graph of it."""
-        if any(change.level != "blocks" for change in changes):
-            graph = self._graph()
-        if any(change.level != "blocks" or change.grown != change.pruned for change in changes):
-            self._account.follow(before, graph)
-        self._know(graph)
-        self._now = self._account.total(graph)
-        net = abs(self._now.parameters - total.parameters) / max(total.parameters, 1.0)
+    def _settle(self, before: float) -> None:
+        """Whether everything is done; ``before``: parameters before the decision."""
+        net = abs(self._now.parameters - before) / max(before, 1.0)
         self._still = self._still + 1 if net <= 0.005 else 0
-        if self.total_steps is None:
-            self.done = self._still >= SETTLED and (bool(self._stopped) or self._flow.progress >= 1.0)
+        if self.rules.steps is None:
+            self.done = self._still >= SETTLED and (bool(self._losses.stopped) or self._flow.progress >= 1.0)
         else:
-            self.done = self.steps + self.every > self.total_steps
-        return graph
-
-    def _begin_fading(self, graph: UnitGraph) -> None:
-        """Chooses what leaves until the next decision: blocks by turnover, units that are idle."""
-        fades: list[Fade | None] = []
-        if "blocks" in self.levels and self._turns():
-            share = self.turnover / 2 * (1 + math.cos(math.pi * self.steps / self._turn_end())) * self.every / 100
-            for name, layer in self._sparse().items():
-                count, places = layer.pattern.num_blocks, layer.pattern.block_rows * layer.pattern.block_cols
-                asked = self._flow.whole(f"turnover {name}", min(share * count, places - count))
-                fades.append(fading_blocks(name, layer, self._worth.blocks(name, layer), min(asked, count)))
-        if "units" in self.levels and self.idle:
-            for name in growable_layers(graph):
-                fades.append(idle_units(graph, name, self._worth.units(name, self._layers[name]), self.idle))
-        self._fades.begin(self.steps, [fade for fade in fades if fade is not None])
-
-    def _turns(self) -> bool:
-        return self.turnover > 0 and self.steps < self._turn_end()
-
-    def _turn_end(self) -> float:
-        return 0.75 * self.total_steps if self.total_steps is not None else math.inf
-
-    def _graph(self) -> UnitGraph:
-        return UnitGraph(self.net, self.opaque, zeros=False)
-
-    def _sparse(self) -> dict[str, SparseLinear]:
-        return {n: m for n, m in self._layers.items() if isinstance(m, SparseLinear) and m.values.requires_grad}
-
-    def _kept(self) -> dict[str, Seen]:
-        """The operands of the last step, of all ranks together."""
-        kept = self._operands.kept if self._operands is not None else {}
-        if not distributed.is_active():
-            return kept
-        names = [name for name in self._layers if name in kept]
-        distributed.assert_same("the layers whose operands were kept", sum(map(ord, " ".join(names))))
-        totals = distributed.mean_of([float(kept[name].total) for name in names])
-        world = distributed.world_size()
-        return {
-            name: Seen(*distributed.gather_operands(*kept[name][:2]), round(total * world))
-            for name, total in zip(names, totals, strict=True)
-        }
-
-    def _pairs(self, ledger: Ledger, units: Mapping[str, int], kept: Mapping[str, Seen]) -> dict:
-        """Of layers that are read by one layer only, unit by unit: (its inputs, gradients of what its reader makes)."""
-        found = {}
-        for name in units:
-            heard = readers(ledger.graph, name)
-            if len(heard) == 1 and heard[0] in kept and name in kept and kept[name].total == kept[heard[0]].total:
-                made, read = ledger.stages[name].outputs.units, ledger.stages[heard[0]].inputs.units
-                if read.equal(made):
-                    found[name] = kept[name].x, kept[heard[0]].grad_output
-        return found
-
-    def _ask_for_the_loss(self) -> None:
-        """The mean of the interval's losses joins those seen; the last two are kept."""
-        if self._losses:
-            losses = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in self._losses])
-            self._losses = []
-            self._seen = [*self._seen[-1:], *distributed.mean_of([float(losses.mean())])]
-
-    def _ask_whether_growth_pays(self) -> None:
-        """Asks for the held-out loss, and stops growth that no longer pays; training does not notice that it asked."""
-        if self.validate is None or self._stopped or self._flow.progress >= 1.0:
-            return
-        size = float(sum(p.numel() for p in self.net.parameters()))
-        training = {module: module.training for module in self.net.modules()}
-        devices = sorted({p.device.index for p in self.net.parameters() if p.is_cuda})
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices), self._watch.paused():
-                loss = float(self.validate())
-        finally:
-            for module, was in training.items():
-                module.training = was
-        self.gain.observe(size, distributed.mean_of([loss])[0])
-        if not self.gain.useful():
-            gain = self.gain.predicted()
-            self._stopped = f"the next enlargement is predicted to gain {gain:.2%} of the held-out loss"
-            logger.info("Grower: step %d: growth ends: %s", self.steps, self._stopped)
-
-    # --- shrinking at once ---
+            self.done = self.steps + self.every > self.rules.steps
 
     def _shrink(self, why: str) -> Event:
         """What fades goes, then the lowest-scored units and blocks, now, until the limits hold."""
-        before, changes = self._now, []
+        before = self._now
         self._disarm()
         target = self._limits.to_shrink_to(why, self.steps, before, self._agreed_ms(), self._account)
-        units, blocks = self._fades.items("units"), self._fades.items("blocks")
-        self._fades.begin(self.steps, [])
-        for again in range(13):
-            graph = self._graph()
-            ledger, sizes = self._account.ledger(graph), Account.sizes(graph)
-            now = self._account.total(graph)
-            if again:
-                if now.fits(target):
-                    break
-                growing = growable_layers(graph) if "units" in self.levels else []
-                worth = self._worth.of_all(self._layers, growing, self._sparse() if "blocks" in self.levels else {})
-                leaving = choose_leaving(graph, ledger, growing, *worth, partial(_enough, now, target))
-                units, blocks = leaving.units, leaving.blocks
-                if not units and not blocks:
-                    break
-            for freed in (False, True):
-                try:
-                    changes += self._surgery.blocks(self._sparse(), blocks, why)
-                    blocks = {}
-                    changes += self._surgery.remove_units(units, why)
-                    break
-                except (RuntimeError, MemoryError) as error:
-                    if freed or not is_out_of_memory(error):
-                        raise
-                self.net.zero_grad(set_to_none=True)  # room for the smaller tensors beside the larger ones
-                release_heap()
-            self._layers = _layers_of(self.net)
-            self._account.follow(sizes, self._graph())
-        graph = self._graph()
-        self._know(graph)
-        self._now = self._account.total(graph)
+        parts = self._structure, self._account, self._surgery, self._worth, self._fades
+        changes = shrink(*parts, self.rules.levels, target, why)
+        self._now = self._account.total(self._structure.graph())
         self._watch.seconds = []
-        sizes_in_words = format_bytes(before.bytes), format_bytes(self._now.bytes)
-        logger.warning("Grower: step %d: %s: shrinks from %s to %s", self.steps, why, *sizes_in_words)
+        words = self.steps, why, format_bytes(before.bytes), format_bytes(self._now.bytes)
+        logger.warning("Grower: step %d: %s: shrinks from %s to %s", *words)
         if not self._now.fits(target):
-            logger.warning("Grower: step %d: nothing more can go, and the limit does not hold", self.steps)
-        return self._event(together(changes), why)
+            logger.warning("Grower: step %d: the limit does not hold, and nothing more can go", self.steps)
+        return self._event(changes, why)
 
     # --- what it says ---
 
@@ -645,10 +498,10 @@ class Grower:
             milliseconds=self.milliseconds,
             limit_bytes=round(self._limits.at(self.steps).bytes),
             predicted=predicted,
-            seen=self._seen[-1] - self._seen[-2] if len(self._seen) == 2 else None,
+            seen=self._losses.change,
             newborn_ratio=ratio,
             reason=reason,
-            units={name: weights.rows for name, m in self._layers.items() if (weights := unit_weights(m)) is not None},
+            units=self._structure.rows(),
         )
 
     def _newborn_ratio(self) -> float | None:
@@ -656,7 +509,7 @@ class Grower:
         if self._surgery.young is None:
             return None
         try:
-            ratio = newborn_ratio(self.net, self._surgery.young)
+            ratio = newborn_ratio(self.model, self._surgery.young)
         except GrowthError:  # it is not where it was born any more
             return None
         return ratio if math.isfinite(ratio) else None
@@ -674,7 +527,7 @@ class Grower:
     def load_state_dict(self, state: Mapping) -> None:
         """Continues where :meth:`state_dict` was taken. Load the model first: :func:`sparsenet.load` does both."""
         resume(self, state)
-        self._know(self._graph())
+        self._structure.know(self._structure.graph())
         self._surgery.young = None
         self._watch.wanted, self._watch.batch = True, None
         self._arm()
@@ -686,31 +539,7 @@ class Grower:
         """
         if state.get("insertions", [])[: len(self.insertions)] != self.insertions:
             raise ValueError("Grower: the file must be of this model, got one with other layers inserted")
-        undo = fit_structure(self.net, self.optimizers, state["insertions"][len(self.insertions) :], path)
-        self._layers = _layers_of(self.net)
-
-        def back() -> None:
-            undo()
-            self._layers = _layers_of(self.net)
-
-        return back
-
-
-def _enough(now: Cost, target: Cost, freed: Cost) -> bool:
-    return (now - freed).fits(target)
-
-
-def _layers_of(net: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in net.named_modules() if unit_weights(module) is not None}
-
-
-def _structure(layers: Mapping[str, nn.Module]) -> dict[str, tuple]:
-    """By layer: the shape of its weight as a matrix or kernel, and the pattern of its blocks."""
-    sparse = {name: m.pattern for name, m in layers.items() if isinstance(m, SparseLinear)}
-    return {
-        name: (sparse[name].shape, sparse[name]) if name in sparse else (tuple(m.weight.shape), None)
-        for name, m in layers.items()
-    }
+        return fit_structure(self.net, self.optimizers, state["insertions"][len(self.insertions) :], path)
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ class Limits:
     Example:
         >>> from sparsenet.architecture.growth.holding import Limits
         >>> limits = Limits("1MiB")
-        >>> limits.cap = 1000   # an allocation failed meanwhile
+        >>> limits.cap = 1000.0   # an allocation failed meanwhile
         >>> limits.budget(0), limits.at(0).bytes
         (1048576.0, 1000.0)
     """

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any
 
 from sparsenet.architecture.growth.controller import Flow
 from sparsenet.architecture.growth.fading import Fade
 from sparsenet.architecture.growth.ledger import Cost
 from sparsenet.architecture.growth.pace import Pace
 
-if TYPE_CHECKING:
-    from sparsenet.architecture.growth.grower import Grower
-
 __all__ = ["resume", "state_of"]
 
 
-def state_of(grower: Grower) -> dict:
+def state_of(grower: Any) -> dict:
     """Everything that decides what happens next, as plain values and tensors.
 
     Example:
@@ -28,18 +26,15 @@ def state_of(grower: Grower) -> dict:
     """
     return {
         "steps": grower.steps,
-        "seed": grower.seed,
+        "seed": grower.rules.seed,
         "done": grower.done,
         "start": list(grower._start.parts),
         "now": list(grower._now.parts),
         "flow": {"progress": grower._flow.progress, "credit": dict(grower._flow.credit)},
         "fades": grower._fades.state_dict(),
         "scores": grower._scores.state_dict(),
-        "gain": [list(point) for point in grower.gain.points],
-        "losses": [float(loss) for loss in grower._losses],
-        "seen": list(grower._seen),
+        "losses": grower._losses.state_dict(),
         "still": grower._still,
-        "stopped": grower._stopped,
         "account": grower._account.state_dict(),
         "most_rows": grower._watch.most_rows,
         "insertions": [dict(each) for each in grower.insertions],
@@ -48,7 +43,7 @@ def state_of(grower: Grower) -> dict:
     }
 
 
-def resume(grower: Grower, state: Mapping) -> None:
+def resume(grower: Any, state: Mapping) -> None:
     """Takes over all of :func:`state_of`. Raises ValueError where it is something else; then nothing was changed.
 
     Example:
@@ -68,21 +63,21 @@ def resume(grower: Grower, state: Mapping) -> None:
         flow = Flow(float(state["flow"]["progress"]), dict(state["flow"]["credit"]))
         for fields in state["fades"]["fades"]:
             Fade(**fields)
-        points = [(float(size), float(loss)) for size, loss in state["gain"]]
-        losses, seen = [float(x) for x in state["losses"]], [float(x) for x in state["seen"]]
         insertions = [dict(each) for each in state["insertions"]]
         pace, cap = Pace(**state["limits"]["pace"]), float(state["limits"]["cap"])
-        still, stopped, done, most_rows = (state[key] for key in ("still", "stopped", "done", "most_rows"))
-        account, fades, scores, times = (state[key] for key in ("account", "fades", "scores", "times"))
-        grower._account.load_state_dict(account)
+        still, done, most_rows = int(state["still"]), bool(state["done"]), int(state["most_rows"])
+        fades, scores, times = (state[key] for key in ("fades", "scores", "times"))
+        grower._account.load_state_dict(state["account"])
+        grower._losses.load_state_dict(state["losses"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"Grower: state must be what state_dict gives, got {error!r}") from None
-    grower.steps, grower.seed, grower.done = state["steps"], state["seed"], bool(done)
-    grower._start, grower._now, grower._flow = start, now, flow
+    grower.rules = grower._decider.rules = replace(grower.rules, seed=state["seed"])
+    grower.steps, grower.done, grower._still = state["steps"], done, still
+    grower._start, grower._now = start, now
+    grower._flow.progress, grower._flow.credit = flow.progress, flow.credit
     grower._fades.load_state_dict(fades)
     grower._scores.load_state_dict(scores)
-    grower.gain.points, grower._losses, grower._seen = points, losses, seen
-    grower._still, grower._stopped, grower.insertions = still, stopped, insertions
+    grower.insertions[:] = insertions
     grower._limits.pace, grower._limits.cap = pace, cap
     grower._watch.most_rows, grower._watch.seconds = most_rows, []
     if grower.times is not None and times is not None:

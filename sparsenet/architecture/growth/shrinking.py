@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sparsenet.architecture.growth.fading import group_of
+from sparsenet.architecture.growth.account import Account
+from sparsenet.architecture.growth.candidates import growable_layers
+from sparsenet.architecture.growth.events import Change, together
+from sparsenet.architecture.growth.fading import Fades, group_of
 from sparsenet.architecture.growth.ledger import Cost, Ledger
+from sparsenet.architecture.growth.structure import Structure
+from sparsenet.architecture.growth.surgery import Surgery
+from sparsenet.architecture.growth.worth import Worth
 from sparsenet.compaction.graph import UnitGraph
 from sparsenet.layers import SparseLinear
+from sparsenet.limits import is_out_of_memory, release_heap
 
-__all__ = ["Leaving", "choose_leaving"]
+__all__ = ["Leaving", "choose_leaving", "shrink"]
+
+
+ROUNDS = 12  # of choosing: what leaves frees more or less than was estimated
 
 
 @dataclass(frozen=True)
@@ -95,3 +106,81 @@ def _last_of_rows(layer: SparseLinear, scores: Tensor) -> Tensor:
     best = torch.full((layer.pattern.block_rows,), -torch.inf).scatter_reduce_(0, row, scores.float(), "amax")
     keep = scores == best[row]
     return keep
+
+
+def shrink(
+    structure: Structure,
+    account: Account,
+    surgery: Surgery,
+    worth: Worth,
+    fades: Fades,
+    levels: Sequence[str],
+    target: Cost,
+    why: str,
+) -> tuple[Change, ...]:
+    """What fades goes, then the lowest-scored units and blocks, until the network fits ``target`` or no more can go.
+
+    Args:
+        levels: what may go. why: in the words of the changes.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.account import Account
+        >>> from sparsenet.architecture.growth.fading import Fades
+        >>> from sparsenet.architecture.growth.ledger import Cost
+        >>> from sparsenet.architecture.growth.shrinking import shrink
+        >>> from sparsenet.architecture.growth.structure import Structure
+        >>> from sparsenet.architecture.growth.surgery import Surgery
+        >>> from sparsenet.architecture.growth.watch import IntervalScores
+        >>> from sparsenet.architecture.growth.worth import Worth
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> scores, no = IntervalScores(), float("inf")
+        >>> surgery = Surgery(net, (), (), (), None, "pairs", scores)
+        >>> parts = Structure(net), Account(net, ()), surgery, Worth("magnitude", scores), Fades(4)
+        >>> [change] = shrink(*parts, ("units",), Cost(no, 30.0, no), "too many parameters")
+        >>> change.pruned, sum(p.numel() for p in net.parameters())
+        (4, 30)
+    """
+    changes: list[Change] = []
+    units, blocks = fades.items("units"), fades.items("blocks")
+    fades.begin(fades.begun, [])
+    for again in range(ROUNDS + 1):
+        graph = structure.graph()
+        if again:
+            now = account.total(graph)
+            if now.fits(target):
+                break
+            growing = growable_layers(graph) if "units" in levels else []
+            scores = worth.of_all(structure.layers, growing, structure.sparse() if "blocks" in levels else {})
+            leaving = choose_leaving(graph, account.ledger(graph), growing, *scores, partial(_enough, now, target))
+            units, blocks = leaving.units, leaving.blocks
+            if not units and not blocks:
+                break
+        sizes = Account.sizes(graph)
+        changes += _removed(structure, surgery, units, blocks, why)
+        graph = structure.graph()
+        structure.know(graph)
+        account.follow(sizes, graph)
+    return together(changes)
+
+
+def _removed(structure: Structure, surgery: Surgery, units: dict, blocks: dict, why: str) -> list[Change]:
+    """Blocks and units leave; where there is no memory for the smaller tensors beside the larger ones, gradients go."""
+    changes, waiting = [], dict(blocks)
+    for freed in (False, True):
+        try:
+            while waiting:
+                name = next(iter(waiting))
+                changes += surgery.blocks(structure.sparse(), {name: waiting[name]}, why)
+                del waiting[name]
+            return changes + surgery.remove_units(units, why)
+        except (RuntimeError, MemoryError) as error:
+            if freed or not is_out_of_memory(error):
+                raise
+        structure.net.zero_grad(set_to_none=True)
+        release_heap()
+    return changes
+
+
+def _enough(now: Cost, target: Cost, freed: Cost) -> bool:
+    return (now - freed).fits(target)

@@ -83,7 +83,7 @@ def spent(offers: Sequence[Candidate], ledger: Ledger, free: Cost, limit: Cost, 
     Args:
         free: to be spent now. limit: of everything. left: until the limit, which nothing passes.
 
-    One layer is inserted at a time, and the units of the one in front stay as they are then: what it costs is known.
+    One layer is inserted at a time; of several that were allotted, the others stay credited.
 
     Example:
         >>> import torch
@@ -99,20 +99,21 @@ def spent(offers: Sequence[Candidate], ledger: Ledger, free: Cost, limit: Cost, 
         {'0': 3}
     """
     counts = allotted(list(offers), free, limit, flow)
-    layer = ""
+    layer: Candidate | None = None
     for offer in offers:
         if offer.level == "layers" and offer.key in counts:
-            if layer or not offer.cost.fits(left):
-                flow.give_back(offer.key, counts[offer.key])
+            if layer is None:
+                layer = offer
             else:
-                layer, left = offer.layer, left - offer.cost
-    if layer and (held := counts.pop(f"units {layer}", 0)):
-        flow.give_back(f"units {layer}", held)
-    share, born = 1.0, Births({}, {}, layer)
+                flow.give_back(offer.key, counts[offer.key])
+    share, born = 1.0, Births({}, {})
     while share > 0.01:
-        tried = _some(offers, counts, ledger, share)
-        if agreed(ledger.grown(*tried)).fits(left):
-            born = Births(*tried, layer)
+        units, blocks = _some(offers, counts, ledger, share)
+        cost = agreed(ledger.grown(units, blocks))
+        if layer is not None:  # it is as wide as the layer in front is then
+            cost += layer.cost * (1 + units.get(layer.layer, 0) / max(layer.width, 1)) ** 2
+        if cost.fits(left):
+            born = Births(units, blocks, "" if layer is None else layer.layer)
             break
         share *= 0.8
     return born

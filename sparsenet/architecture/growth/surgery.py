@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparsenet import distributed
 from sparsenet.architecture.growth.blocks import move_blocks
 from sparsenet.architecture.growth.deepening import deepen
 from sparsenet.architecture.growth.events import Change
@@ -81,6 +82,8 @@ class Surgery:
         followers = [plain_model(follower).get_submodule(name) for follower in self.followers]
         old = move_blocks(name, layer, as_optimizers(self.optimizer), followers, leave, enter)
         self.scores.carry_blocks(name, old, layer.pattern)
+        if old.num_blocks != layer.pattern.num_blocks:
+            distributed.rebuild(self.model)
         if self.sparsifier is not None:
             self.sparsifier.refresh()
         gain = float(norms.mean()) if len(norms) else 0.0

@@ -72,7 +72,7 @@ class IntervalScores:
         >>> from sparsenet.architecture.growth.watch import IntervalScores
         >>> layer, scores = torch.nn.Linear(4, 3), IntervalScores()
         >>> layer(torch.randn(8, 4)).square().mean().backward()
-        >>> scores.observe({"layer": layer})
+        >>> _ = scores.observe({"layer": layer})
         >>> scores.units("layer").shape, scores.count
         (torch.Size([3]), 1)
     """

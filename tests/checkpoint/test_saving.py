@@ -237,6 +237,7 @@ def test_describe_reads_the_header_alone(tmp_path):
 def test_loading_needs_little_more_memory_than_the_model(run_child, tmp_path):
     code = """
         import sys, torch, sparsenet as sn
+        import sparsenet.checkpoint  # what loading code takes is not what is asked
         def make():
             model = sn.SparseMLP([2048, 2048, 2048], density=0.5)
             return model, torch.optim.AdamW(model.parameters(), fused=True)

@@ -358,13 +358,10 @@ class Grower:
 
     def _count(self) -> None:
         """Counts the activations of the first step, and of one with a larger batch than those before."""
-        batch = self._watch.batch
-        if batch is None:
-            if not self._watch.seen and self.steps == 1:
-                logger.warning("Grower: no forward pass of the model in training was seen: activations do not count")
-            return
+        if not self._watch.seen and self.steps == 1:
+            logger.warning("Grower: no forward pass of the model in training was seen: activations do not count")
         first = not self._account.counted
-        if not first and not self._watch.larger:
+        if not distributed.any_rank(self._watch.batch is not None and (first or self._watch.larger)):
             return
         self._measure()
         self._now = self._account.total(self._structure.graph())
@@ -373,10 +370,13 @@ class Grower:
             check_fits(self._now, self._limits.at(self.steps))
 
     def _measure(self) -> None:
+        """Every rank that kept a batch counts it, and the largest counts."""
         if self._watch.batch is not None:
             with self._watch.paused():
                 self._account.measure(self._watch.batch, self._watch.most_rows)
-            self._watch.batch = None
+            self._watch.batch, self._watch.larger = None, False
+        if distributed.is_active():
+            self._account.agree()
 
     def _arm(self) -> None:
         """Before a step that decides, has the operands of all layers kept."""

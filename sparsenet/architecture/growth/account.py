@@ -106,6 +106,13 @@ class Account:
         self.layers, self.stale, self.counted = layers, False, True  # milliseconds are of the batch that was seen
         return True
 
+    def agree(self) -> None:
+        """The largest activations of all ranks count on each of them: prices are alike then."""
+        names = sorted(self.by_module)
+        distributed.assert_same("the layers whose activations are counted", sum(map(ord, " ".join(names))))
+        sizes = distributed.highest([float(self.fixed), *(float(self.by_module[name]) for name in names)])
+        self.fixed, self.by_module = round(sizes[0]), dict(zip(names, map(round, sizes[1:]), strict=True))
+
     def ledger(self, graph: UnitGraph) -> Ledger:
         """Prices in the model as it is; ``graph`` is of it."""
         return Ledger(graph, self.optimizers, self.by_module, self.fixed, self.layers, self.times)

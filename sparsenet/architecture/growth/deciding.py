@@ -139,7 +139,7 @@ class Decider:
                 asked = self.flow.whole(f"turnover {name}", min(share * count, places - count))
                 fades.append(fading_blocks(name, layer, self.worth.blocks(name, layer), min(asked, count)))
         if "units" in rules.levels and rules.idle:
-            graph = self.structure.graph()
+            graph = self.structure.latest
             for name in growable_layers(graph):
                 fades.append(idle_units(graph, name, self.worth.units(name, layers[name]), rules.idle))
         self.fades.begin(step, [fade for fade in fades if fade is not None])

@@ -183,7 +183,7 @@ class Grower:
         self._limits = Limits(budget, parameters, None)
         self.step_ms = step_ms
         self._structure = Structure(self.net, opaque)
-        graph = self._structure.graph()
+        graph = self._structure.latest
         frozen = check_can_grow(graph, self.rules.levels, bool(self._structure.sparse()))
         self._start = self._now = self._account.total(graph)  # without activations, until a batch was seen
         check_fits(self._now, self._limits.at(0))
@@ -276,7 +276,7 @@ class Grower:
         loss = one_number(loss)
         self._watch.stop_clock()
         looks = (self.steps + 1) % max(1, self.every // LOOKS) == 0
-        noticed = self._notice()
+        noticed = self._notice(looks)
         if looks and not noticed and not self.done and all(p.grad is None for p in self.net.parameters()):
             raise RuntimeError("Grower: step must be called before the gradients are set to zero, got none")
         self.steps += 1
@@ -358,25 +358,25 @@ class Grower:
 
     def _count(self) -> None:
         """Counts the activations of the first step, and of one with a larger batch than those before."""
-        batch = self._watch.batch
-        if batch is None:
-            if not self._watch.seen and self.steps == 1:
-                logger.warning("Grower: no forward pass of the model in training was seen: activations do not count")
-            return
+        if not self._watch.seen and self.steps == 1:
+            logger.warning("Grower: no forward pass of the model in training was seen: activations do not count")
         first = not self._account.counted
-        if not first and not self._watch.larger:
+        if not distributed.any_rank(self._watch.batch is not None and (first or self._watch.larger)):
             return
         self._measure()
-        self._now = self._account.total(self._structure.graph())
+        self._now = self._account.total(self._structure.latest)
         if first:
             self._start = self._now
             check_fits(self._now, self._limits.at(self.steps))
 
     def _measure(self) -> None:
+        """Every rank that kept a batch counts it, and the largest counts."""
         if self._watch.batch is not None:
             with self._watch.paused():
                 self._account.measure(self._watch.batch, self._watch.most_rows)
-            self._watch.batch = None
+            self._watch.batch, self._watch.larger = None, False
+        if distributed.is_active():
+            self._account.agree()
 
     def _arm(self) -> None:
         """Before a step that decides, has the operands of all layers kept."""
@@ -390,9 +390,9 @@ class Grower:
             self._operands.close()
             self._operands = None
 
-    def _notice(self) -> bool:
+    def _notice(self, looks: bool) -> bool:
         """Whether others have changed the model since; what is known of units or blocks that moved is forgotten."""
-        changed = self._structure.changed()
+        changed = self._structure.changed(thoroughly=looks)
         if not changed:
             return False
         if changed == "blocks":
@@ -438,7 +438,7 @@ class Grower:
                 self._losses.ask(self.net, self.steps)
         before = self._now.parameters
         decided = self._decider.decide(self.steps, kept, self._start, milliseconds, bool(self._losses.stopped))
-        self._now = self._account.total(self._structure.graph())
+        self._now = self._account.total(self._structure.latest)
         self._settle(before)
         if not self.done:
             self._decider.begin_fading(self.steps)
@@ -477,7 +477,7 @@ class Grower:
         target = self._limits.to_shrink_to(why, self.steps, before, self._agreed_ms(), self._account)
         parts = self._structure, self._account, self._surgery, self._worth, self._fades
         changes = shrink(*parts, self.rules.levels, target, why)
-        self._now = self._account.total(self._structure.graph())
+        self._now = self._account.total(self._structure.latest)
         self._watch.seconds = []
         words = self.steps, why, format_bytes(before.bytes), format_bytes(self._now.bytes)
         logger.warning("Grower: step %d: %s: shrinks from %s to %s", *words)

@@ -145,7 +145,7 @@ def shrink(
     units, blocks = fades.items("units"), fades.items("blocks")
     fades.begin(fades.begun, [])
     for again in range(ROUNDS + 1):
-        graph = structure.graph()
+        graph = structure.latest
         if again:
             now = account.total(graph)
             if now.fits(target):

@@ -15,7 +15,10 @@ __all__ = ["Structure"]
 
 
 class Structure:
-    """Layers by name, as they were when last looked at. ``opaque``: names of modules to leave whole.
+    """Layers by name, as they were when last looked at, and ``latest``, a graph of that time.
+
+    Args:
+        opaque: names of modules to leave whole.
 
     Example:
         >>> import torch
@@ -38,10 +41,12 @@ class Structure:
     def know(self, graph: UnitGraph) -> None:
         """Takes the model as it is for what is known. ``graph``: of it."""
         self.layers = _layers_of(self.net)
-        self.sizes, self._known = Account.sizes(graph), _shapes(self.layers)
+        self.latest, self.sizes, self._known = graph, Account.sizes(graph), _shapes(self.layers)
 
-    def changed(self) -> str:
-        """What others have changed since: ``units``, ``blocks`` or nothing."""
+    def changed(self, thoroughly: bool = True) -> str:
+        """What others have changed since: ``units``, ``blocks`` or nothing; ``thoroughly``: new modules as well."""
+        if not thoroughly and _shapes(self.layers) == self._known:
+            return ""
         layers = _layers_of(self.net)
         now, same = _shapes(layers), all(layers.get(name) is module for name, module in self.layers.items())
         if now == self._known and same:

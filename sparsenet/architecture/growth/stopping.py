@@ -2,7 +2,8 @@
 
 Held-out losses at growing sizes are read as a sequence whose improvements shrink. The next improvement is predicted
 from the last two, as geometric sequences go on (Aitken's delta-squared process); growing stops when what is
-predicted, or seen twice in a row, is worth less than a given share of the loss. Training alone improves the loss too,
+predicted, or seen twice in a row, is worth less than a given share of the loss, once something has been learnt at all
+(some problems begin with a plateau). Training alone improves the loss too,
 so the prediction is on the high side: growth stops late rather than early.
 """
 
@@ -12,6 +13,8 @@ import math
 from dataclasses import dataclass, field
 
 __all__ = ["ExtrapolatedGain"]
+
+LEARNT = 0.8  # of the first held-out loss: above it a network is still finding its way, whatever its size
 
 
 @dataclass
@@ -57,6 +60,8 @@ class ExtrapolatedGain:
 
     def useful(self) -> bool:
         """Whether to go on growing."""
+        if not self.points or min(loss for _, loss in self.points) > LEARNT * self.points[0][1]:
+            return True  # nothing has been learnt yet: the size says nothing
         if len(self.points) >= 3:
             a, b, c = (loss for _, loss in self.points[-3:])
             if b >= a * (1 - self.tolerance) and c >= b * (1 - self.tolerance):

@@ -79,7 +79,8 @@ def measured(name: str, make, every: int, repeats: int) -> dict:
         shares.append(grown.in_grower / sum(b for _, b in pairs))
         full = Run(make, every, True)
         full.steps(every)
-        full.in_grower, seconds = 0.0, full.steps(INTERVALS * every)
+        full.in_grower = 0.0
+        seconds = full.steps(INTERVALS * every)
         growing.append(full.in_grower / (seconds - full.in_grower))
     peaks = []
     for grows in (None, False):

@@ -45,7 +45,8 @@ class Account:
         operands: whether the gradients of all linear layers' outputs are kept in the step before a decision.
 
     Attributes:
-        by_module: bytes kept for backward that grow with a module's outputs; ``fixed``: the others.
+        by_module: bytes kept for backward that grow with a module's outputs; ``fixed``: the others;
+            ``temporary``: what the optimizer takes for a moment.
         layers: calls of layers in a step. stale: whether the model has changed since they were
             counted; ``counted``: whether they ever were.
 
@@ -71,9 +72,14 @@ class Account:
         self.net, self.optimizers, self.times = net, tuple(optimizers), times
         self.batch_size, self.operands = batch_size, operands
         self.by_module: dict[str, int] = {}
-        self.fixed = 0
+        self.fixed = self.temporary = 0
         self.layers: list[LayerCost] = []
         self.stale, self.counted = True, False
+
+    @property
+    def needed(self) -> int:
+        """Bytes that a step takes beside what stays: activations first, then what the optimizer takes for a moment."""
+        return max(self.activations, self.temporary)
 
     @property
     def activations(self) -> int:
@@ -101,6 +107,8 @@ class Account:
             if cost.kind in ("dense", "block") and cost.optimizer_elements:
                 size = torch.empty((), dtype=getattr(torch, cost.dtype)).element_size()
                 kept[cost.name] = kept.get(cost.name, 0) + min(cost.positions, MOST_ROWS) * cost.out_features * size
+        stays = sum(counted.items.values()) - counted.items["activations"]
+        self.temporary = max(0, counted.moments["optimizer step"] - stays)
         self.by_module = {name: round(n * factor) for name, n in kept.items()}
         self.fixed = round(others * factor)
         self.layers, self.stale, self.counted = layers, False, True  # milliseconds are of the batch that was seen
@@ -129,7 +137,9 @@ class Account:
         after = self.sizes(graph)
         grown = {name: after[name] / max(size, 1) for name, size in before.items() if name in after}
         self.by_module = {name: round(n * grown.get(name, 1.0)) for name, n in self.by_module.items()}
+        elements = sum(cost.weights for cost in self.layers)
         self.layers = [as_is(cost, self.net) for cost in self.layers]
+        self.temporary = round(self.temporary * sum(cost.weights for cost in self.layers) / max(elements, 1))
         self.stale = True
 
     @staticmethod
@@ -152,4 +162,5 @@ class Account:
         """Takes over what was counted."""
         layers = [LayerCost(**{**fields, "kernel": tuple(fields["kernel"])}) for fields in state["layers"]]
         self.by_module, self.fixed = dict(state["by_module"]), state["fixed"]
+        self.temporary = state["temporary"]
         self.layers, self.stale, self.counted = layers, state["stale"], state["counted"]

@@ -323,19 +323,26 @@ class Grower:
         if distributed.is_active():
             raise RuntimeError("Grower: attempt must be called by a single rank, got several: the others would wait")
         while True:
+            failed = loss = None
             try:
-                return closure()
+                loss = closure()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = error.with_traceback(None)  # its frames hold the activations
+            why = "an allocation failed" if failed else self._limits.too_little(self._account)
+            if not why:  # the optimizer's step has room as well
+                return loss
+            loss = loss if loss is None else loss.detach()
             self.net.zero_grad(set_to_none=True)
             release_heap()
             self._limits.cap = max(1.0, 0.75 * self._now.bytes)
-            event = self._shrink("an allocation failed")
+            event = self._shrink(why)
             self.events.append(event)
             if not event.pruned:
-                raise failed
+                if failed is not None:
+                    raise failed
+                return closure()
 
     def close(self) -> None:
         """Takes its hooks off the model."""

@@ -86,7 +86,7 @@ class Limits:
     def until(self, step: int, every: int, now: Cost, account: Account) -> Cost:
         """What a step may cost until the next decision: as asked, as the process allows, and as was too slow before."""
         asked = self.at(step, step + every)
-        free = self._free(account)
+        free = self.free(account)
         process = now.bytes + (1 - KEPT_FREE) * free if free > 0 else now.bytes
         most = min(asked.bytes, process, self.pace.most_bytes(asked.milliseconds))
         return Cost(most, asked.parameters, asked.milliseconds)
@@ -102,30 +102,36 @@ class Limits:
             return f"the budget is {format_bytes(asked.bytes)}"
         if now.parameters > asked.parameters:
             return f"parameters are limited to {round(asked.parameters)}"
-        if account is not None and self._free(account) < 0:
-            release_heap()  # what the process holds, and does not use, counts as used
-            free = self._free(account)
-            if free < 0:
-                limit = process_limit()
-                return f"{limit.why} leaves {format_bytes(max(0, limit.bytes_left))}"
+        if account is not None and (why := self.too_little(account)):
+            return why
         if milliseconds is not None and self.pace.too_slow(milliseconds, asked.milliseconds):
             return f"a step takes {milliseconds:.3g} ms of {asked.milliseconds:.3g}"
         return ""
+
+    def too_little(self, account: Account) -> str:
+        """The limit of the process that leaves less than a step needs for a while, in words; empty if none."""
+        if self.free(account) >= 0:
+            return ""
+        release_heap()  # what the process holds, and does not use, counts as used
+        if self.free(account) >= 0:
+            return ""
+        limit = process_limit()
+        return f"{limit.why} leaves {format_bytes(limit.bytes_left)}"
 
     def to_shrink_to(self, why: str, step: int, now: Cost, milliseconds: float, account: Account) -> Cost:
         """Bytes and parameters that the network is to have after a limit was found broken."""
         asked = self.at(step)
         budget = min(asked.bytes, self.pace.most_bytes(asked.milliseconds))
-        free = self._free(account)
+        free = self.free(account)
         if free < 0:
             budget = min(budget, now.bytes + (1 + KEPT_FREE) * free)
         if why.startswith("a step takes"):
             budget = min(budget, self.pace.shrunk(now.bytes, milliseconds, asked.milliseconds))
         return Cost(budget, asked.parameters, math.inf)
 
-    def _free(self, account: Account) -> float:
-        """Bytes that the process may take beyond the next step's activations; with several ranks the smallest."""
-        return -distributed.highest([float(account.activations - process_limit().bytes_left)])[0]
+    def free(self, account: Account) -> float:
+        """Bytes that the process may take beyond what a step needs for a while; the smallest of all ranks."""
+        return -distributed.highest([float(account.needed - process_limit().bytes_left)])[0]
 
     def state_dict(self) -> dict:
         """What has been learnt of limits since they were set."""

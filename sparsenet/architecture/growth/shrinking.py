@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from sparsenet.limits import is_out_of_memory, release_heap
 __all__ = ["Leaving", "choose_leaving", "shrink"]
 
 
+LESS = 0.7  # of the bytes to keep, where there is no memory for that many beside the old ones
 ROUNDS = 12  # of choosing: what leaves frees more or less than was estimated
 
 
@@ -123,6 +124,8 @@ def shrink(
     Args:
         levels: what may go. why: in the words of the changes.
 
+    The smaller tensors are made before the larger ones go. Where there is no memory for them, still less is kept.
+
     Example:
         >>> import torch
         >>> from sparsenet.architecture.growth.account import Account
@@ -157,7 +160,13 @@ def shrink(
             if not units and not blocks:
                 break
         sizes = Account.sizes(graph)
-        changes += _removed(structure, surgery, units, blocks, why)
+        try:
+            changes += _removed(structure, surgery, units, blocks, why)
+        except (RuntimeError, MemoryError) as error:
+            if again == ROUNDS or not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold what was made already
+            target = replace(target, bytes=LESS * min(target.bytes, account.total(graph).bytes))
         graph = structure.graph()
         structure.know(graph)
         account.follow(sizes, graph)
@@ -177,6 +186,7 @@ def _removed(structure: Structure, surgery: Surgery, units: dict, blocks: dict, 
         except (RuntimeError, MemoryError) as error:
             if freed or not is_out_of_memory(error):
                 raise
+            error.__traceback__ = None  # its frames hold what was made already
         structure.net.zero_grad(set_to_none=True)
         release_heap()
     return changes

@@ -196,7 +196,9 @@ def test_layers_are_added_and_train():
 def test_growth_ends_when_the_held_out_loss_gains_nothing():
     model = mlp(16, 4, 4)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    grower = Grower(model, optimizer, "1MiB", steps=1000, every=10, levels=("units",), validate=lambda: 1.0)
+    losses = iter([2.0, 1.0] + [0.5] * 100)
+    options = {"steps": 1000, "every": 10, "levels": ("units",), "validate": lambda: next(losses)}
+    grower = Grower(model, optimizer, "1MiB", **options)
     events = run(model, grower, optimizer, 300)
     assert "gain" in events[-1].reason
     assert events[-1].grown == 0

@@ -153,6 +153,7 @@ class Account:
         return {
             "by_module": dict(self.by_module),
             "fixed": self.fixed,
+            "temporary": self.temporary,
             "layers": layers,
             "stale": self.stale,
             "counted": self.counted,

@@ -95,10 +95,10 @@ class Decider:
         limit = self.limits.until(step, self.rules.every, total, self.account)
         held = total - agreed(sum((ledger.unit(name) * len(items) for name, items in units.items()), Cost()))
         seed = layer_key(self.rules.seed, step, "births") & 0x7FFFFFFF
-        offers: list[Candidate] = []
-        if not stopped and self.flow.progress > 0:
-            offers = agreed_offers(candidates(graph, ledger, kept, self.rules.levels, self.rules.density, seed))
         free = room(start, limit, held, self.flow, self.limits.pace, milliseconds)
+        offers: list[Candidate] = []
+        if not stopped and min(free.parts) > 0:  # alike on all ranks, as all that it is made of
+            offers = agreed_offers(candidates(graph, ledger, kept, self.rules.levels, self.rules.density, seed))
         births = spent(offers, ledger, free, limit, limit - held, self.flow)
         gains = {offer.key: offer.gain for offer in offers}
         operands = _pairs(ledger, births.units, kept)

@@ -138,7 +138,7 @@ class Decider:
                 count, places = layer.pattern.num_blocks, layer.pattern.block_rows * layer.pattern.block_cols
                 asked = self.flow.whole(f"turnover {name}", min(share * count, places - count))
                 fades.append(fading_blocks(name, layer, self.worth.blocks(name, layer), min(asked, count)))
-        if "units" in rules.levels and rules.idle:
+        if "units" in rules.levels and rules.idle and step < rules.turn_end:
             graph = self.structure.latest
             for name in growable_layers(graph):
                 fades.append(idle_units(graph, name, self.worth.units(name, layers[name]), rules.idle))

@@ -89,7 +89,7 @@ class Grower:
             of few blocks learns more than a narrow full one of the same bytes.
         turnover: share of each layer's blocks exchanged per 100 steps at the start, falling as a cosine to zero at
             three quarters of the training (RigL: Evci et al., 2020).
-        idle: units (and, where blocks may change, blocks) worth less than this share of their layer's mean leave.
+        idle: units worth less than this share of their layer's mean leave, in the first three quarters of the training.
         ramp: steps over which what leaves fades out; it returns if the loss asks for it meanwhile.
         tolerance: see ``validate``.
         seed: of everything random. followers: averaged copies, which change alike.
@@ -141,7 +141,7 @@ class Grower:
         grow_until: float = 0.25,
         density: float = 0.1,
         turnover: float = 0.3,
-        idle: float = 0.01,
+        idle: float = 1e-4,
         ramp: int | None = None,
         tolerance: float = 0.01,
         seed: int = 0,

@@ -36,7 +36,7 @@ class ExtrapolatedGain:
     """
 
     tolerance: float = 0.01
-    growth: float = 1.25
+    growth: float = 2.0
     points: list[tuple[float, float]] = field(default_factory=list)
 
     def observe(self, size: float, loss: float) -> None:

@@ -106,8 +106,8 @@ def test_continuous_growth_and_growth_in_phases_are_one_code():
         grower = Grower(model, optimizer, "1MiB", parameters=900, steps=200, every=every, levels=("units",))
         events = run(model, grower, optimizer, 200)
         sizes[every] = model[0].out_features, sum(event.grown > 0 for event in events)
-    assert abs(sizes[5][0] - sizes[50][0]) <= 1
-    assert sizes[5][1] > 3 * sizes[50][1] >= 1
+    assert abs(sizes[5][0] - sizes[50][0]) <= 0.15 * sizes[5][0], sizes
+    assert sizes[5][1] > 2 * sizes[50][1] >= 2
 
 
 def test_a_halved_budget_holds_at_once_and_survivors_keep_their_moments():

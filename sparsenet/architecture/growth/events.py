@@ -42,7 +42,8 @@ class Event:
     """What one decision did.
 
     Attributes:
-        step: the call of :meth:`sparsenet.Grower.step` that decided. changes: by layer and level; empty if nothing moved.
+        step: the call of :meth:`sparsenet.Grower.step` that decided.
+        changes: by layer and level; empty if nothing moved.
         bytes, parameters, milliseconds: of a training step afterwards, as predicted. limit_bytes: in force.
         predicted: change of the loss over the next interval that the growth is worth, to first order and at the
             optimizer's learning rate. seen: change of the mean loss between the last two intervals.

@@ -66,8 +66,9 @@ def _d5(rows: Rows) -> Iterable[Check]:
     score, share = _mean(rows, "score", kind=grown), _mean(rows, "flops", kind=grown) / _mean(rows, "flops", kind=full)
     text = f"{score:.2f} (75 from the start {_mean(rows, 'score', kind=full):.2f})"
     yield "D5", "784-8 grown to 75 units, accuracy", ">= 88.0", text, score >= 88.0
-    zero = _mean(rows, "score", kind="grown, zero outgoing")
-    yield "D5", "the same, born with zero outgoing weights", ">= 88.0", f"{zero:.2f}", zero >= 88.0
+    if zeros := _of(rows, "score", kind="grown, zero outgoing"):
+        zero = statistics.fmean(zeros)
+        yield "D5", "the same, born with zero outgoing weights", ">= 88.0", f"{zero:.2f}", zero >= 88.0
     yield "D5", "its training FLOPs over those of 75 from the start", "<= 0.9", f"{share:.2f}", share <= 0.9
     gap = score - _mean(rows, "score", kind="grown, in phases")
     yield "D6", "continuous minus in phases, points", ">= -0.2", f"{gap:.2f}", gap >= -0.2
@@ -254,7 +255,7 @@ def _draw_growth(rows: Rows, path: Path) -> Path:
     axes.axhline(88.0, color=GREY, linewidth=1, linestyle="--")
     axes.set(xlabel="training FLOPs, 75 units from the start = 1", ylabel="test accuracy, %")
     axes.set_title("784-8-10 grown to 75 units on Fashion-MNIST (dashed: asked)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     return save_figure(figure, path)
 
 

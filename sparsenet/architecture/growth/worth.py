@@ -29,7 +29,8 @@ def row_squares(module: nn.Module) -> Tensor:
     weights = unit_weights(module)
     if isinstance(weights, BlockWeights):
         return weights.line_squares(rows=True).float()
-    return module.weight.detach().float().flatten(1).square().sum(1)
+    weight = module.weight.detach().flatten(1)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # without a tensor of squares
 
 
 class Worth:

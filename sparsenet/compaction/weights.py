@@ -68,17 +68,17 @@ class DenseWeights:
             return False
         return padding == "same" or any(torch.as_tensor(padding).reshape(-1).tolist())
 
-    def _absent(self, zeros: bool) -> Tensor:
-        """Bool [rows, columns]: where there is no connection."""
-        weight = self.module.weight.detach().flatten(2) if self.module.weight.dim() > 2 else self.module.weight.detach()
-        absent = weight == 0 if zeros else torch.zeros_like(weight, dtype=torch.bool)
-        return (absent.all(2) if absent.dim() > 2 else absent).cpu()
+    def _absent(self) -> Tensor:
+        """Bool [rows, columns]: where a zero says that there is no connection."""
+        absent = self.module.weight.detach() == 0
+        return (absent.flatten(2).all(2) if absent.dim() > 2 else absent).cpu()
 
     def constant_rows(self, constant: Tensor, zeros: bool) -> Tensor:
         """float64 [rows]: outputs that never change, given the inputs' constants [columns]; NaN: variable."""
         varies = constant.isnan() | ((constant != 0) & torch.tensor(self._zero_padded))
-        absent = self._absent(zeros)
-        fixed = absent.flatten() | ~varies if self.per_channel else (absent | ~varies).all(1)
+        fixed = ~varies if self.per_channel else (~varies).all().expand(self.rows)
+        if zeros:
+            fixed = self._absent().flatten() | ~varies if self.per_channel else (self._absent() | ~varies).all(1)
         if not fixed.any():
             return torch.full((self.rows,), math.nan, dtype=torch.float64)
         value = self.contribution(torch.where(varies, 0.0, constant))
@@ -91,7 +91,7 @@ class DenseWeights:
         if self.per_channel:
             return torch.zeros(self.columns, dtype=torch.bool)
         replaceable = (constant == 0) | (~constant.isnan() if self.folds else False)
-        return ~self._absent(zeros)[rows].all(0) & ~replaceable
+        return (~self._absent()[rows].all(0) if zeros else rows.any()) & ~replaceable
 
     def of(self, module: nn.Module) -> DenseWeights:
         """The same kind of weights of another module."""

@@ -1,7 +1,7 @@
 """What the process may still take: the address space, the cgroup and the machine's memory, whichever ends first.
 
 Nothing is kept between calls but paths: limits tighten while a network trains. A call reads a few small files, which
-takes some tens of microseconds.
+takes about a tenth of a millisecond.
 """
 
 from __future__ import annotations

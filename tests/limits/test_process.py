@@ -1,6 +1,7 @@
 """What the process may still take: a real RLIMIT_AS in a child process, and cgroups in a made folder."""
 
-import time
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,14 +90,15 @@ def test_address_space_of_a_child(run_child):
     assert abs(int(said[2]) - 100 * MIB) < 8 * MIB
 
 
-def test_it_is_quick():
-    limits.process_limit()
-    taken = []
-    for _ in range(50):
-        begin = time.perf_counter()
-        limits.process_limit()
-        taken.append(time.perf_counter() - begin)
-    assert min(taken) < 100e-6
+def test_a_call_reads_a_handful_of_small_files(made_system, monkeypatch):
+    """The Grower asks at every look: the folders of cgroups are found once, and a call searches for none of them."""
+    root = made_system("0::/user/job\n", {"user/job/memory.max": f"{MIB}\n", "user/job/memory.current": "5\n"})
+    assert limits.process_limit().bytes_left == MIB - 5
+    opened, plain_open = [], os.open
+    monkeypatch.setattr(process.os, "open", lambda path, *flags: opened.append(path) or plain_open(path, *flags))
+    monkeypatch.setattr(Path, "is_file", lambda path: pytest.fail(f"looked for {path} again"))
+    assert limits.process_limit().bytes_left == MIB - 5
+    assert len(opened) <= 5 and str(root / "user/job/memory.current") in opened
 
 
 def test_running_out_of_memory_is_recognised(run_child):

@@ -76,7 +76,7 @@ def train_grown(args: argparse.Namespace, data: tuple[torch.Tensor, ...]) -> tup
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     steps = args.epochs * (len(x) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    every = max(2, min(50, steps // 20))
+    every = max(2, min(25, steps // 20))
     grower = sn.Grower(
         model,
         optimizer,
@@ -103,7 +103,7 @@ def train_grown(args: argparse.Namespace, data: tuple[torch.Tensor, ...]) -> tup
         event = grower.step(loss)
         schedule.step()
         if event is not None:
-            shown = accuracy(model, held_x, held_y) if step % 250 < 50 or step == steps - 1 else None
+            shown = accuracy(model, held_x, held_y) if step % 250 < every or step == steps - 1 else None
             units = [layer.out_features for layer in model][:-1]
             milliseconds = event.milliseconds or float("nan")  # not known right after it shrank
             notes.append((step, units, density(model), event.bytes, milliseconds, shown))
@@ -128,8 +128,7 @@ def train_dense(args: argparse.Namespace, data: tuple[torch.Tensor, ...], budget
 
     def needs(width: int) -> int:
         model = build(width)
-        counted = step_bytes(model, torch.optim.AdamW(model.parameters()), x[: args.batch])
-        return sum(counted.items.values())
+        return step_bytes(model, torch.optim.AdamW(model.parameters()), x[: args.batch]).at_once
 
     low, high = 1, 4096
     while low < high:

@@ -50,6 +50,11 @@ class StepBytes:
         return max(self.moments.values())
 
     @property
+    def at_once(self) -> int:
+        """Bytes of all items together, or of the optimizer's step where that takes more: what a Grower counts."""
+        return max(sum(self.items.values()), self.moments["optimizer step"])
+
+    @property
     def moment(self) -> str:
         """The moment of the peak."""
         return max(self.moments, key=lambda name: self.moments[name])

@@ -106,12 +106,12 @@ def start_points(task: Growth) -> dict:
 
 
 def dense_width(data: Task, budget: int, seed: int, hidden: int = 2, batch: int = 128) -> int:
-    """The widest dense network of ``hidden`` equal layers whose training step fits ``budget`` bytes."""
+    """The widest dense network of ``hidden`` equal layers whose training step fits ``budget``, counted as a Grower does."""
     low, high = 1, 4096
     while low < high:
         middle = (low + high + 1) // 2
         model = mlp([data.features, *[middle] * hidden, data.outputs], seed)
         optimizer = torch.optim.AdamW(model.parameters())
-        fits = step_bytes(model, optimizer, (data.train[0][:batch],)).total <= budget
+        fits = step_bytes(model, optimizer, (data.train[0][:batch],)).at_once <= budget
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

@@ -123,7 +123,8 @@ class Account:
 
     def ledger(self, graph: UnitGraph) -> Ledger:
         """Prices in the model as it is; ``graph`` is of it."""
-        return Ledger(graph, self.optimizers, self.by_module, self.fixed, self.layers, self.times)
+        kept = self.by_module, self.fixed, self.layers
+        return Ledger(graph, self.optimizers, *kept, self.times, self.temporary)
 
     def total(self, graph: UnitGraph) -> Cost:
         """Of one step; with several ranks the largest."""

@@ -3,7 +3,7 @@
 A new weight gets what the optimizer itself gives a new parameter: zero for momentum, the learning rate for Rprop's step
 sizes. Second moments are different. Late in training those of old weights are settled; at zero, the first steps of
 new ones are several times too large (Adam divides by their root), and at the mean of the others they are held back as
-long as the average forgets. The default is a tenth of the mean of the old entries.
+long as the average forgets. The default is 0.03 of the mean of the old entries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparsenet.schedules import as_number
 
 __all__ = ["STATES", "BornState"]
 
-STATES = {"zero": 0.0, "scaled": 0.1, "mean": 1.0}
+STATES = {"zero": 0.0, "scaled": 0.03, "mean": 1.0}
 
 
 class _Probed(NamedTuple):

@@ -10,7 +10,7 @@ from torch import nn
 from sparsenet.architecture.growth.controller import Candidate
 from sparsenet.architecture.growth.fading import group_of
 from sparsenet.architecture.growth.gains import (
-    best_new_blocks,
+    NewBlocks,
     grad_input_of,
     incumbent_gain,
     layer_gain,
@@ -24,17 +24,24 @@ from sparsenet.layers import SparseLinear
 
 __all__ = ["candidates", "growable_layers", "reasons_against"]
 
+MOST_TIMES = 4  # as wide as it was: what a layer may be after one decision
 Kept = Mapping[str, Seen]
 
 
 def candidates(
-    graph: UnitGraph, ledger: Ledger, kept: Kept, levels: Sequence[str], density: float, seed: int
+    graph: UnitGraph,
+    ledger: Ledger,
+    kept: Kept,
+    levels: Sequence[str],
+    density: float,
+    seed: int,
+    new_blocks: NewBlocks | None = None,
 ) -> list[Candidate]:
     """Everything that could grow.
 
     Args:
         kept: what each layer saw in the last step.
-        density: up to which blocks are added to a layer. seed: of random units.
+        density: up to which blocks are added to a layer. seed: of random units. new_blocks: of ``kept``.
 
     Example:
         >>> import torch
@@ -50,6 +57,7 @@ def candidates(
         ('units', '0', 7.0)
     """
     found: list[Candidate] = []
+    new_blocks = NewBlocks(kept) if new_blocks is None else new_blocks
     growing = growable_layers(graph)
     for name in growing if "units" in levels else ():
         stage = ledger.stages[name]
@@ -60,14 +68,14 @@ def candidates(
         else:
             gain = incumbent_gain(graph, stage)
         width, group = len(stage.outputs.units), group_of(graph, name)
-        found.append(Candidate("units", name, gain, ledger.unit(name), width, group, most=max(width, group)))
+        found.append(Candidate("units", name, gain, ledger.unit(name), width, group, most=max(MOST_TIMES * width - width, group)))
     for stage in graph.stages if "blocks" in levels else ():
         layer = stage.module
         if isinstance(layer, SparseLinear) and layer.values.requires_grad and stage.name in kept:
             held, places = layer.pattern.num_blocks, layer.pattern.block_rows * layer.pattern.block_cols
             most = min(math.ceil(density * places) - held, held)
             if most > 0:
-                _, norms = best_new_blocks(layer, kept[stage.name][:2], max(1, held // 20))
+                _, norms = new_blocks.best(stage.name, layer, max(1, held // 20))
                 cost, gain = ledger.block(stage.name), float(norms.mean())
                 found.append(Candidate("blocks", stage.name, gain, cost, layer.out_features, most=most))
     for name in growing if "layers" in levels else ():

@@ -14,6 +14,7 @@ from sparsenet.architecture.growth.controller import Candidate, Flow
 from sparsenet.architecture.growth.events import Change
 from sparsenet.architecture.growth.fading import Fade, Fades
 from sparsenet.architecture.growth.holding import Limits
+from sparsenet.architecture.growth.gains import NewBlocks
 from sparsenet.architecture.growth.idle import fading_blocks, idle_units
 from sparsenet.architecture.growth.ledger import Cost, Ledger
 from sparsenet.architecture.growth.placing import readers
@@ -97,15 +98,17 @@ class Decider:
         seed = layer_key(self.rules.seed, step, "births") & 0x7FFFFFFF
         free = room(start, limit, held, self.flow, self.limits.pace, milliseconds)
         offers: list[Candidate] = []
+        new_blocks = NewBlocks(kept)
         if not stopped and min(free.parts) > 0:  # alike on all ranks, as all that it is made of
-            offers = agreed_offers(candidates(graph, ledger, kept, self.rules.levels, self.rules.density, seed))
+            options = self.rules.levels, self.rules.density, seed, new_blocks
+            offers = agreed_offers(candidates(graph, ledger, kept, *options))
         births = spent(offers, ledger, free, limit, limit - held, self.flow)
         gains = {offer.key: offer.gain for offer in offers}
         operands = _pairs(ledger, births.units, kept)
         self.fades.begin(step, [])
         sparse = self.structure.sparse()
         counts = {name: births.blocks.get(name, 0) + len(blocks.get(name, ())) for name in sparse}
-        changes = self.surgery.exchange(sparse, blocks, counts, kept)
+        changes = self.surgery.exchange(sparse, blocks, counts, kept, new_blocks)
         removed = self.surgery.remove_units(units, "faded")
         changes += removed
         reason = ""

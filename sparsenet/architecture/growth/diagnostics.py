@@ -66,9 +66,10 @@ def newborn_ratio(model: nn.Module, report: Report) -> float:
         if any(len(at) and int(at.max()) >= n for at, n in zip((rows, cols), shape, strict=False)):
             raise GrowthError(f"newborn_ratio: {name!r} must have the size it had in the report, got {list(shape[:2])}")
         new, active = _newborn(module, weight, rows, cols)
-        squares = weight.grad.detach().double().square()
+        squares = weight.grad.detach().float().square()
         for i, chosen in enumerate((new & active, ~new & active)):
-            sums[i] += torch.stack([(squares * chosen).sum(), chosen.sum().double()]).cpu()
+            total = squares.masked_fill(~chosen, 0.0).sum(dtype=torch.float64)
+            sums[i] += torch.stack([total, chosen.sum().double()]).cpu()
     new, old = (math.sqrt(float(squares) / max(float(count), 1.0)) for squares, count in sums)
     return new / old if old else (math.inf if new else math.nan)
 

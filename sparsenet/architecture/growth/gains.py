@@ -6,7 +6,7 @@ that one number per byte (or millisecond) compares them: by gradient flow the lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.layers import SparseLinear
 from sparsenet.policies.places import best_places
 
-__all__ = ["best_new_blocks", "layer_gain", "unit_gain"]
+__all__ = ["NewBlocks", "best_new_blocks", "layer_gain", "unit_gain"]
 
 CANDIDATES = 16  # random units that stand for those which could be born
 Pair = tuple[Tensor, Tensor]
@@ -106,6 +106,37 @@ def best_new_blocks(layer: SparseLinear, operands: Pair, count: int) -> tuple[Te
 
     free = pattern.block_rows * columns - pattern.num_blocks
     return best_places(pattern, score, min(count, free), (0, pattern.block_rows))
+
+
+class NewBlocks:
+    """:func:`best_new_blocks` of layers by name, looked for once in a decision: it takes as long as a dense backward.
+
+    Args:
+        kept: by layer, (x, grad_output, ...) as :func:`best_new_blocks` takes them.
+
+    Example:
+        >>> import torch, sparsenet as sn
+        >>> from sparsenet.architecture.growth.gains import NewBlocks
+        >>> layer = sn.SparseLinear(64, 64, density=0.25, block_size=16)
+        >>> new = NewBlocks({"0": (torch.randn(8, 64), torch.randn(8, 64))})
+        >>> [len(new.best("0", layer, count)[0]) for count in (3, 2, 12)]
+        [3, 2, 12]
+    """
+
+    def __init__(self, kept: Mapping[str, Sequence]):
+        self._kept = kept
+        self._found: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    def best(self, name: str, layer: SparseLinear, count: int) -> Pair:
+        """The best ``count`` inactive places of a layer, ascending, and their squared norms."""
+        if self._found.get(name, (-1,))[0] < count:
+            some = max(count, layer.pattern.num_blocks)
+            self._found[name] = some, *best_new_blocks(layer, self._kept[name][:2], some)
+        _, places, norms = self._found[name]
+        if len(places) > count:
+            best = functional.select_extreme(norms, count, largest=True)
+            places, norms = places[best], norms[best]
+        return places, norms
 
 
 def grad_input_of(module: nn.Module, grad_output: Tensor) -> Tensor:

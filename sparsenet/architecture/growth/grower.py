@@ -69,8 +69,9 @@ class Grower:
             shape would compile it anew, so compile it when :attr:`done`.
         optimizer: one or several ``torch.optim`` optimizers that hold the model's parameters.
         budget: bytes of one training step: parameters, gradients, optimizer state, indices, buffers and the activations
-            kept for backward, at the batch size seen; the data are excluded. An amount such as ``"64MiB"``, or a
-            function of the step that returns bytes. It may be set anew at any time.
+            kept for backward (or, where that is more, what the optimizer takes for a moment), at the batch size seen;
+            the data are excluded. An amount such as ``"64MiB"``, or a function of the step that returns bytes. It may
+            be set anew at any time.
         step_ms: milliseconds of one training step (from the model's forward to :meth:`step`), or None. Times are
             measured, so two runs with such a limit need not be alike; models on the CPU only.
         parameters: most elements of all parameters together, or None.
@@ -81,7 +82,8 @@ class Grower:
             enlargement is predicted to gain less than ``tolerance`` of it. None: growth goes on to the limit.
         levels: of ``blocks``, ``units`` and ``layers``, what may change.
         grow: how units are born, as ``how`` of :func:`sparsenet.architecture.growth.widen`; which layers get them is
-            decided by the gradient in any case. Random ``pairs`` learn best (measured: docs/methods/growth.md).
+            decided by the gradient in any case. Random units that are heard with ``zero`` weights at first end best
+            (measured: docs/methods/growth.md).
         prune: ``fisher`` (Molchanov et al., 2019) or ``magnitude``.
         every: steps from decision to decision: small for continuous growth, large for growth in phases; the same code.
         grow_until: share of the training by which the limit may be used in full.
@@ -135,7 +137,7 @@ class Grower:
         steps: int | None = None,
         validate: Callable[[], float] | None = None,
         levels: Sequence[str] = LEVELS,
-        grow: str = "pairs",
+        grow: str = "zero",
         prune: str = "fisher",
         every: int | None = None,
         grow_until: float = 0.25,
@@ -182,6 +184,7 @@ class Grower:
         self._account = Account(self.net, self.optimizers, None, rows)
         self._limits = Limits(budget, parameters, None)
         self.step_ms = step_ms
+        self._limits.later.clear()
         self._structure = Structure(self.net, opaque)
         graph = self._structure.latest
         frozen = check_can_grow(graph, self.rules.levels, bool(self._structure.sparse()))
@@ -213,6 +216,9 @@ class Grower:
                     f"this one can shrink to needs, got {format_bytes(at_once)}"
                 )
         self._limits.set_budget(amount, self.steps)
+        self._limits.later.pop("budget", None)
+        if self._limits.fixed is not None:
+            self._limits.later["budget"] = self._limits.fixed
 
     @property
     def parameters(self) -> float:
@@ -221,7 +227,7 @@ class Grower:
 
     @parameters.setter
     def parameters(self, most: float | None) -> None:
-        self._limits.parameters = most
+        self._limits.parameters = self._limits.later["parameters"] = most
 
     @property
     def step_ms(self) -> float:
@@ -233,7 +239,7 @@ class Grower:
         device = next((p.device.type for p in self.net.parameters() if p.device.type != "cpu"), "cpu")
         if most not in (None, math.inf) and device != "cpu":
             raise ValueError(f"Grower: step_ms must be None for a model on {device}: times are those of the CPU")
-        self._limits.step_ms = most
+        self._limits.step_ms = self._limits.later["step_ms"] = most
         if self._limits.step_ms < math.inf and self._account.times is None:
             self._account.times = StepTimeModel(self.optimizers[0])
 
@@ -532,7 +538,10 @@ class Grower:
         return state_of(self)
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Continues where :meth:`state_dict` was taken. Load the model first: :func:`sparsenet.load` does both."""
+        """Continues where :meth:`state_dict` was taken. Load the model first: :func:`sparsenet.load` does both.
+
+        Amounts that were set in mid-training hold again; a function of the step that was must be set anew.
+        """
         resume(self, state)
         self._structure.know(self._structure.graph())
         self._surgery.young = None

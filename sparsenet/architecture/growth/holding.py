@@ -21,6 +21,9 @@ Amount = str | int | MemoryBudget | Callable[[int], float]
 class Limits:
     """What a step may cost. With several ranks the smallest limit and the largest cost count, on all of them.
 
+    Attributes:
+        later: the limits that were set in mid-training, by name, for a resumed training; no functions of the step.
+
     Example:
         >>> from sparsenet.architecture.growth.holding import Limits
         >>> limits = Limits("1MiB")
@@ -32,6 +35,7 @@ class Limits:
     def __init__(self, budget: Amount, parameters: int | None = None, step_ms: float | None = None):
         self.pace = Pace()
         self.cap = math.inf  # bytes that were too many
+        self.later: dict[str, float] = {}
         self.parameters, self.step_ms = parameters, step_ms
         self.set_budget(budget, 0)
 
@@ -134,5 +138,5 @@ class Limits:
         return -distributed.highest([float(account.needed - process_limit().bytes_left)])[0]
 
     def state_dict(self) -> dict:
-        """What has been learnt of limits since they were set."""
-        return {"pace": self.pace.state_dict(), "cap": self.cap}
+        """What has been set since the start, and learnt of limits since they were set."""
+        return {"pace": self.pace.state_dict(), "cap": self.cap, "later": dict(self.later)}

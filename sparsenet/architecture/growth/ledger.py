@@ -109,7 +109,7 @@ class Ledger:
     Args:
         graph: of the model. optimizers: whose state counts.
         activation_bytes: saved for backward by module name, those that grow with the module's outputs; ``fixed_bytes``:
-            the others.
+            the others. temporary: what the optimizer's step takes for a moment, when the activations are gone.
         layers: as :func:`sparsenet.memory.layer_costs` sees them. times: says what they take; None: no matter.
     """
 
@@ -121,11 +121,13 @@ class Ledger:
         fixed_bytes: int = 0,
         layers: Sequence[LayerCost] = (),
         times: StepTimeModel | None = None,
+        temporary: int = 0,
     ):
         self.graph, self.optimizers = graph, tuple(optimizers)
         self.activation_bytes, self.fixed_bytes = dict(activation_bytes), fixed_bytes
         self.layers, self.times = tuple(layers), times if layers else None
         self.stages = {stage.name: stage for stage in graph.stages}
+        self.temporary = temporary
 
     def total(self) -> Cost:
         """Of the whole model."""
@@ -133,8 +135,11 @@ class Ledger:
         for p in self.graph.model.parameters():
             if p.requires_grad and not any(optimizer.state.get(p) for optimizer in self.optimizers):
                 stored += _first_state(self.optimizers, p) * p.numel()  # it comes with the first step
-        kept = self.fixed_bytes + sum(self.activation_bytes.values())
-        return Cost(stored + kept, elements) + self._of_layers({})
+        return Cost(stored + max(self._activations, self.temporary), elements) + self._of_layers({})
+
+    @property
+    def _activations(self) -> int:
+        return self.fixed_bytes + sum(self.activation_bytes.values())
 
     def _of_layers(self, changes: Changes) -> Cost:
         """Milliseconds, and scratch memory of the block-sparse kernels, if layers had so many more of everything."""
@@ -227,6 +232,11 @@ class Ledger:
                 cost += Cost(corner * self._bytes_per_element(weight), corner)
             if r or c or more:
                 changes[stage.name] = (r, c, more)
+        if self.temporary:
+            held = sum(p.numel() for p in self.graph.model.parameters())
+            later = self.temporary * (1 + cost.parameters / max(held, 1))
+            least = max(self._activations, self.temporary)
+            cost += Cost(max(0.0, later - least))
         return cost + self._more(changes)
 
     # --- parts ---

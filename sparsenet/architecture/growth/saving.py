@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsenet.architecture.growth.controller import Flow
 from sparsenet.architecture.growth.fading import Fade
+from sparsenet.architecture.growth.holding import Limits
 from sparsenet.architecture.growth.ledger import Cost
 from sparsenet.architecture.growth.pace import Pace
 
@@ -65,6 +66,8 @@ def resume(grower: Any, state: Mapping) -> None:
             Fade(**fields)
         insertions = [dict(each) for each in state["insertions"]]
         pace, cap = Pace(**state["limits"]["pace"]), float(state["limits"]["cap"])
+        later = dict(state["limits"]["later"])
+        Limits(**{"budget": 1, **later})  # are they limits?
         still, done, most_rows = int(state["still"]), bool(state["done"]), int(state["most_rows"])
         fades, scores, times = (state[key] for key in ("fades", "scores", "times"))
         grower._account.load_state_dict(state["account"])
@@ -78,6 +81,8 @@ def resume(grower: Any, state: Mapping) -> None:
     grower._fades.load_state_dict(fades)
     grower._scores.load_state_dict(scores)
     grower.insertions[:] = insertions
+    for name, most in later.items():
+        setattr(grower, name, most)
     grower._limits.pace, grower._limits.cap = pace, cap
     grower._watch.most_rows, grower._watch.seconds = most_rows, []
     if grower.times is not None and times is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from sparsenet import distributed
 from sparsenet.architecture.growth.blocks import move_blocks
 from sparsenet.architecture.growth.deepening import deepen
 from sparsenet.architecture.growth.events import Change
-from sparsenet.architecture.growth.gains import best_new_blocks
+from sparsenet.architecture.growth.gains import NewBlocks
 from sparsenet.architecture.growth.placing import GrowthError
 from sparsenet.architecture.growth.watch import IntervalScores
 from sparsenet.architecture.growth.widening import widen
@@ -62,17 +62,19 @@ class Surgery:
         layers: Mapping[str, SparseLinear],
         leaving: Mapping[str, Tensor],
         counts: Mapping[str, int],
-        kept: Mapping[str, tuple[Tensor, Tensor]],
+        known: Container[str],
+        new_blocks: NewBlocks,
     ) -> list[Change]:
-        """Blocks leave, and ``counts`` others come where the gradient is largest; where none can, the layer waits."""
+        """Blocks leave, and ``counts`` others come where the gradient is largest; where none can, the layer waits.
+
+        ``known``: layers that ``new_blocks`` can tell of.
+        """
         changes = []
         for name, layer in layers.items():
             leave, grow = leaving.get(name, _NONE), counts.get(name, 0)
             if not len(leave) and not grow:
                 continue
-            enter, norms = (
-                best_new_blocks(layer, kept[name], grow) if grow and name in kept else (_NONE, torch.zeros(0))
-            )
+            enter, norms = new_blocks.best(name, layer, grow) if grow and name in known else (_NONE, torch.zeros(0))
             if grow and not bool(norms.any()):
                 continue
             changes += self._move(name, layer, leave, enter, norms, "largest gradient")

@@ -317,6 +317,23 @@ def test_saved_and_resumed_bit_for_bit(kind, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_limits_that_were_set_in_mid_training_are_resumed(tmp_path):
+    def build():
+        model = mlp(16, 24, 4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        return model, optimizer, Grower(model, optimizer, "64KiB", steps=100, every=10, levels=("units",))
+
+    model, optimizer, grower = build()
+    run(model, grower, optimizer, 5)
+    grower.budget, grower.parameters = grower.bytes - 100, 400
+    run(model, grower, optimizer, 1)
+    sn.save(tmp_path / "a.safetensors", model, optimizer, grower=grower)
+    resumed = build()
+    sn.load(tmp_path / "a.safetensors", *resumed[:2], grower=resumed[2])
+    assert resumed[2].budget(6) == grower.budget(6) < 64 << 10
+    assert (resumed[2].parameters, resumed[2].step_ms) == (400, math.inf)
+
+
 def test_a_load_that_fails_leaves_the_structure_as_it_was(tmp_path):
     model = mlp(16, 6, 4)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

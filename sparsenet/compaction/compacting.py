@@ -108,18 +108,12 @@ def compact(
     graph = decision.graph
     orders = UnitOrders(graph, decision.needed, optimizers, fill_in, permute)
     prepared = [prepare_stage(graph, stage, orders, net, optimizers, fill_in) for stage in graph.stages]
-    twins = {id(twin): twin for twin in map(plain_model, (*copies, *getattr(sparsifier, "followers", ())))}.values()
+    twins = copies_of(net, copies, sparsifier)
     prepared += [prepare_stage(graph, stage, orders, twin, (), fill_in) for twin in twins for stage in graph.stages]
     distributed.assert_same("the units that compaction keeps", int(orders.kept.long().sum()))
     layers = layer_changes(decision, orders)
     reblocked = {stage.name: how for stage in graph.stages if (how := orders.how(stage))}
-    before = model_bytes(net, optimizers)
-    commit(prepared)  # from here on the graph no longer describes the model
-    after = model_bytes(net, optimizers)
-    if isinstance(model, distributed.DataParallel):
-        distributed.rebuild(model)
-    if sparsifier is not None:
-        sparsifier.refresh()
+    before, after = carry_out(prepared, model, optimizers, sparsifier)  # the graph no longer describes the model
     own = prepared[: len(graph.stages)]
     report = CompactionReport(
         layers=layers,
@@ -155,6 +149,28 @@ def plain_model(model: nn.Module) -> nn.Module:
     model = distributed.unwrap(model)
     model = getattr(model, "_orig_mod", model)
     return model.module if isinstance(model, torch.optim.swa_utils.AveragedModel) else model
+
+
+def copies_of(net: nn.Module, copies: Iterable[nn.Module], sparsifier) -> list[nn.Module]:
+    """The models beside ``net`` that are to change as it does: ``copies`` and the Sparsifier's followers, each once."""
+    twins = {id(twin): twin for twin in map(plain_model, (*copies, *getattr(sparsifier, "followers", ())))}
+    twins.pop(id(net), None)
+    return list(twins.values())
+
+
+def carry_out(
+    prepared: list[StageMoves], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], sparsifier
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Puts everything in place and tells whoever must know; :func:`model_bytes` before and after."""
+    net = plain_model(model)
+    before = model_bytes(net, optimizers)
+    commit(prepared)
+    after = model_bytes(net, optimizers)
+    if isinstance(model, distributed.DataParallel):
+        distributed.rebuild(model)
+    if sparsifier is not None:
+        sparsifier.refresh()
+    return before, after
 
 
 def commit(prepared: list[StageMoves]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,26 @@ class RarelyActive:
 
 
 @dataclass(frozen=True, eq=False)
-class Taylor:
+class _ByLoss:
+    """Removes the ``share`` of each layer's units of least ``_statistic``, one of those that take a loss."""
+
+    batches: Batches
+    loss: Callable[[Tensor, Tensor], Tensor]
+    share: float
+    group: int = 1
+    _statistic: ClassVar[str]
+
+    def scores(self, view: UnitView) -> Tensor:
+        """float64 [units]."""
+        return getattr(view.statistics(self.batches, self.loss), self._statistic)
+
+    def __call__(self, view: UnitView) -> Tensor:
+        """Bool [units]."""
+        return lowest(self.scores(view), self.share, view.removable, self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class Taylor(_ByLoss):
     """Removes the ``share`` of each layer's units whose removal changes the loss least, to first order.
 
     Attributes:
@@ -224,18 +243,7 @@ class Taylor:
         16
     """
 
-    batches: Batches
-    loss: Callable[[Tensor, Tensor], Tensor]
-    share: float
-    group: int = 1
-
-    def __call__(self, view: UnitView) -> Tensor:
-        """Bool [units]."""
-        return lowest(self.scores(view), self.share, view.removable, self.group)
-
-    def scores(self, view: UnitView) -> Tensor:
-        """float64 [units]."""
-        return view.statistics(self.batches, self.loss).taylor
+    _statistic = "taylor"
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +286,7 @@ class Activity:
 
 
 @dataclass(frozen=True, eq=False)
-class Fisher:
+class Fisher(_ByLoss):
     """Removes the ``share`` of each layer's units whose removal costs least, by the empirical Fisher of their values.
 
     Half the mean over examples of (the sum over places of value times gradient) squared: Theis et al. (2018) for
@@ -298,18 +306,7 @@ class Fisher:
         16
     """
 
-    batches: Batches
-    loss: Callable[[Tensor, Tensor], Tensor]
-    share: float
-    group: int = 1
-
-    def scores(self, view: UnitView) -> Tensor:
-        """float64 [units]."""
-        return view.statistics(self.batches, self.loss).fisher
-
-    def __call__(self, view: UnitView) -> Tensor:
-        """Bool [units]."""
-        return lowest(self.scores(view), self.share, view.removable, self.group)
+    _statistic = "fisher"
 
 
 @dataclass(frozen=True, eq=False)

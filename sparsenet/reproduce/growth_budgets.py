@@ -106,7 +106,7 @@ def start_points(task: Growth) -> dict:
 
 
 def dense_width(data: Task, budget: int, seed: int, hidden: int = 2, batch: int = 128) -> int:
-    """The widest dense network of ``hidden`` equal layers whose training step fits ``budget``, counted as a Grower does."""
+    """The widest dense network of ``hidden`` equal layers whose step fits ``budget``, counted as a Grower does."""
     low, high = 1, 4096
     while low < high:
         middle = (low + high + 1) // 2

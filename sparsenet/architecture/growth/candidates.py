@@ -11,9 +11,11 @@ from sparsenet.architecture.growth.controller import Candidate
 from sparsenet.architecture.growth.fading import group_of
 from sparsenet.architecture.growth.gains import (
     NewBlocks,
+    density_of,
     grad_input_of,
     incumbent_gain,
     layer_gain,
+    squared_gradient,
     unit_gain,
 )
 from sparsenet.architecture.growth.ledger import Ledger
@@ -61,14 +63,15 @@ def candidates(
     growing = growable_layers(graph)
     for name in growing if "units" in levels else ():
         stage = ledger.stages[name]
-        heard = readers(graph, name)
+        heard, usual = readers(graph, name), incumbent_gain(graph, stage)
         seen = [kept[each] for each in (name, *heard) if each in kept]
+        gain = usual
         if heard and len(seen) == 1 + len(heard) and len({each.total for each in seen}) == 1:
-            gain = unit_gain(seen[0].x, [each.grad_output for each in seen[1:]], seed)
-        else:
-            gain = incumbent_gain(graph, stage)
+            parts = [(ledger.stages[each].module, kept[each].grad_output) for each in heard]
+            gain = sum(unit_gain(seen[0].x, [grad], seed) * density_of(module) for module, grad in parts)
         width, group = len(stage.outputs.units), group_of(graph, name)
-        found.append(Candidate("units", name, gain, ledger.unit(name), width, group, most=max(MOST_TIMES * width - width, group)))
+        most = max((MOST_TIMES - 1) * width, group)
+        found.append(Candidate("units", name, gain, ledger.unit(name), width, usual, group, most))
     for stage in graph.stages if "blocks" in levels else ():
         layer = stage.module
         if isinstance(layer, SparseLinear) and layer.values.requires_grad and stage.name in kept:
@@ -77,15 +80,18 @@ def candidates(
             if most > 0:
                 _, norms = new_blocks.best(stage.name, layer, max(1, held // 20))
                 cost, gain = ledger.block(stage.name), float(norms.mean())
-                found.append(Candidate("blocks", stage.name, gain, cost, layer.out_features, most=most))
+                usual = squared_gradient(layer) / max(held, 1)
+                found.append(Candidate("blocks", stage.name, gain, cost, held, usual, most=most))
+    everywhere = sum(ledger.stages[name].weights.rows for name in growing)
     for name in growing if "layers" in levels else ():
         stage = ledger.stages[name]
         heard = [ledger.stages[reader] for reader in readers(graph, name)]
         linear = isinstance(stage.module, nn.Linear | SparseLinear) and len(heard) == 1
         if linear and heard[0].inputs.units.equal(stage.outputs.units) and heard[0].name in kept:
             x, grad_output, _ = kept[heard[0].name]
-            gain = layer_gain(x, grad_input_of(heard[0].module, grad_output))
-            found.append(Candidate("layers", name, gain, ledger.layer(name), stage.weights.rows, most=1))
+            gain, width = layer_gain(x, grad_input_of(heard[0].module, grad_output)), stage.weights.rows
+            usual = squared_gradient(stage.module) / max(width, 1)  # a new layer is so many units, among those of all
+            found.append(Candidate("layers", name, gain, ledger.layer(name), everywhere, usual, most=1))
     return found
 
 

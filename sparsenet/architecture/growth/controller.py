@@ -2,10 +2,12 @@
 
 The target rises from the network's cost at the start to the limit along a straight line (growing early trains what is
 born for longer), over the first ``grow_until`` of the training; where the training's length is not known, by a fixed
-part at every decision. What is between the cost now and the target is handed out in proportion to worth: gain per cost,
-over the square of the layer's width. The gradient of one new unit does not know how much of it the others could learn
-as well: if the loss falls with width n as 1/n, the next unit is worth 1/n² of the first. No layer more than doubles at
-one decision. Fractions of an item are kept until they make a whole one.
+part at every decision. What is between the cost now and the target is handed out in proportion to worth: gain, over
+that of an item that is there, per cost, over the square of how many there are. The gradients of two layers do not
+compare: the last one's are larger, and the smallest step there changes the loss most. How new units compare with old
+ones of their layer does. Nor does the gradient of one new unit know how much of it the others could learn as well: if
+the loss falls with width n as 1/n, the next unit is worth 1/n² of the first. Fractions of an item are kept until they
+make a whole one.
 """
 
 from __future__ import annotations
@@ -25,15 +27,16 @@ class Candidate:
     """Something that can grow.
 
     Attributes:
-        level, layer: what. gain: of one item. cost: of one item. width: outputs of the layer now.
-        group: items come in multiples of it. most: of items.
+        level, layer: what. gain: of one item. cost: of one item. count: of such items in the layer now.
+        usual: gain of one that is there. group: items come in multiples of it. most: of items.
     """
 
     level: str
     layer: str
     gain: float
     cost: Cost
-    width: int
+    count: int
+    usual: float = 1.0
     group: int = 1
     most: float = math.inf
 
@@ -41,6 +44,14 @@ class Candidate:
     def key(self) -> str:
         """Of its fraction."""
         return f"{self.level} {self.layer}"
+
+    def worth(self, limit: Cost) -> float:
+        """How much of what is free it gets, beside others."""
+        return self.gain / max(self.usual, 1e-30) / (self.share_of(limit) * max(self.count, 1) ** 2)
+
+    def share_of(self, limit: Cost) -> float:
+        """Of the limit, that one item takes."""
+        return max(self.cost.share_of(limit), 1e-12)
 
 
 @dataclass
@@ -89,19 +100,19 @@ def allotted(candidates: list[Candidate], room: Cost, limit: Cost, flow: Flow) -
         >>> from sparsenet.architecture.growth.controller import Candidate, Flow, allotted
         >>> from sparsenet.architecture.growth.ledger import Cost
         >>> cost = Cost(bytes=10.0)
-        >>> a, b = (Candidate("units", name, gain, cost, width=8) for name, gain in (("a", 3.0), ("b", 1.0)))
+        >>> a, b = (Candidate("units", name, gain, cost, count=8) for name, gain in (("a", 3.0), ("b", 1.0)))
         >>> no_limit = float("inf")
         >>> allotted([a, b], Cost(80.0, no_limit, no_limit), Cost(1000.0, no_limit, no_limit), Flow())
         {'units a': 6, 'units b': 2}
     """
     useful = [c for c in candidates if c.gain > 0 and c.most > 0 and math.isfinite(c.gain)]
-    worth = {c.key: c.gain / (max(c.cost.share_of(limit), 1e-12) * max(c.width, 1) ** 2) for c in useful}
+    worth = {c.key: c.worth(limit) for c in useful}
     parts = zip(room.parts, limit.parts, strict=True)
     share = min((part / most for part, most in parts if math.isfinite(most)), default=0)
     counts: dict[str, int] = {}
     left, waiting = room, sum(worth.values())
-    for c in sorted(useful, key=lambda c: c.most * c.cost.share_of(limit) / worth[c.key]):  # the first to be full
-        each = max(c.cost.share_of(limit), 1e-12)
+    for c in sorted(useful, key=lambda c: c.most * c.share_of(limit) / worth[c.key]):  # the first to be full
+        each = c.share_of(limit)
         items = min(max(share, 0.0) * worth[c.key] / waiting / each, c.most)
         share, waiting = share - items * each, waiting - worth[c.key]
         count = min(flow.whole(c.key, items, c.group), int(min(c.most, 1e12) // c.group * c.group))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsenet import distributed
 from sparsenet.architecture.growth.account import Account, agreed
@@ -13,8 +13,8 @@ from sparsenet.architecture.growth.candidates import candidates, growable_layers
 from sparsenet.architecture.growth.controller import Candidate, Flow
 from sparsenet.architecture.growth.events import Change
 from sparsenet.architecture.growth.fading import Fade, Fades
-from sparsenet.architecture.growth.holding import Limits
 from sparsenet.architecture.growth.gains import NewBlocks
+from sparsenet.architecture.growth.holding import Limits
 from sparsenet.architecture.growth.idle import fading_blocks, idle_units
 from sparsenet.architecture.growth.ledger import Cost, Ledger
 from sparsenet.architecture.growth.placing import readers
@@ -94,9 +94,11 @@ class Decider:
         kept = _of_all_ranks(kept)
         units, blocks = self.fades.items("units"), self.fades.items("blocks")
         limit = self.limits.until(step, self.rules.every, total, self.account)
+        if milliseconds > 0:  # what was seen is nearer than what is predicted
+            total = replace(total, milliseconds=milliseconds)
         held = total - agreed(sum((ledger.unit(name) * len(items) for name, items in units.items()), Cost()))
         seed = layer_key(self.rules.seed, step, "births") & 0x7FFFFFFF
-        free = room(start, limit, held, self.flow, self.limits.pace, milliseconds)
+        free = room(start, limit, held, self.flow, self.limits.pace)
         offers: list[Candidate] = []
         new_blocks = NewBlocks(kept)
         if not stopped and min(free.parts) > 0:  # alike on all ranks, as all that it is made of

@@ -22,7 +22,7 @@ from sparsenet import distributed, functional
 from sparsenet.architecture.growth.born_state import group_of, twin_of
 from sparsenet.architecture.growth.inserting import Place, ResidualLayer, placed
 from sparsenet.architecture.growth.placing import GrowthError, said_by
-from sparsenet.compaction.compacting import commit, plain_model
+from sparsenet.compaction.compacting import commit, copies_of, plain_model
 from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.compaction.moves import StageMoves
 from sparsenet.compaction.rules import Axis
@@ -129,11 +129,9 @@ def deepen(
         neighbour = _neighbour(graph, node)
         new, layer = _born(graph, node, axis, neighbour, kind, density, block_size, seed)
         new.train(graph.modules[after].training)
-        twins = {id(twin): twin for twin in map(plain_model, (*copies, *getattr(sparsifier, "followers", ())))}
-        twins.pop(id(net), None)
         place = placed(net, graph, node, new)
         moves = StageMoves([(place.put, place.back)])
-        for twin in twins.values():
+        for twin in copies_of(net, copies, sparsifier):
             if after not in dict(twin.named_modules()):
                 raise GrowthError(f"deepen: every copy must have the model's modules, one has no {after!r}")
             there = Place(twin, after, copy.deepcopy(new), place.beside)

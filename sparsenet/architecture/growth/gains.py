@@ -64,6 +64,28 @@ def incumbent_gain(graph: UnitGraph, stage: Stage) -> float:
     return total / max(len(classes), 1)
 
 
+def squared_gradient(module: nn.Module) -> float:
+    """Squared norm of the gradient of a layer's weight; 0 where it has none.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.architecture.growth.gains import squared_gradient
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> layer.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> squared_gradient(layer)
+        25.0
+    """
+    grad = (module.values if isinstance(module, SparseLinear) else module.weight).grad
+    if grad is None:
+        return 0.0
+    return float(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).double().square())
+
+
+def density_of(module: nn.Module) -> float:
+    """Share of a layer's weights that it has."""
+    return module.density if isinstance(module, SparseLinear) else 1.0
+
+
 def layer_gain(x: Tensor, grad_input: Tensor) -> float:
     """Squared norm of the gradient of a residual layer's weight where ``x`` [rows, n] stands, per output: n of them.
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from sparsenet.memory.step_time import StepTimeModel
 from sparsenet.optimizer_state import state_bytes
 
 __all__ = ["Cost", "Ledger", "as_is", "with_more"]
+
+
+DEAREST = 2.0  # times the milliseconds that a byte takes now; a model of times may be far off for small layers
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,15 @@ class Ledger:
         taken = sum(max(buffer) for buffer in itertools.zip_longest(*scratch, fillvalue=0))
         return Cost(taken, 0.0, self.times.predict(layers) if self.times is not None else 0.0)
 
-    def _more(self, changes: Changes) -> Cost:
-        """What they would add."""
-        return Cost(*(max(0.0, part) for part in (self._of_layers(changes) - self._of_layers({})).parts))
+    def _more(self, changes: Changes, stored: float) -> Cost:
+        """What they would add beside ``stored`` bytes, which take at most ``DEAREST`` times what as many do now."""
+        more = self._of_layers(changes) - self._of_layers({})
+        most = DEAREST * self._now.milliseconds * stored / max(self._now.bytes, 1.0)
+        return Cost(max(0.0, more.bytes), 0.0, min(max(0.0, more.milliseconds), most))
+
+    @cached_property
+    def _now(self) -> Cost:
+        return self.total()
 
     def unit(self, name: str) -> Cost:
         """Of one unit of a layer: its row, its readers' columns, what norms and gates have of it, its activations."""
@@ -174,15 +184,16 @@ class Ledger:
             if stage.weights is not None and (rows or columns):
                 changes[stage.name] = (rows, columns, self._blocks(stage, rows, columns))
         count = max(len(classes), 1)
-        return cost * (1.0 / count) + Cost(milliseconds=self._more(changes).milliseconds / count)
+        return cost * (1.0 / count) + Cost(milliseconds=self._more(changes, cost.bytes).milliseconds / count)
 
     def block(self, name: str) -> Cost:
         """Of one block of a block-sparse layer."""
         layer = self.stages[name].module
         size = layer.block_size**2
         some = 16.0  # one block alone is below what a model of times resolves
-        later = self._more({name: (0.0, 0.0, some)}).milliseconds / some
-        return Cost(size * self._bytes_per_element(layer.values) + self._bytes_per_block(layer), size, later)
+        stored = size * self._bytes_per_element(layer.values) + self._bytes_per_block(layer)
+        later = self._more({name: (0.0, 0.0, some)}, some * stored).milliseconds / some
+        return Cost(stored, size, later)
 
     def layer(self, name: str) -> Cost:
         """Of a layer as wide as the outputs of ``name`` inserted after it, as dense as that one is."""
@@ -237,7 +248,7 @@ class Ledger:
             later = self.temporary * (1 + cost.parameters / max(held, 1))
             least = max(self._activations, self.temporary)
             cost += Cost(max(0.0, later - least))
-        return cost + self._more(changes)
+        return cost + self._more(changes, cost.bytes)
 
     # --- parts ---
 

@@ -25,10 +25,10 @@ class Births:
     layer: str = ""
 
 
-def room(start: Cost, limit: Cost, total: Cost, flow: Flow, pace: Pace, seen_ms: float) -> Cost:
+def room(start: Cost, limit: Cost, total: Cost, flow: Flow, pace: Pace) -> Cost:
     """What may be spent now: from the cost at present to the target on the way from ``start`` to the limit.
 
-    ``seen_ms``: milliseconds of the last steps, 0 where none were seen.
+    Milliseconds have no target on the way: what one is measured by is as uncertain as the steps between would be.
 
     Example:
         >>> from sparsenet.architecture.growth.controller import Flow
@@ -36,13 +36,12 @@ def room(start: Cost, limit: Cost, total: Cost, flow: Flow, pace: Pace, seen_ms:
         >>> from sparsenet.architecture.growth.pace import Pace
         >>> from sparsenet.architecture.growth.spending import room
         >>> no = float("inf")
-        >>> room(Cost(100.0), Cost(500.0, no, no), Cost(150.0), Flow(progress=0.5), Pace(), 0.0).bytes
+        >>> room(Cost(100.0), Cost(500.0, no, no), Cost(150.0), Flow(progress=0.5), Pace()).bytes
         150.0
     """
     parts = zip(start.parts, limit.parts, total.parts, strict=True)
     free = Cost(*(_target(first, most, flow.progress) - now for first, most, now in parts))
-    now = max(total.milliseconds, seen_ms)
-    return replace(free, milliseconds=min(free.milliseconds, pace.room(now, limit.milliseconds)))
+    return replace(free, milliseconds=pace.room(total.milliseconds, limit.milliseconds))
 
 
 def _target(start: float, most: float, progress: float) -> float:
@@ -59,7 +58,7 @@ def agreed_offers(offers: Sequence[Candidate]) -> list[Candidate]:
         >>> from sparsenet.architecture.growth.controller import Candidate
         >>> from sparsenet.architecture.growth.ledger import Cost
         >>> from sparsenet.architecture.growth.spending import agreed_offers
-        >>> agreed_offers([Candidate("units", "0", 2.0, Cost(8.0), width=4)])[0].gain
+        >>> agreed_offers([Candidate("units", "0", 2.0, Cost(8.0), count=4)])[0].gain
         2.0
     """
     if not distributed.is_active():
@@ -68,13 +67,13 @@ def agreed_offers(offers: Sequence[Candidate]) -> list[Candidate]:
     if not offers:
         return []
     costs = distributed.highest([part for offer in offers for part in offer.cost.parts])
-    gains = distributed.mean_of([offer.gain for offer in offers])
-    together = zip(offers, gains, zip(*[iter(costs)] * 3, strict=True), strict=True)
-    return [replace(offer, gain=gain, cost=Cost(*parts)) for offer, gain, parts in together]
+    gains = distributed.mean_of([number for offer in offers for number in (offer.gain, offer.usual)])
+    together = zip(offers, zip(*[iter(gains)] * 2, strict=True), zip(*[iter(costs)] * 3, strict=True), strict=True)
+    return [replace(offer, gain=gain, usual=usual, cost=Cost(*parts)) for offer, (gain, usual), parts in together]
 
 
 def _number_of(place: int, offer: Candidate) -> int:
-    return (place + 1) * (sum(map(ord, offer.key)) + 1_000_003 * offer.width)
+    return (place + 1) * (sum(map(ord, offer.key)) + 1_000_003 * offer.count)
 
 
 def spent(offers: Sequence[Candidate], ledger: Ledger, free: Cost, limit: Cost, left: Cost, flow: Flow) -> Births:
@@ -93,7 +92,7 @@ def spent(offers: Sequence[Candidate], ledger: Ledger, free: Cost, limit: Cost, 
         >>> from sparsenet.compaction.graph import UnitGraph
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> ledger, no = Ledger(UnitGraph(net), (), {}), float("inf")
-        >>> offer = Candidate("units", "0", 1.0, ledger.unit("0"), width=8)
+        >>> offer = Candidate("units", "0", 1.0, ledger.unit("0"), count=8)
         >>> free = Cost(3 * offer.cost.bytes, no, no)
         >>> spent([offer], ledger, free, Cost(1e6, no, no), free, Flow()).units
         {'0': 3}
@@ -111,7 +110,8 @@ def spent(offers: Sequence[Candidate], ledger: Ledger, free: Cost, limit: Cost, 
         units, blocks = _some(offers, counts, ledger, share)
         cost = agreed(ledger.grown(units, blocks))
         if layer is not None:  # it is as wide as the layer in front is then
-            cost += layer.cost * (1 + units.get(layer.layer, 0) / max(layer.width, 1)) ** 2
+            width = unit_weights(ledger.stages[layer.layer].module).rows
+            cost += layer.cost * (1 + units.get(layer.layer, 0) / max(width, 1)) ** 2
         if cost.fits(left):
             born = Births(units, blocks, "" if layer is None else layer.layer)
             break

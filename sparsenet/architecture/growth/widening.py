@@ -29,9 +29,8 @@ from sparsenet.architecture.growth.placing import (
     why_unknown,
 )
 from sparsenet.architecture.growth.weights import Brood
-from sparsenet.compaction.compacting import commit, plain_model
+from sparsenet.compaction.compacting import carry_out, copies_of, plain_model
 from sparsenet.compaction.graph import UnitGraph
-from sparsenet.compaction.moves import model_bytes
 from sparsenet.optimizer_state import as_optimizers, with_inner_optimizers
 from sparsenet.schedules import as_integer
 
@@ -157,20 +156,14 @@ def widen(
         if how in ("gradient", "firefly"):
             found = {b.stage.name: directions(graph, b, how, operands or {}, seed) for b in births}
         brood = Brood(births, how == "split", how not in ("zero", "split"), found, seed)
-        twins = {id(twin): twin for twin in map(plain_model, (*copies, *getattr(sparsifier, "followers", ())))}
-        twins.pop(id(net), None)
         growth = GrowthMoves(graph, brood, states)
         prepared = [growth.prepare(*entry, net, optimizers) for entry in growth.places]
-        prepared += [growth.prepare(*entry, twin, ()) for twin in twins.values() for entry in growth.places]
+        prepared += [
+            growth.prepare(*entry, twin, ()) for twin in copies_of(net, copies, sparsifier) for entry in growth.places
+        ]
         if distributed.is_active():
             distributed.assert_same("the units that widening adds", growth.digest())
-        before = model_bytes(net, optimizers)
-        commit(prepared)  # from here on the graph no longer describes the model
-        after = model_bytes(net, optimizers)
-    if isinstance(model, distributed.DataParallel):
-        distributed.rebuild(model)
-    if sparsifier is not None:
-        sparsifier.refresh()
+        before, after = carry_out(prepared, model, optimizers, sparsifier)  # the graph no longer describes the model
     weighted = [(stage.name, rows, cols) for stage, rows, cols in growth.places if stage.weights is not None]
     return WidenReport(
         new={name: rows.new for name, rows, _ in weighted if rows is not None},

@@ -30,7 +30,8 @@ def row_squares(module: nn.Module) -> Tensor:
     if isinstance(weights, BlockWeights):
         return weights.line_squares(rows=True).float()
     weight = module.weight.detach().flatten(1)
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # without a tensor of squares
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square().float()  # without a tensor of squares
 
 
 class Worth:

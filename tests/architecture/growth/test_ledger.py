@@ -14,7 +14,7 @@ from sparsenet.architecture.growth.deepening import deepen
 from sparsenet.architecture.growth.ledger import Cost, Ledger, as_is, with_more
 from sparsenet.architecture.growth.widening import widen
 from sparsenet.compaction.graph import UnitGraph
-from sparsenet.memory import LayerCost
+from sparsenet.memory import LayerCost, step_bytes
 
 
 def network(kind: str) -> tuple[nn.Module, torch.Tensor]:
@@ -121,3 +121,35 @@ def test_sizes_of_costs():
     assert as_is(cost, nn.Sequential(nn.Linear(5, 9))).in_features == 5
     assert as_is(cost, nn.Sequential(nn.ReLU())) is cost
     assert agreed(Cost(1.0, 2.0)) == Cost(1.0, 2.0)
+
+
+def test_what_the_optimizer_takes_for_a_moment_counts_where_it_is_more_than_the_activations():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 4))
+    optimizer, x = torch.optim.Adam(model.parameters()), torch.randn(2, 256)
+    model(x).sum().backward()
+    optimizer.step()
+    account = Account(model, [optimizer], operands=False)
+    told = account.measure((x,), 2) and total(account, x).bytes
+    assert account.temporary > account.activations
+    assert told == pytest.approx(step_bytes(model, optimizer, x).at_once, rel=0.01)
+    graph = UnitGraph(model, zeros=False)
+    predicted = account.ledger(graph).grown({"0": 32}, {}).bytes
+    widen(model, optimizer, {"0": 32})
+    assert 0 < total(account, x).bytes - told <= predicted + 64
+
+
+def test_milliseconds_of_small_layers_are_no_multiple_of_what_a_step_takes():
+    """Times of small layers jump; one more unit was once predicted to take a tenth of the limit."""
+
+    class Jumps:
+        def predict(self, layers):
+            return 1.0 + 100.0 * sum(layer.out_features > 24 for layer in layers)
+
+    _, _, account, _ = accounted("sparse")
+    graph = UnitGraph(account.net, zeros=False)
+    ledger = Ledger(graph, (), account.by_module, account.fixed, account.layers[:1], Jumps())
+    now = ledger.total()
+    assert now.milliseconds == 1.0
+    for price in (ledger.unit("0"), ledger.grown({"0": 8}, {}), ledger.block("0")):
+        assert price.milliseconds <= 2.0 * price.bytes / now.bytes

@@ -15,7 +15,7 @@ from sparsenet.architecture.growth.candidates import candidates, growable_layers
 from sparsenet.architecture.growth.checking import check_fits, one_number
 from sparsenet.architecture.growth.controller import Candidate, Flow, allotted
 from sparsenet.architecture.growth.events import Change, Event, together
-from sparsenet.architecture.growth.gains import best_new_blocks, grad_input_of, layer_gain, unit_gain
+from sparsenet.architecture.growth.gains import best_new_blocks, grad_input_of, layer_gain, squared_gradient, unit_gain
 from sparsenet.architecture.growth.holding import Limits
 from sparsenet.architecture.growth.idle import fading_blocks, idle_units
 from sparsenet.architecture.growth.ledger import Cost, Ledger
@@ -124,34 +124,45 @@ def test_blocks_move_with_their_state():
 
 
 def test_room_goes_by_gain_per_cost_over_width_squared():
-    a, b = (Candidate("units", n, 1.0, Cost(10.0), width=w, most=100) for n, w in (("a", 1), ("b", 2)))
+    a, b = (Candidate("units", n, 1.0, Cost(10.0), count=w, most=100) for n, w in (("a", 1), ("b", 2)))
     assert allotted([a, b], Cost(100.0, NO, NO), Cost(1000.0, NO, NO), Flow()) == {"units a": 8, "units b": 2}
-    one = Candidate("units", "a", 1.0, Cost(10.0), width=1, most=3)
+    one = Candidate("units", "a", 1.0, Cost(10.0), count=1, most=3)
     assert allotted([one, b], Cost(100.0, NO, NO), Cost(1000.0, NO, NO), Flow()) == {"units a": 3, "units b": 7}
     assert allotted([a], Cost(-5.0, NO, NO), Cost(1000.0, NO, NO), Flow()) == {}
 
 
+def test_room_goes_by_gain_over_that_of_items_that_are_there():
+    """The last layer's gradients are larger; it gets no more for that."""
+    options = {"cost": Cost(10.0), "count": 4, "most": 100}
+    near = Candidate("units", "near the loss", 80.0, usual=40.0, **options)
+    far = Candidate("units", "far from it", 2.0, usual=1.0, **options)
+    counts = allotted([near, far], Cost(80.0, NO, NO), Cost(1000.0, NO, NO), Flow())
+    assert counts == {near.key: 4, far.key: 4}
+
+
 def test_whole_groups_only_and_gains_that_are_not_finite_get_nothing():
     flow = Flow()
-    offer = Candidate("units", "a", 1.0, Cost(1.0), width=1, group=4, most=100)
+    offer = Candidate("units", "a", 1.0, Cost(1.0), count=1, group=4, most=100)
     got = [allotted([offer], Cost(3.0, NO, NO), Cost(100.0, NO, NO), flow).get("units a", 0) for _ in range(3)]
     assert got == [0, 0, 0]  # a group costs 4, more than there is room for
-    bad = Candidate("units", "a", math.nan, Cost(1.0), width=1)
+    bad = Candidate("units", "a", math.nan, Cost(1.0), count=1)
     assert allotted([bad], Cost(3.0, NO, NO), Cost(100.0, NO, NO), Flow()) == {}
 
 
 def test_room_follows_the_flow_and_milliseconds():
     flow, limit = Flow(progress=0.25), Cost(500.0, NO, 10.0)
-    free = room(Cost(100.0), limit, Cost(150.0), flow, Pace(), seen_ms=20.0)
+    free = room(Cost(100.0), limit, Cost(150.0, 0.0, 20.0), flow, Pace())
     assert free.bytes == pytest.approx(100 + 0.25 * 400 - 150)
     assert free.milliseconds < 0
+    early = room(Cost(100.0), limit, Cost(150.0, 0.0, 2.0), Flow(progress=0.0), Pace())
+    assert early.milliseconds == pytest.approx(0.6 * (0.95 * 10.0 - 2.0)), "no target of milliseconds on the way"
 
 
 def test_nothing_is_spent_beyond_what_is_left_and_an_inserted_layer_counts():
     model = mlp(4, 8, 8, 2)
     ledger = Ledger(UnitGraph(model), (), {})
-    units = Candidate("units", "0", 1.0, ledger.unit("0"), width=8, most=8)
-    layers = [Candidate("layers", n, 1.0, ledger.layer(n), width=8, most=1) for n in ("0", "2")]
+    units = Candidate("units", "0", 1.0, ledger.unit("0"), count=8, most=8)
+    layers = [Candidate("layers", n, 1.0, ledger.layer(n), count=8, most=1) for n in ("0", "2")]
     flow, free, limit = Flow(), Cost(1e4, NO, NO), Cost(1e5, NO, NO)
     born = spent([units, *layers], ledger, free, limit, free, flow)
     assert born.layer == "0"
@@ -232,4 +243,13 @@ def test_a_loss_is_one_number():
     check_fits(Cost(1.0, 1.0), Cost(1.0, 1.0, NO))
     with pytest.raises(ValueError, match="budget must be at least"):
         check_fits(Cost(2.0, 1.0), Cost(1.0, 1.0, NO))
-    assert row_squares(nn.Linear(3, 2)).shape == (2,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_squares_of_weights_and_gradients_in_any_dtype(dtype):
+    layer = nn.Linear(3, 2).to(dtype)
+    assert squared_gradient(layer) == 0.0
+    layer.weight.data.fill_(200.0)
+    layer.weight.grad = torch.full((2, 3), 100.0, dtype=dtype)
+    assert squared_gradient(layer) == pytest.approx(6e4)
+    assert row_squares(layer).tolist() == pytest.approx([1.2e5, 1.2e5])

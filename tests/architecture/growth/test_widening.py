@@ -545,7 +545,7 @@ def test_a_copy_of_another_size_is_refused_and_nothing_has_changed():
 
 def test_all_is_taken_back_when_it_fails_half_way(monkeypatch):
     """Only a lack of memory can; here the last of the puts is made to fail."""
-    from sparsenet.architecture.growth import widening
+    from sparsenet.compaction import compacting
 
     model = nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6), sn.SparseLinear(6, 8, density=0.6, block_size=4), nn.Linear(8, 2)
@@ -553,7 +553,7 @@ def test_all_is_taken_back_when_it_fails_half_way(monkeypatch):
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer, torch.randn(5, 4))
     before = tensors_of(model, optimizer)
-    commit = widening.commit
+    commit = compacting.commit
 
     def failing(prepared):
         def fail():
@@ -562,7 +562,7 @@ def test_all_is_taken_back_when_it_fails_half_way(monkeypatch):
         prepared[-1].puts.append((fail, lambda: None))
         commit(prepared)
 
-    monkeypatch.setattr(widening, "commit", failing)
+    monkeypatch.setattr(compacting, "commit", failing)
     with pytest.raises(MemoryError):
         widen(model, optimizer, {"0": 3, "2": 3})
     assert_unchanged(before, tensors_of(model, optimizer))

@@ -19,6 +19,7 @@ from sparsenet.architecture.growth.ledger import Cost
 
 __all__ = ["Candidate", "Flow", "allotted"]
 
+MOST_BETTER = 1e3  # times what is there: where that has no gradient at all, the ratio says nothing more
 DECISIONS = 40  # to grow over, where the length of the training is not known
 
 
@@ -47,7 +48,8 @@ class Candidate:
 
     def worth(self, limit: Cost) -> float:
         """How much of what is free it gets, beside others."""
-        return self.gain / max(self.usual, 1e-30) / (self.share_of(limit) * max(self.count, 1) ** 2)
+        better = min(self.gain / max(self.usual, 1e-30), MOST_BETTER)
+        return better / (self.share_of(limit) * max(self.count, 1) ** 2)
 
     def share_of(self, limit: Cost) -> float:
         """Of the limit, that one item takes."""
@@ -105,16 +107,17 @@ def allotted(candidates: list[Candidate], room: Cost, limit: Cost, flow: Flow) -
         >>> allotted([a, b], Cost(80.0, no_limit, no_limit), Cost(1000.0, no_limit, no_limit), Flow())
         {'units a': 6, 'units b': 2}
     """
-    useful = [c for c in candidates if c.gain > 0 and c.most > 0 and math.isfinite(c.gain)]
-    worth = {c.key: c.worth(limit) for c in useful}
+    worth = {c.key: c.worth(limit) for c in candidates if c.gain > 0 and c.most > 0 and math.isfinite(c.gain)}
+    useful = [c for c in candidates if worth.get(c.key, 0.0) > 0.0]
     parts = zip(room.parts, limit.parts, strict=True)
     share = min((part / most for part, most in parts if math.isfinite(most)), default=0)
     counts: dict[str, int] = {}
-    left, waiting = room, sum(worth.values())
-    for c in sorted(useful, key=lambda c: c.most * c.share_of(limit) / worth[c.key]):  # the first to be full
-        each = c.share_of(limit)
+    left = room
+    order = sorted(useful, key=lambda c: c.most * c.share_of(limit) / worth[c.key])  # the first to be full
+    for place, c in enumerate(order):
+        each, waiting = c.share_of(limit), sum(worth[other.key] for other in order[place:])
         items = min(max(share, 0.0) * worth[c.key] / waiting / each, c.most)
-        share, waiting = share - items * each, waiting - worth[c.key]
+        share -= items * each
         count = min(flow.whole(c.key, items, c.group), int(min(c.most, 1e12) // c.group * c.group))
         while count > 0 and not (c.cost * count).fits(left):
             count -= c.group

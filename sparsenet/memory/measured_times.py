@@ -1,10 +1,10 @@
 """Times of layers, measured on this machine at sizes that are powers of two, and interpolated between them.
 
 Each measurement is a forward and backward pass of one layer (or an optimizer's update of so many elements) and is made
-when it is first needed: some milliseconds. The logarithm of the time is interpolated linearly along the logarithm of
-every size, which is exact where a time is a power of the sizes. Above the largest sizes measured, time grows with the
-work. What was measured is kept in the user's cache, one file per processor, instruction set, number of threads and
-versions.
+when it is first needed: some milliseconds; again, where half the size took longer. The logarithm of the time is
+interpolated linearly along the logarithm of every size, which is exact where a time is a power of the sizes. Above the
+largest sizes measured, time grows with the work. What was measured is kept in the user's cache, one file per processor,
+instruction set, number of threads and versions.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ _WIDEST, _MOST_ROWS, _MOST_ELEMENTS = 2048, 1 << 14, 1 << 21  # measured; beyond
 _MOST_VALUES = 1 << 22  # of one activation that is measured
 _SECONDS, _LEAST_REPEATS, _MOST_REPEATS = 0.02, 4, 40  # of one measurement
 
+UNDISTURBED = 0.8  # of the time of half the size: less than that says that half the size was measured badly
+
 Sizes = dict[str, float]
 
 
@@ -72,7 +74,8 @@ class MeasuredTimes:
         digest = hashlib.sha256(json.dumps(self.machine, sort_keys=True).encode()).hexdigest()[:16]
         self.path = self.folder / f"{digest}.json"
         self.seconds: dict[str, float] = self._read()
-        self._saved = len(self.seconds)
+        self._saved: int | None = len(self.seconds)
+        self._sure: set[str] = set()  # measured twice
         self._said = False
 
     def layer_seconds(self, cost: LayerCost) -> float:
@@ -128,12 +131,23 @@ class MeasuredTimes:
         return beyond * math.exp(logarithm)
 
     def _at(self, fixed: str, sizes: Sizes, call: Callable) -> float:
-        key = " ".join([fixed, *(f"{name}={size}" for name, size in sizes.items())])
-        if key not in self.seconds:
+        key = _key(fixed, sizes)
+        again = key in self.seconds and key not in self._sure and self._disturbed(fixed, sizes)
+        if again or key not in self.seconds:
             with _undisturbed_measuring():
                 work, share = call(**{name.replace("in", "in_"): size for name, size in sizes.items()})
-                self.seconds[key] = _least_seconds(work) * share
+                seconds = _least_seconds(work) * share
+            self.seconds[key] = min(seconds, self.seconds.get(key, math.inf))
+            self._saved = None
+        if again:
+            self._sure.add(key)
         return self.seconds[key]
+
+    def _disturbed(self, fixed: str, sizes: Sizes) -> bool:
+        """Whether twice the size took clearly less: another program ran when this was measured."""
+        own = self.seconds[_key(fixed, sizes)]
+        doubled = (self.seconds.get(_key(fixed, {**sizes, name: 2 * size}), math.inf) for name, size in sizes.items())
+        return min(doubled) < UNDISTURBED * own
 
     # --- the file ---
 
@@ -165,6 +179,10 @@ class MeasuredTimes:
                 logger.warning("StepTimeModel: what was measured is not kept: %s", error)
             self._said = True
         self._saved = len(self.seconds)
+
+
+def _key(fixed: str, sizes: Sizes) -> str:
+    return " ".join([fixed, *(f"{name}={size}" for name, size in sizes.items())])
 
 
 def machine() -> dict[str, str | int]:

@@ -51,6 +51,20 @@ def test_only_what_is_needed_is_measured_and_kept(made_times, tmp_path):
     assert content["machine"] == measured_times.machine() and len(content["seconds"]) == 3
 
 
+def test_what_took_longer_than_twice_the_size_is_measured_again(made_times, tmp_path):
+    """Another program ran at the time; the file would keep it for ever."""
+    small, large = LayerCost("dense", 64, 32, 16), LayerCost("dense", 128, 32, 16)
+    made_times.predict([small])
+    made_times.predict([large])
+    key = next(key for key in made_times.times.seconds if "out=64" in key)
+    made_times.times.seconds[key] = 1.0
+    assert made_times.predict([small]) == pytest.approx(2.0)  # 1 ms, and the optimizer's step
+    assert made_times.measured == 4
+    made_times.predict([small])
+    assert made_times.measured == 4, "once"
+    assert StepTimeModel(folder=tmp_path / "cache").times.seconds[key] == 1e-3
+
+
 @pytest.mark.parametrize("kept", ["", "{", '{"format": 1}', "[]", '{"format": 1, "machine": {"cpu": "other"}, "seconds": {"a": 1.0}}', "\udcff"])  # fmt: skip # noqa: E501
 def test_a_file_that_cannot_be_used_is_made_anew(made_times, kept):
     made_times.times.folder.mkdir()

@@ -2,11 +2,12 @@
 
 A *line* is a row of blocks, or a column of blocks: everything here is written once, for rows; columns are the rows of
 the transposed blocks. Old blocks keep their elements, bit for bit; where the last line was partly outside the matrix,
-its blocks are filled first. A new line gets as many blocks as the old ones have on average.
+its blocks are filled first. A new line gets as many blocks as the old ones have on average, or as a density allows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ from sparsenet.pattern import BlockPattern
 from sparsenet.policies.places import layer_key
 
 __all__ = ["GrownPattern", "grow_pattern"]
+
+LEAST_READ = 64  # elements of a new line that are allowed at any density
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,20 @@ class GrownPattern:
 
 
 def grow_pattern(
-    name: str, pattern: BlockPattern, rows: Placing | None, cols: Placing | None, copied: bool, seed: int
+    name: str,
+    pattern: BlockPattern,
+    rows: Placing | None,
+    cols: Placing | None,
+    copied: bool,
+    seed: int,
+    density: float = 1.0,
 ) -> GrownPattern:
     """The blocks of layer ``name`` once it has new rows and columns.
 
     Args:
         rows, cols: where they stand; None: none are new.
         copied: whether new lines must have every block that those of their parents have.
+        density: of a new line, at most; or ``LEAST_READ`` elements, where that is more.
 
     Raises:
         GrowthError: new units among old ones would move these inside their blocks.
@@ -54,19 +64,25 @@ def grow_pattern(
     shape = tuple(n if axis is None else len(axis.old) for n, axis in zip(pattern.shape, (rows, cols), strict=True))
     if rows is not None:
         row = _moved_lines(rows, tall, b)[row]
-        average = max(1, round(count / max(tall, 1)))
+        average = min(max(1, round(count / max(tall, 1))), _most(density, wide, b))
         added = _new_blocks(row, col, rows, b, wide, average, copied, layer_key(seed, 3, name))
         row, col = np.concatenate([row, added[0]]), np.concatenate([col, added[1]])
     if cols is not None:
         col = _moved_lines(cols, wide, b)[col]
-        average = max(1, round(count / max(wide, 1)))
-        added = _new_blocks(col, row, cols, b, -(-shape[0] // b), average, copied, layer_key(seed, 4, name))
+        others = -(-shape[0] // b)
+        average = min(max(1, round(count / max(wide, 1))), _most(density, others, b))
+        added = _new_blocks(col, row, cols, b, others, average, copied, layer_key(seed, 4, name))
         row, col = np.concatenate([row, added[1]]), np.concatenate([col, added[0]])
     places = torch.from_numpy(row * max(-(-shape[1] // b), 1) + col)
     order = places.argsort()
     carried = torch.where(order < count, order, -1)
     made = BlockPattern.from_linear_places(places, shape, b).to(pattern.device)
     return GrownPattern(made, carried.to(pattern.device))
+
+
+def _most(density: float, others: int, b: int) -> int:
+    """Blocks of a new line that crosses ``others``."""
+    return max(1, math.ceil(density * others), LEAST_READ // b)
 
 
 def _check_whole_blocks(name: str, axis: Placing | None, b: int) -> None:

@@ -87,8 +87,9 @@ class Grower:
         prune: ``fisher`` (Molchanov et al., 2019) or ``magnitude``.
         every: steps from decision to decision: small for continuous growth, large for growth in phases; the same code.
         grow_until: share of the training by which the limit may be used in full.
-        density: up to which blocks are added to a block-sparse layer; the rest of the budget widens it. A wide layer
-            of few blocks learns more than a narrow full one of the same bytes.
+        density: up to which blocks are added to a block-sparse layer, and of its new rows and columns (which may have
+            a fan-in of 64 in any case); the rest of the budget widens it. A wide layer of few blocks learns more than a
+            narrow full one of the same bytes.
         turnover: share of each layer's blocks exchanged per 100 steps at the start, falling as a cosine to zero at
             three quarters of the training (RigL: Evci et al., 2020).
         idle: units worth less than this share of their layer's mean leave, in the first three quarters of the training.
@@ -190,7 +191,7 @@ class Grower:
         frozen = check_can_grow(graph, self.rules.levels, bool(self._structure.sparse()))
         self._start = self._now = self._account.total(graph)  # without activations, until a batch was seen
         check_fits(self._now, self._limits.at(0))
-        self._surgery = Surgery(model, optimizer, followers, opaque, sparsifier, grow, self._scores)
+        self._surgery = Surgery(model, optimizer, followers, opaque, sparsifier, grow, self._scores, self.rules.density)
         parts = self._structure, self._account, self._limits, self._surgery, self._worth, self._fades, self._flow
         self._decider = Decider(self.rules, *parts, [])
         self._watch = StepWatch(self.net, max(self.every, WINDOW))

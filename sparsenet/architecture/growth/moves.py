@@ -152,7 +152,9 @@ class GrowthMoves:
         """Values, gradient, mask and state of a block-sparse layer."""
         old = layer.pattern
         if layer is stage.module:
-            self.patterns[stage.name] = grow_pattern(stage.name, old, rows, cols, self.brood.copied, self.brood.seed)
+            self.patterns[stage.name] = grow_pattern(
+                stage.name, old, rows, cols, self.brood.copied, self.brood.seed, self.brood.density
+            )
         grown = self.patterns[stage.name]
         new = _new_elements(grown, rows, cols)
         data = grown_blocks(stage, layer, grown, rows, cols, self.brood)

@@ -30,7 +30,7 @@ class Surgery:
 
     Args:
         model, optimizer, followers, opaque, sparsifier: as of :class:`sparsenet.Grower`.
-        grow: how units are born. scores: of the interval.
+        grow: how units are born. scores: of the interval. density: of new units in block-sparse layers, at most.
 
     Attributes:
         young: report of the last widening or deepening, while what it added is where it was born.
@@ -45,9 +45,10 @@ class Surgery:
         sparsifier,
         grow: str,
         scores: IntervalScores,
+        density: float = 1.0,
     ):
         self.model, self.optimizer, self.followers, self.sparsifier = model, optimizer, followers, sparsifier
-        self.opaque, self.grow, self.scores = tuple(opaque), grow, scores
+        self.opaque, self.grow, self.scores, self.density = tuple(opaque), grow, scores, density
         self.young = None
 
     def blocks(self, layers: Mapping[str, SparseLinear], leaving: Mapping[str, Tensor], why: str) -> list[Change]:
@@ -127,6 +128,7 @@ class Surgery:
                 some,
                 how=how,
                 operands=operands if how in _BY_OPERANDS else None,
+                density=self.density,
                 copies=self.followers,
                 sparsifier=self.sparsifier,
                 opaque=self.opaque,

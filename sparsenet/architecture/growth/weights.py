@@ -43,6 +43,7 @@ class Brood:
         births: in the order of their numbers.
         copied: whether they are copies of other units. mixed: whether random weights are mixtures of old ones.
         directions: by layer; empty: random ones. seed: of all random numbers.
+        density: of a block-sparse layer's new rows and columns, at most.
     """
 
     births: tuple[Birth, ...]
@@ -50,6 +51,7 @@ class Brood:
     mixed: bool
     directions: dict[str, Directions]
     seed: int
+    density: float = 1.0
 
     def speaks(self, axis: Placing) -> Tensor:
         """Bool by position: whether its outgoing weights are not zero."""

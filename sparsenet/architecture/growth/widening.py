@@ -32,7 +32,7 @@ from sparsenet.architecture.growth.weights import Brood
 from sparsenet.compaction.compacting import carry_out, copies_of, plain_model
 from sparsenet.compaction.graph import UnitGraph
 from sparsenet.optimizer_state import as_optimizers, with_inner_optimizers
-from sparsenet.schedules import as_integer
+from sparsenet.schedules import as_integer, as_number
 
 __all__ = ["WidenReport", "widen"]
 
@@ -78,6 +78,7 @@ def widen(
     how: str = "pairs",
     operands: Operands | None = None,
     state: str | float = "scaled",
+    density: float = 1.0,
     sparsifier=None,
     copies: Iterable[nn.Module] = (),
     opaque: Iterable[str] = (),
@@ -109,6 +110,8 @@ def widen(
             is laid over all places of the reader's kernel.
         state: what second moments of new weights start with: ``scaled`` (a tenth of the mean of the others, as measured
             best), ``zero``, ``mean``, or a factor of the mean. All other state starts as that of a new parameter.
+        density: most blocks of a block-sparse layer's new row or column, as a share of its places; a fan-in of 64 is
+            allowed in any case.
         sparsifier: the :class:`~sparsenet.Sparsifier` of this model, to learn of the new patterns; its ``followers``
             are copies.
         copies: models of the same structure (an EMA, a best-so-far) that get the same units.
@@ -117,9 +120,9 @@ def widen(
             longer describes the model afterwards.
         seed: of new weights and places of blocks: the same seed gives the same bits.
 
-    A block-sparse layer's new rows and columns of blocks get as many blocks as its others have on average, at random
-    places; blocks that were partly outside the matrix are filled first. Elements of new units are not masked. A copied
-    unit has every block that its parent has.
+    A block-sparse layer's new rows and columns of blocks get as many blocks as its others have on average (or as
+    ``density`` allows), at random places; blocks that were partly outside the matrix are filled first. Elements of new
+    units are not masked. A copied unit has every block that its parent has.
 
     Returns:
         Where the new units are, and what they cost.
@@ -146,7 +149,7 @@ def widen(
     if how not in HOW:
         raise GrowthError(f"widen: how must be one of {', '.join(HOW)}, got {how!r}")
     seed = as_integer("widen", "seed", seed)
-    states = BornState(state)
+    states, density = BornState(state), float(as_number("widen", "density", density, within=(0, 1)))
     with said_by("widen"), torch.no_grad():
         net = plain_model(model)
         optimizers = with_inner_optimizers((*as_optimizers(optimizer), *getattr(sparsifier, "optimizers", ())))
@@ -155,7 +158,7 @@ def widen(
         found = {}
         if how in ("gradient", "firefly"):
             found = {b.stage.name: directions(graph, b, how, operands or {}, seed) for b in births}
-        brood = Brood(births, how == "split", how not in ("zero", "split"), found, seed)
+        brood = Brood(births, how == "split", how not in ("zero", "split"), found, seed, density)
         growth = GrowthMoves(graph, brood, states)
         prepared = [growth.prepare(*entry, net, optimizers) for entry in growth.places]
         prepared += [

@@ -577,3 +577,17 @@ def test_growable_and_readers():
         readers(UnitGraph(model), "9")
     with pytest.raises(GrowthError, match="multiple_of: name must be a layer of the model, got '9'"):
         multiple_of(UnitGraph(model), "9")
+
+
+def test_new_rows_and_columns_are_no_denser_than_asked():
+    """A small full layer would stay full however wide it gets."""
+    model = sn.SparseMLP([256, 64, 64, 8], density=1.0, block_size=16)
+    x = torch.randn(5, 256)
+    before = model(x)
+    widen(model, None, {"0": 448, "1": 448}, density=0.1)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    pattern = model[1].pattern
+    assert pattern.to_mask().any(1).all() and pattern.to_mask().any(0).all()
+    assert 16 < pattern.num_blocks <= 16 + 2 * 28 * 4, "4 blocks, a fan-in of 64, for each new row and column"
+    with pytest.raises(ValueError, match="widen: density must be"):
+        widen(model, None, {"0": 16}, density=2.0)

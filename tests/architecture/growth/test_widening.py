@@ -588,6 +588,9 @@ def test_new_rows_and_columns_are_no_denser_than_asked():
     assert torch.allclose(model(x), before, atol=1e-6)
     pattern = model[1].pattern
     assert pattern.to_mask().any(1).all() and pattern.to_mask().any(0).all()
-    assert 16 < pattern.num_blocks <= 16 + 2 * 28 * 4, "4 blocks, a fan-in of 64, for each new row and column"
+    assert 16 < pattern.num_blocks <= 16 + 28 * 4 + 28, "4 blocks, a fan-in of 64, for each new row; 1 for each column"
+    for _ in range(3):
+        widen(model, None, {"0": 512, "1": 512}, density=0.1)
+    assert 0.05 < model[1].pattern.density <= 0.1
     with pytest.raises(ValueError, match="widen: density must be"):
         widen(model, None, {"0": 16}, density=2.0)

@@ -73,7 +73,7 @@ def train_grown(args: argparse.Namespace, data: tuple[torch.Tensor, ...]) -> tup
     classes = int(y.max()) + 1
     generator = torch.Generator().manual_seed(args.seed)
     model = sn.SparseMLP([x.shape[1], *[8] * HIDDEN, classes], [0.1, 1.0, 1.0, 1.0], 16, generator=generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     steps = args.epochs * (len(x) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     every = max(2, min(25, steps // 20))
@@ -128,14 +128,14 @@ def train_dense(args: argparse.Namespace, data: tuple[torch.Tensor, ...], budget
 
     def needs(width: int) -> int:
         model = build(width)
-        return step_bytes(model, torch.optim.AdamW(model.parameters()), x[: args.batch]).at_once
+        return step_bytes(model, torch.optim.AdamW(model.parameters(), fused=True), x[: args.batch]).at_once
 
     low, high = 1, 4096
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needs(middle) <= budget else (low, middle - 1)
     model = build(low)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     steps = args.epochs * (len(x) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(args.seed)

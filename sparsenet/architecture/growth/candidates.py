@@ -59,7 +59,7 @@ def candidates(
         ('units', '0', 7.0)
     """
     found: list[Candidate] = []
-    new_blocks = NewBlocks(kept) if new_blocks is None else new_blocks
+    new_blocks = NewBlocks(kept, 0) if new_blocks is None else new_blocks
     growing = growable_layers(graph)
     for name in growing if "units" in levels else ():
         stage = ledger.stages[name]

@@ -100,7 +100,7 @@ class Decider:
         seed = layer_key(self.rules.seed, step, "births") & 0x7FFFFFFF
         free = room(start, limit, held, self.flow, self.limits.pace)
         offers: list[Candidate] = []
-        new_blocks = NewBlocks(kept)
+        new_blocks = NewBlocks(kept, step // self.rules.every)
         if not stopped and min(free.parts) > 0:  # alike on all ranks, as all that it is made of
             options = self.rules.levels, self.rules.density, seed, new_blocks
             offers = agreed_offers(candidates(graph, ledger, kept, *options))

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from sparsenet import functional
 from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.layers import SparseLinear
+from sparsenet.pattern import BlockPattern
 from sparsenet.policies.places import best_places
 
 __all__ = ["NewBlocks", "best_new_blocks", "layer_gain", "unit_gain"]
 
 CANDIDATES = 16  # random units that stand for those which could be born
+PARTS = 4  # of a layer's rows that are looked at in turn
+CHOICE = 8  # free places for each block that is wanted, at least, in such a part
 Pair = tuple[Tensor, Tensor]
 
 
@@ -105,8 +108,12 @@ def layer_gain(x: Tensor, grad_input: Tensor) -> float:
     return float(((grad_input @ grad_input.T) * (x @ x.T)).sum())  # the same, by rows
 
 
-def best_new_blocks(layer: SparseLinear, operands: Pair, count: int) -> tuple[Tensor, Tensor]:
+def best_new_blocks(
+    layer: SparseLinear, operands: Pair, count: int, rows: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """The ``count`` inactive places of largest gradient norm (Evci et al., 2020), ascending, and the squared norms.
+
+    ``rows``: block rows [begin, end) to look at; None: all.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -126,39 +133,52 @@ def best_new_blocks(layer: SparseLinear, operands: Pair, count: int) -> tuple[Te
         norms = functional.block_gradient_squared_norms(*operands[:2], pattern.block_size, rows)
         return norms.flatten()[places - rows[0] * columns]
 
-    free = pattern.block_rows * columns - pattern.num_blocks
-    return best_places(pattern, score, min(count, free), (0, pattern.block_rows))
+    return best_places(pattern, score, min(count, _free(pattern)), rows or (0, pattern.block_rows))
+
+
+def _free(pattern: BlockPattern) -> int:
+    return pattern.block_rows * pattern.block_cols - pattern.num_blocks
 
 
 class NewBlocks:
-    """:func:`best_new_blocks` of layers by name, looked for once in a decision: it takes as long as a dense backward.
+    """:func:`best_new_blocks` of layers by name, looked for once in a decision.
+
+    To look at all places takes as long as a dense backward pass. Where few blocks are wanted, one part of the layer's
+    rows is looked at, and the next part at the next decision.
 
     Args:
-        kept: by layer, (x, grad_output, ...) as :func:`best_new_blocks` takes them.
+        kept: by layer, (x, grad_output, ...) as :func:`best_new_blocks` takes them. turn: number of the decision.
 
     Example:
         >>> import torch, sparsenet as sn
         >>> from sparsenet.architecture.growth.gains import NewBlocks
         >>> layer = sn.SparseLinear(64, 64, density=0.25, block_size=16)
-        >>> new = NewBlocks({"0": (torch.randn(8, 64), torch.randn(8, 64))})
+        >>> new = NewBlocks({"0": (torch.randn(8, 64), torch.randn(8, 64))}, turn=0)
         >>> [len(new.best("0", layer, count)[0]) for count in (3, 2, 12)]
         [3, 2, 12]
     """
 
-    def __init__(self, kept: Mapping[str, Sequence]):
-        self._kept = kept
+    def __init__(self, kept: Mapping[str, Sequence], turn: int):
+        self._kept, self._turn = kept, turn
         self._found: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def best(self, name: str, layer: SparseLinear, count: int) -> Pair:
         """The best ``count`` inactive places of a layer, ascending, and their squared norms."""
         if self._found.get(name, (-1,))[0] < count:
-            some = max(count, layer.pattern.num_blocks)
-            self._found[name] = some, *best_new_blocks(layer, self._kept[name][:2], some)
+            some = max(count, layer.pattern.num_blocks // 6)  # what is asked for next is seldom more
+            self._found[name] = some, *self._look(layer, self._kept[name][:2], some)
         _, places, norms = self._found[name]
         if len(places) > count:
             best = functional.select_extreme(norms, count, largest=True)
             places, norms = places[best], norms[best]
         return places, norms
+
+    def _look(self, layer: SparseLinear, operands: Pair, count: int) -> Pair:
+        rows, free = layer.pattern.block_rows, _free(layer.pattern)
+        parts = max(1, min(PARTS, rows, free // (CHOICE * max(count, 1))))
+        part = self._turn % parts
+        found = best_new_blocks(layer, operands, count, (rows * part // parts, rows * (part + 1) // parts))
+        return found if parts == 1 or len(found[0]) == min(count, free) else best_new_blocks(layer, operands, count)
 
 
 def grad_input_of(module: nn.Module, grad_output: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ from sparsenet.architecture.growth.candidates import candidates, growable_layers
 from sparsenet.architecture.growth.checking import check_fits, one_number
 from sparsenet.architecture.growth.controller import Candidate, Flow, allotted
 from sparsenet.architecture.growth.events import Change, Event, together
-from sparsenet.architecture.growth.gains import best_new_blocks, grad_input_of, layer_gain, squared_gradient, unit_gain
+from sparsenet.architecture.growth.gains import (
+    NewBlocks,
+    best_new_blocks,
+    grad_input_of,
+    layer_gain,
+    squared_gradient,
+    unit_gain,
+)
 from sparsenet.architecture.growth.holding import Limits
 from sparsenet.architecture.growth.idle import fading_blocks, idle_units
 from sparsenet.architecture.growth.ledger import Cost, Ledger
@@ -253,3 +260,19 @@ def test_squares_of_weights_and_gradients_in_any_dtype(dtype):
     layer.weight.grad = torch.full((2, 3), 100.0, dtype=dtype)
     assert squared_gradient(layer) == pytest.approx(6e4)
     assert row_squares(layer).tolist() == pytest.approx([1.2e5, 1.2e5])
+
+
+def test_new_blocks_are_looked_for_in_parts_in_turn_and_everywhere_where_many_are_wanted():
+    torch.manual_seed(0)
+    layer = sn.SparseLinear(256, 256, density=0.05, block_size=8)
+    operands = torch.randn(32, 256), torch.randn(32, 256)
+    found = [NewBlocks({"0": operands}, turn).best("0", layer, 4) for turn in range(5)]
+    rows = [(places // layer.pattern.block_cols).tolist() for places, _ in found]
+    assert [sorted({row // 8 for row in each}) for each in rows] == [[0], [1], [2], [3], [0]]
+    whole, norms = best_new_blocks(layer, operands, 1)
+    best = max(found, key=lambda pair: float(pair[1].max()))
+    assert int(whole) in best[0].tolist() and float(norms) == float(best[1].max())
+    many = NewBlocks({"0": operands}, 0).best("0", layer, 500)[0]
+    assert len({int(place) // layer.pattern.block_cols for place in many}) > 24
+    active = set(layer.pattern.linear_places().tolist())
+    assert not active & {int(place) for places, _ in found for place in places}

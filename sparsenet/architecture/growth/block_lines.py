@@ -22,7 +22,7 @@ from sparsenet.policies.places import layer_key
 
 __all__ = ["GrownPattern", "grow_pattern"]
 
-LEAST_READ = 64  # elements of a new line that are allowed at any density
+LEAST_READ = 64  # inputs that a unit may have at any density
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def grow_pattern(
     Args:
         rows, cols: where they stand; None: none are new.
         copied: whether new lines must have every block that those of their parents have.
-        density: of new rows, at most (``LEAST_READ`` elements are allowed in any case), and of the layer once columns
-            are new; a line gets a block in any case.
+        density: of new rows, at most, and of the layer once columns are new; a row may read ``LEAST_READ`` elements in
+            any case, and every line gets a block.
 
     Raises:
         GrowthError: new units among old ones would move these inside their blocks.
@@ -65,16 +65,16 @@ def grow_pattern(
     shape = tuple(n if axis is None else len(axis.old) for n, axis in zip(pattern.shape, (rows, cols), strict=True))
     if rows is not None:
         row = _moved_lines(rows, tall, b)[row]
-        average = min(max(1, round(count / max(tall, 1))), max(math.ceil(density * wide), LEAST_READ // b))
+        average = min(max(1, round(count / max(tall, 1))), _most(density, wide, b))
         added = _new_blocks(row, col, rows, b, wide, average, copied, layer_key(seed, 3, name))
         row, col = np.concatenate([row, added[0]]), np.concatenate([col, added[1]])
     if cols is not None:
         col = _moved_lines(cols, wide, b)[col]
         others = -(-shape[0] // b)
         average = max(1, round(count / max(wide, 1)))
-        if density < 1:  # new rows took theirs: what is left
-            lines = -(-shape[1] // b)
-            average = min(average, max(1, int((density * others * lines - len(row)) / max(lines - wide, 1))))
+        lines = -(-shape[1] // b)
+        left = others * _most(density, lines, b) - len(row)  # new rows took theirs
+        average = min(average, max(1, left // max(lines - wide, 1)))
         added = _new_blocks(col, row, cols, b, others, average, copied, layer_key(seed, 4, name))
         row, col = np.concatenate([row, added[1]]), np.concatenate([col, added[0]])
     places = torch.from_numpy(row * max(-(-shape[1] // b), 1) + col)
@@ -82,6 +82,11 @@ def grow_pattern(
     carried = torch.where(order < count, order, -1)
     made = BlockPattern.from_linear_places(places, shape, b).to(pattern.device)
     return GrownPattern(made, carried.to(pattern.device))
+
+
+def _most(density: float, others: int, b: int) -> int:
+    """Blocks of a row that crosses ``others`` columns of them."""
+    return max(math.ceil(density * others), LEAST_READ // b)
 
 
 def _check_whole_blocks(name: str, axis: Placing | None, b: int) -> None:

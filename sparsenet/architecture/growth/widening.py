@@ -110,8 +110,8 @@ def widen(
             is laid over all places of the reader's kernel.
         state: what second moments of new weights start with: ``scaled`` (a tenth of the mean of the others, as measured
             best), ``zero``, ``mean``, or a factor of the mean. All other state starts as that of a new parameter.
-        density: of a block-sparse layer's new rows, and of the layer once it has new columns, at most. Rows may have a
-            fan-in of 64 in any case.
+        density: of a block-sparse layer's new rows, and of the layer once it has new columns, at most. A unit may read
+            64 others in any case.
         sparsifier: the :class:`~sparsenet.Sparsifier` of this model, to learn of the new patterns; its ``followers``
             are copies.
         copies: models of the same structure (an EMA, a best-so-far) that get the same units.

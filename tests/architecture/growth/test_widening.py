@@ -588,9 +588,13 @@ def test_new_rows_and_columns_are_no_denser_than_asked():
     assert torch.allclose(model(x), before, atol=1e-6)
     pattern = model[1].pattern
     assert pattern.to_mask().any(1).all() and pattern.to_mask().any(0).all()
-    assert 16 < pattern.num_blocks <= 16 + 28 * 4 + 28, "4 blocks, a fan-in of 64, for each new row; 1 for each column"
+    assert 16 < pattern.num_blocks <= 32 * 4 + 28, "rows of 4 blocks, a fan-in of 64; a block for each new column"
     for _ in range(3):
         widen(model, None, {"0": 512, "1": 512}, density=0.1)
     assert 0.05 < model[1].pattern.density <= 0.1
+    small = sn.SparseMLP([16, 16, 16, 2], density=0.5, block_size=1)
+    before = small[1].pattern.density
+    widen(small, None, {"0": 16, "1": 16}, density=0.1)
+    assert small[1].pattern.density == pytest.approx(before, rel=0.1), "64 inputs are allowed"
     with pytest.raises(ValueError, match="widen: density must be"):
         widen(model, None, {"0": 16}, density=2.0)

@@ -68,7 +68,7 @@ def mnist_mlp(task: Growth) -> dict:
                 "density": 1.0,
                 "every": task.every(100),
             }
-            result = train(model, data, epochs=task.epochs(20), lr=2e-3, seed=seed, grower=grower)
+            result = train(model, data, epochs=task.epochs(30), lr=2e-3, seed=seed, grower=grower)
             return result.numbers()
 
         rows.append({"seed": seed, **task.cell("d10_mlp", str(seed), compute)})

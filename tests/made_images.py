@@ -28,9 +28,15 @@ def write_idx(folder: Path, train: int = 700, test: int = 200, side: int = 10) -
             Path(folder, f"{part}-{kind}-ubyte").write_bytes(header + values.numpy().tobytes())
 
 
-def write_cifar(folder: Path, each: int = 20) -> None:
-    """The six files of CIFAR-10: a label and 3 x 32 x 32 bytes for every picture."""
+def write_cifar(folder: Path, each: int = 20, classes: int = 10) -> None:
+    """The six files of CIFAR-10: a label and 3 x 32 x 32 bytes for every picture; the two of CIFAR-100: two labels."""
     folder.mkdir(parents=True)
+    if classes == 100:
+        for name, count in (("train.bin", 5 * each), ("test.bin", each)):
+            x, y = pictures(count, (3, 32, 32))
+            records = torch.cat([y.unsqueeze(1) // 5, y.unsqueeze(1), x.flatten(1)], 1)
+            Path(folder, name).write_bytes(records.numpy().tobytes())
+        return
     x, y = pictures(6 * each, (3, 32, 32))
     records = torch.cat([y.unsqueeze(1), x.flatten(1)], 1)
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sparsenet.reproduce import growth_tables
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[[Growth], dict]] = {
     "d7_budgets": budgets,
     "d8_tables": tables,
     "d9_cifar": cifar,
+    "d9_cifar100": partial(cifar, classes=100),
     "d10_mlp": mnist_mlp,
     "d10_convolutional": mnist_convolutional,
     "d12_gromo": gromo_growth,
@@ -41,7 +43,7 @@ PARTS: dict[str, Callable[[Growth], dict]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``sparsenet reproduce growth``."""
     parser.add_argument(
-        "--data-dir", help="folder with mnist/, fashion-mnist/ and cifar10/; default: as sparsenet.data.load"
+        "--data-dir", help="folder with mnist/, fashion-mnist/, cifar10/, cifar100/; default: as sparsenet.data.load"
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (3)")
     reproduce_parts.add_arguments(parser, "reproduce-growth", PARTS)

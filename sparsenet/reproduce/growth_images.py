@@ -112,13 +112,14 @@ def mnist_convolutional(task: Growth) -> dict:
     return {"rows": rows}
 
 
-def cifar(task: Growth) -> dict:
+def cifar(task: Growth, classes: int = 10) -> dict:
     """D9: a convolutional network with a block-sparse classifier against the dense one; skipped without the data."""
+    name = f"cifar{classes}"
     try:
-        data = task.images("cifar10", flat=False, download=False)
+        data = task.images(name, flat=False, download=False)
     except FileNotFoundError as error:
-        why = f"{error}; put the binary version into DATA_DIR/cifar10"
-        print(f"reproduce growth: d9_cifar is SKIPPED: {why}", flush=True)
+        why = f"{error}; put the binary version into DATA_DIR/{name}"
+        print(f"reproduce growth: d9_cifar{'' if classes == 10 else classes} is SKIPPED: {why}", flush=True)
         return {"rows": [], "skipped": why}
     rows = []
     for kind, density in (("dense", 1.0), ("90 % sparse", 0.1)):
@@ -137,5 +138,5 @@ def cifar(task: Growth) -> dict:
                     rewirer = lambda m, o, steps: Sparsifier(m, o, RigL(0.3), every=100, end=int(0.75 * steps))  # noqa: E731
                 return train(model, data, epochs=task.epochs(8), seed=seed, sparsifier=rewirer).numbers()
 
-            rows.append({"kind": kind, "seed": seed, **task.cell("d9", f"{kind} {seed}", compute)})
+            rows.append({"kind": kind, "seed": seed, **task.cell("d9", f"{name} {kind} {seed}", compute)})
     return {"rows": rows}

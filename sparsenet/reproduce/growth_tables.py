@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
@@ -112,10 +113,10 @@ def _d8(rows: Rows) -> Iterable[Check]:
         )
 
 
-def _d9(rows: Rows) -> Iterable[Check]:
+def _d9(rows: Rows, data: str) -> Iterable[Check]:
     if rows:
         drop = _mean(rows, "score", kind="dense") - _mean(rows, "score", kind="90 % sparse")
-        yield "D9", "CIFAR-10, 90 % sparse below dense, points", "<= 1", f"{drop:.2f}", drop <= 1
+        yield "D9", f"{data}, 90 % sparse below dense, points", "<= 1", f"{drop:.2f}", drop <= 1
 
 
 def _d10(rows: Rows, what: str, least: float, key: str, most: int) -> Iterable[Check]:
@@ -159,7 +160,8 @@ def checks(numbers: Mapping[str, dict]) -> list[Check]:
         "d5_growth": _d5,
         "d7_budgets": _d7,
         "d8_tables": _d8,
-        "d9_cifar": _d9,
+        "d9_cifar": partial(_d9, data="CIFAR-10"),
+        "d9_cifar100": partial(_d9, data="CIFAR-100"),
         "d10_mlp": lambda rows: _d10(rows, "MLP, weights", 98.0, "weights", 20_000),
         "d10_convolutional": lambda rows: _d10(rows, "convolutional, parameters", 99.3, "parameters", 6_200),
         "d12_gromo": lambda rows: _d12(rows, numbers.get("d5_growth", {}).get("rows", [])),

@@ -41,7 +41,7 @@ CELLS = {  # how many trainings each part has, with one seed
     "d2_gradual": 6,
     "d3_rewired_fashion": 6,
     "d4_rewired_digits": 4,
-    "d5_growth": 9,
+    "d5_growth": 10,
     "d7_budgets": 4,
     "d10_mlp": 1,
     "d10_convolutional": 1,
@@ -132,6 +132,9 @@ def test_cifar_is_read_from_its_binary_files_and_skipped_loudly_without_them(tmp
     assert [row["kind"] for row in rows_of(out, "d9_cifar")] == ["dense", "90 % sparse"]
     dense, sparse = (row["weights"] for row in rows_of(out, "d9_cifar"))
     assert sparse < 0.2 * dense
+    write_cifar(folder / "cifar100", classes=100)
+    assert run(out, folder, "d9_cifar100") == 0
+    assert "| D9 | CIFAR-100, 90 % sparse below dense, points |" in capsys.readouterr().out
 
 
 # --- kills, seeds, scales ---------------------------------------------------------------------------------------------

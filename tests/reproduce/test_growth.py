@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_from_its_cells(tmp_path, data_dir, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         growth.PARTS["d5_growth"](Growth(tmp_path, str(data_dir), scale=0.02, seeds=1))
     rows = growth.PARTS["d5_growth"](Growth(tmp_path, str(data_dir), scale=0.02, seeds=1))["rows"]
-    assert len(rows) == 9 and len(trained) == 3 + 7
+    assert len(rows) == 10 and len(trained) == 3 + 7
     growth.PARTS["d5_growth"](Growth(tmp_path, str(data_dir), scale=0.02, seeds=1))
     assert len(trained) == 3 + 7
 

@@ -154,9 +154,9 @@ def test_a_killed_run_goes_on_from_its_cells(tmp_path, data_dir, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         growth.PARTS["d5_growth"](Growth(tmp_path, str(data_dir), scale=0.02, seeds=1))
     rows = growth.PARTS["d5_growth"](Growth(tmp_path, str(data_dir), scale=0.02, seeds=1))["rows"]
-    assert len(rows) == 10 and len(trained) == 3 + 7
+    assert len(rows) == 10 and len(trained) == 3 + 8
     growth.PARTS["d5_growth"](Growth(tmp_path, str(data_dir), scale=0.02, seeds=1))
-    assert len(trained) == 3 + 7
+    assert len(trained) == 3 + 8
 
 
 def test_another_scale_has_cells_of_its_own_and_more_seeds_are_trained(tmp_path, data_dir, monkeypatch):

@@ -281,7 +281,9 @@ def _draw_stops(rows: Rows, path: Path) -> Path:
         ax.plot(
             [r["found"] for r in stopped], [r["score"] for r in stopped], "D", color=COLOURS[3], label="stops itself"
         )
-        ax.set(xscale="log", xlabel="density", title=name)
+        ax.set(xscale="log", xlabel="density", title=name, xlim=(0.8 * DENSITIES[0], 1.2))
+        ax.set_xticks(DENSITIES, [f"{density:g}" for density in DENSITIES])
+        ax.minorticks_off()
     axes[0][0].set_ylabel("test score, %")
     axes[0][0].legend()
     return save_figure(figure, path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsenet.files import replace_file
 from sparsenet.models import SparseMLP, sparsify_
-from sparsenet.policies import GMP, OBD, Policy, RigL, Static, WoodFisher
+from sparsenet.policies import GMP, OBD, Fisher, Policy, RigL, Static, WoodFisher
 from sparsenet.reproduce.growth_cells import Growth
 from sparsenet.reproduce.growth_tasks import Task, image_task
 from sparsenet.reproduce.growth_training import evaluate, mlp, train
@@ -88,8 +88,9 @@ def gradual(task: Growth) -> dict:
 
 def _rewired(task: Growth, part: str, data: Task, sizes: list[int], densities, epochs: float, seeds, **options) -> dict:
     rows = []
+    kinds = {"static": Static(), "RigL": RigL(0.3), **({"Fisher": Fisher(0.3)} if part == "d3" else {})}
     for density in densities:
-        for kind, policy in (("static", Static()), ("RigL", RigL(0.3))):
+        for kind, policy in kinds.items():
             for seed in seeds:
 
                 def compute(density=density, policy=policy, seed=seed) -> dict:
@@ -108,7 +109,7 @@ def _rewired(task: Growth, part: str, data: Task, sizes: list[int], densities, e
 
 
 def rewired_fashion(task: Growth) -> dict:
-    """D3: RigL against a static pattern, Erdős–Rényi, at 5, 2 and 1 %."""
+    """D3: RigL, and its growth with Fisher's drop, against a static pattern, Erdős–Rényi, at 5, 2 and 1 %."""
     data = task.images("fashion-mnist")
     sizes = [data.features, *SIZES, data.outputs]
     return _rewired(task, "d3", data, sizes, (0.05, 0.02, 0.01), task.epochs(8), task.all_seeds)

@@ -5,7 +5,7 @@
 Fashion-MNIST, a block-sparse network 784-8-8-8-10. It grows units and blocks while it trains, until a training step
 takes 64 MiB or 20 milliseconds; at 60 % of the training both limits are halved, and it shrinks at once and goes on.
 At the end the dense network of the same depth and the same bytes is trained for as many epochs; both accuracies are
-printed, and ``grow_to_fit.png`` is drawn. Takes about four minutes on two cores.
+printed, and ``grow_to_fit.png`` is drawn. Takes two to four minutes on two cores.
 
 Milliseconds are measured, so the run depends on the machine and on what else it does: where other programs take the
 cores, the limit of milliseconds keeps the network small. ``--step-ms 1000`` leaves the budget of bytes alone.

@@ -1,7 +1,8 @@
 """How fast the loss would fall by what is not there yet: squared gradient norms of new units, blocks and layers.
 
-All three levels are measured in the same unit, the squared norm of the loss's gradient by the new weights at birth, so
-that one number per byte (or millisecond) compares them: by gradient flow the loss falls by that much per unit of time.
+All three levels are measured in the same unit, the squared norm of the loss's gradient by the new weights at birth: by
+gradient flow the loss falls by that much per unit of time. Layers are compared by how it stands to that of what they
+have already (``controller.py``), since gradients are larger the nearer a layer is to the loss.
 """
 
 from __future__ import annotations

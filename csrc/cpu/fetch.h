@@ -6,10 +6,14 @@
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
+// What is fetched when there is nothing to fetch: a line that is there. Some processors (AMD's Zen 1) look up an address
+// that belongs to no page, such as null, anew each time, which takes longer than the multiply-adds in between.
+alignas(kLineBytes) constexpr char kNothing[kLineBytes] = {};
+
 // `count` lines of memory, `stride` bytes apart.
 struct Lines {
-  const char* at;
-  int64_t stride, count;
+  const char* at = kNothing;
+  int64_t stride = 0, count = 0;
 };
 
 // A matrix's lines in order, to be fetched a few at a time.
@@ -24,7 +28,7 @@ struct LinesAhead {
   }
   int64_t count() const { return rows * ceil_div(row_bytes, kLineBytes); }
   Lines next(int64_t most) { // no further than to the end of the row
-    if (rows == 0) return {nullptr, 0, 0};
+    if (rows == 0) return {};
     const Lines lines = {row + at, kLineBytes, min_of(most, ceil_div(row_bytes - at, kLineBytes))};
     at += kLineBytes * lines.count;
     if (at >= row_bytes) {
@@ -47,10 +51,10 @@ public:
     queue_[size_++] = {static_cast<const char*>(at), stride, count};
   }
   void clear() { size_ = 0; }
-  Lines to_l2 = {nullptr, 0, 0}; // beside those: more than L1 holds, wanted a little later
+  Lines to_l2; // beside those: more than L1 holds, wanted a little later
 
   // A kernel works on a copy of what comes first, in registers, and hands it back.
-  SPARSENET_INLINE Lines take() const { return size_ > 0 ? queue_[0] : Lines{nullptr, 0, 0}; }
+  SPARSENET_INLINE Lines take() const { return size_ > 0 ? queue_[0] : Lines{}; }
   SPARSENET_INLINE void give_back(const Lines& rest) {
     if (size_ == 0) return;
     queue_[0] = rest;

@@ -8,6 +8,7 @@ training on moments of other places would be wrong without a sign.
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,9 +20,9 @@ from torch.optim import Optimizer
 from sparsenet.functional.blocks import take_blocks
 from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern, carried_from
+from sparsenet.schedules import number_of
 
 __all__ = [
-    "GROWN_STATE",
     "LayerMove",
     "StatesOfLayers",
     "as_optimizers",
@@ -34,7 +35,7 @@ __all__ = [
     "with_inner_optimizers",
 ]
 
-GROWN_STATE = ("zero", "mean")
+_GROWN_SHARES = {"zero": 0.0, "mean": 1.0}
 
 _REFUSED = {
     "LBFGS": "it keeps a history of whole steps, which no rewire can mend; take one that keeps state per weight",
@@ -277,13 +278,14 @@ def _tensor_bytes(twin: tuple[Optimizer | None, nn.Parameter]) -> int:
     return sum(tensor.nbytes for _, tensor in _leaves(state) if isinstance(tensor, Tensor))
 
 
-def carry_state(blocks: Tensor, carried: Tensor, grown: str | Tensor = "zero") -> Tensor:
+def carry_state(blocks: Tensor, carried: Tensor, grown: str | float | Tensor = "zero") -> Tensor:
     """One state tensor after a rewire.
 
     Args:
         blocks: [old blocks, ...].
         carried: int64 [new blocks], the old number of each new block or -1.
-        grown: what grown blocks start with: ``zero``, ``mean`` over the blocks that stayed, or a tensor [1, ...].
+        grown: what grown blocks start with: ``zero``, ``mean`` over the blocks that stayed, a number (that share of the
+            mean), or a tensor [1, ...].
 
     Returns:
         [new blocks, ...]; blocks that stayed are bit for bit what they were.
@@ -302,16 +304,18 @@ def carry_state(blocks: Tensor, carried: Tensor, grown: str | Tensor = "zero") -
     if isinstance(grown, Tensor):
         if grown.shape[1:] == moved.shape[1:] and bool(grown.any()):
             moved[~stays] = grown.to(moved)
-    elif grown == "mean" and stays.any() and not stays.all():
-        moved[~stays] = moved[stays].mean()
+    elif (share := _GROWN_SHARES.get(grown, grown)) and stays.any() and not stays.all():
+        moved[~stays] = share * moved[stays].mean()
     return moved
 
 
-def check_grown_state(grown_state: Mapping[str, str]) -> dict[str, str]:
+def check_grown_state(grown_state: Mapping[str, str | float]) -> dict[str, str | float]:
     """``grown_state`` as a dict, checked."""
     for key, how in grown_state.items():
-        if how not in GROWN_STATE:
-            raise ValueError(f"Sparsifier: grown_state[{key!r}] must be one of {', '.join(GROWN_STATE)}, got {how!r}")
+        number = None if isinstance(how, str) else number_of(how)
+        if not (how in _GROWN_SHARES if isinstance(how, str) else number is not None and 0 <= number < math.inf):
+            known = f"{' or '.join(_GROWN_SHARES)} or a share of the mean"
+            raise ValueError(f"Sparsifier: grown_state[{key!r}] must be {known}, got {how!r}")
     return dict(grown_state)
 
 
@@ -337,7 +341,7 @@ class LayerMove:
         layer: SparseLinear,
         optimizers: Sequence[Optimizer],
         pattern: BlockPattern,
-        grown_state: Mapping[str, str],
+        grown_state: Mapping[str, str | float],
         values: Tensor | None = None,
     ):
         self.layer = layer
@@ -381,7 +385,7 @@ def carried_state(
     parameter: nn.Parameter,
     state: Mapping[str, Tensor],
     carried: Tensor,
-    grown_state: Mapping[str, str],
+    grown_state: Mapping[str, str | float],
 ) -> dict[str, Tensor]:
     """``state``, all of one parameter's, after a rewire; see :func:`carry_state`."""
     first = first_state(optimizer, parameter) if state.keys() - grown_state.keys() and bool((carried < 0).any()) else {}
@@ -412,7 +416,7 @@ class StatesOfLayers:
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], layers: Mapping[str, SparseLinear], grown_state: Mapping[str, str]
+        self, optimizers: Sequence[Optimizer], layers: Mapping[str, SparseLinear], grown_state: Mapping[str, str | float]
     ):
         self.optimizers, self.layers, self.grown_state = tuple(optimizers), dict(layers), grown_state
         self.patterns: dict[str, BlockPattern] = {}

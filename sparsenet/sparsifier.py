@@ -48,7 +48,8 @@ class LayerUpdate:
         num_blocks, density: after the rewire.
         clamped: growth that was asked for and found no free place.
         skipped: why the layer was left as it was; empty when it was rewired.
-        held: blocks that were to leave and stayed as the last of their row or column of blocks.
+        held: blocks that were to leave and stayed: as the last of their row or column of blocks, or because there was
+            none left that is old enough.
     """
 
     dropped_places: Tensor
@@ -143,11 +144,13 @@ class Sparsifier:
         distribution: how ``density`` is spread over the layers: None (in the proportions that they have now),
             ``uniform`` or ``erdos_renyi``. No count rises while the total falls, and none falls while it rises.
         every, begin, end: the n-th :meth:`step` rewires when ``begin < n <= end`` and ``(n - begin) % every == 0``.
+        grace: the number of rewires that a grown block outlasts, whatever its score. New weights start at zero, so that
+            at 0 a policy that drops the smallest drops much of what it grew at the rewire before.
         seed: of random growth. Random numbers depend on seed, step, layer and place, not on a generator's history.
         followers: averaged copies of the model (``torch.optim.swa_utils.AveragedModel`` or a deepcopy): at every rewire
             their blocks go and come as the model's.
-        grown_state: what grown blocks' optimizer state starts with, by state name: ``zero`` or ``mean`` of the others;
-            default what the optimizer gives a new parameter: zero for moments, the learning rate for Rprop's step
+        grown_state: what grown blocks' optimizer state starts with, by state name: ``zero``, ``mean`` of the others, or a share of
+            the mean; default what the optimizer gives a new parameter: zero for moments, the learning rate for Rprop's step
             sizes. ``{"exp_avg_sq": "mean"}`` tames Adam's first steps on grown blocks: with a zero second moment late
             in training they are several times too large.
         sparsity: alias, ``1 - density``.
@@ -183,7 +186,7 @@ class Sparsifier:
         True
     """
 
-    optional_state = frozenset({"budget", "seen_bytes"})  # entries of a state that another may lack
+    optional_state = frozenset({"budget", "seen_bytes", "young"})  # entries of a state that another may lack
 
     def __init__(
         self,
@@ -198,9 +201,10 @@ class Sparsifier:
         seed: int = 0,
         followers: Iterable[nn.Module] = (),
         *,
-        grown_state: Mapping[str, str] | None = None,
+        grown_state: Mapping[str, str | float] | None = None,
         sparsity: float | Callable[[int], float] | None = None,
         budget: str | int | MemoryBudget | None = None,
+        grace: int = 1,
     ):
         if not isinstance(policy, Policy):
             raise TypeError(f"Sparsifier: policy must be a sparsenet Policy, got {policy!r}")
@@ -216,6 +220,7 @@ class Sparsifier:
         self.begin = as_integer("Sparsifier", "begin", begin, at_least=0)
         self.end = None if end is None else as_integer("Sparsifier", "end", end, at_least=0)
         self.seed = as_integer("Sparsifier", "seed", seed)
+        self.grace = as_integer("Sparsifier", "grace", grace, at_least=0)
         self.grown_state = check_grown_state(grown_state or {})
         self.optimizers = with_inner_optimizers(as_optimizers(optimizer))
         self.layers = _distinct_layers(distributed.unwrap(model))
@@ -227,6 +232,7 @@ class Sparsifier:
         self._said: set[str] = set()
         self._growth: dict[str, Growth] = {}
         self._quotas: dict[str, _Quota] = {}
+        self._young: dict[str, list[Tensor]] = {}  # by layer, the places grown at each of the last ``grace`` rewires
         self._last_call = LastCall()
         self._proportions = self._counts()
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
@@ -336,6 +342,7 @@ class Sparsifier:
         """Looks at the model again after something else changed its layers: compaction, folding."""
         model = distributed.unwrap(self.model)
         self.layers = _distinct_layers(model) if sparse_layers(model) else {}
+        self._young = {}
         self._follower_layers = _follower_layers(self.followers, self.layers)
         self._proportions = self._counts()
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
@@ -463,6 +470,9 @@ class Sparsifier:
         if resized:
             distributed.rebuild(self.model)
         self._states.mark()
+        if self.grace:
+            for name, plan in plans.items():
+                self._young[name] = [*self._young.get(name, ()), plan.update.grown_places][-self.grace :]
         return Update(self.steps, {name: plan.update for name, plan in plans.items()})
 
     def _measure(self) -> None:
@@ -486,7 +496,7 @@ class Sparsifier:
             skipped = "its pattern was replaced after the rewire was prepared"
         elif quota.drop or quota.grow:
             try:
-                dropped, grown = self._choose(pattern, growth, quota)
+                dropped, grown = self._choose(name, pattern, growth, quota)
                 values = self._adjusted(growth.view, dropped)
             except BadScores as error:
                 skipped = str(error)
@@ -510,7 +520,16 @@ class Sparsifier:
         values = self.policy.adjust(view, dropped) if len(dropped) else None
         return None if values is None else distributed.averaged(checked_values(values, view.values))
 
-    def _choose(self, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor]:
+    def _spared(self, name: str, pattern: BlockPattern) -> Tensor:
+        """Numbers of the layer's blocks that are too young to leave."""
+        places = pattern.linear_places()
+        if not (self.grace and len(places) and self._young.get(name)):
+            return torch.empty(0, dtype=torch.int64, device=places.device)
+        grown = torch.cat(self._young[name]).to(places.device)
+        found = torch.searchsorted(places, grown).clamp(max=len(places) - 1)
+        return found[places[found] == grown]
+
+    def _choose(self, name: str, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor]:
         """Numbers of the blocks that leave, and places that enter; BadScores says why the layer stays as it is."""
         none = torch.empty(0, dtype=torch.int64, device=pattern.device)
         if quota.grow and self.policy.needs_gradient:
@@ -523,7 +542,10 @@ class Sparsifier:
         if watched:
             self.policy.share(growth.view)
         scores = checked_scores(self.policy.drop_scores(growth.view), pattern.num_blocks, "drop")
-        dropped = functional.lowest_to_spare(scores, quota.drop, *quota.kept_lines(pattern))
+        spared = self._spared(name, pattern)
+        scores = scores.index_fill(0, spared, math.inf)
+        leaving = max(quota.must_drop, min(quota.drop, len(scores) - len(spared)))
+        dropped = functional.lowest_to_spare(scores, leaving, *quota.kept_lines(pattern))
         if len(dropped) < quota.must_drop:  # the density leaves too few blocks for all rows and columns
             dropped = functional.select_extreme(
                 scores.index_fill(0, dropped, -math.inf), quota.must_drop, largest=False
@@ -588,8 +610,10 @@ class Sparsifier:
     # --- saving ---
 
     def state_dict(self) -> dict:
-        """The step count, the seed and the layers' proportions; patterns are saved with the model."""
+        """The step count, the seed, the layers' proportions and youngest blocks; patterns are saved with the model."""
         state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._proportions)}
+        if self._young:
+            state["young"] = {name: list(places) for name, places in self._young.items()}
         if self._holding is not None:
             state |= {"budget": self._holding.budget.bytes, "seen_bytes": dict(self._holding.seen)}
         return state
@@ -602,6 +626,11 @@ class Sparsifier:
         proportions = state.get("proportions", {})
         if not isinstance(proportions, Mapping) or not all(isinstance(n, int) for n in proportions.values()):
             raise ValueError(f"Sparsifier: state must have integers by layer in 'proportions', got {proportions!r}")
+        young = state.get("young", {})
+        if not isinstance(young, Mapping) or not all(
+            isinstance(places, Tensor) for grown in young.values() for places in grown
+        ):
+            raise ValueError(f"Sparsifier: state must have tensors of places by layer in 'young', got {young!r}")
         if "budget" in state:
             seen = state.get("seen_bytes", {})
             if not isinstance(seen, Mapping) or not all(isinstance(n, int) and n >= 0 for n in seen.values()):
@@ -609,6 +638,7 @@ class Sparsifier:
             self._holding = self._hold(MemoryBudget(state["budget"]), seen).check()
         self.steps, self.seed = state["steps"], state["seed"]
         self._proportions = self._counts() | {n: c for n, c in proportions.items() if n in self.layers}
+        self._young = {name: list(grown) for name, grown in young.items() if name in self.layers}
         self._states.mark()
         self._arm()
 

@@ -83,10 +83,14 @@ private:
       pack_strips<P, Activation::none>(columns_from(rows_of<S>(op.grad_z), n), g, rows_at_once,
                                        {op.grad_z.cols - n, op.x.rows, 0});
     packed_group = group;
-    for (int64_t col = first_col; col < last_col; ++col) {
-      memset(acc, 0, size_t(b * b) * sizeof(C));
-      sum_features_of<C>(b)(g.strip(r % rows_at_once), x.strip(col - first_col), x.feature_stride(), x.rows, acc);
-      out[col] = squared_norm(acc, b * b);
+    const int64_t together = blocks_together<C>(b);
+    const C* strips[kLanes<C>];
+    for (int64_t col = first_col; col < last_col; col += together) {
+      const int64_t here = min_of(together, last_col - col);
+      memset(acc, 0, size_t(together * b * b) * sizeof(C));
+      for (int64_t j = 0; j < together; ++j) strips[j] = x.strip(col + min_of(j, here - 1) - first_col);
+      sum_features_of<C>(b)(g.strip(r % rows_at_once), strips, x.feature_stride(), x.rows, acc);
+      for (int64_t j = 0; j < here; ++j) out[col + j] = squared_norm(acc + j * b * b, b * b);
     }
   }
 };

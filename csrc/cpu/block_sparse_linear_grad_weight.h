@@ -191,11 +191,34 @@ private:
   }
 
   void narrow_row(int64_t from, int64_t to, const T* g) {
+    if (op.block_size == 1) return single_row(from, to, g);
     const SumFeatures<T> sum = sum_features_of<T>(op.block_size);
     for (int64_t i = from; i < to; ++i) {
       load_square(i, 0, 0, acc);
-      sum(g, xs.strip(op.col[i] - first_col), xs.feature_stride(), xs.rows, acc);
+      const T* const strip = xs.strip(op.col[i] - first_col);
+      sum(g, &strip, xs.feature_stride(), xs.rows, acc);
       store_square(i, 0, 0, acc);
+    }
+  }
+
+  // Blocks of one element, as many at once as a vector has lanes.
+  void single_row(int64_t from, int64_t to, const T* g) {
+    constexpr int64_t together = kLanes<T>;
+    const T* strips[together];
+    for (int64_t i = from; i < to; i += together) {
+      const int64_t here = min_of(together, to - i);
+      for (int64_t j = 0; j < together; ++j) strips[j] = xs.strip(op.col[i + min_of(j, here - 1)] - first_col);
+      for (int64_t j = 0; j < together; ++j) acc[j] = C(0);
+      sum_features<T, 1>(g, strips, xs.feature_stride(), xs.rows, acc);
+      for (int64_t j = 0; j < here; ++j) {
+        C* const kept = kInPlace ? reinterpret_cast<C*>(op.values) + op.place(i + j) : sums + i + j;
+        const C total = first_panel() ? acc[j] : *kept + acc[j];
+        if (kInPlace || last_panel()) {
+          narrow(total, op.values + op.place(i + j));
+        } else {
+          *kept = total;
+        }
+      }
     }
   }
 

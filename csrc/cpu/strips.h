@@ -90,12 +90,23 @@ void sum_strips(const typename P::Packed* g, const typename P::Packed* x0, const
   }
 }
 
-// acc [B][B] += the same for strips that lie feature by feature, `stride` apart.
-template <typename T, int B> void sum_features(const T* g, const T* x, int64_t stride, int64_t rows, T* acc) {
-  constexpr int side = B < 4 ? B : 4;
-  for (int i = 0; i < B; i += side)
-    for (int j = 0; j < B; j += side)
-      dot_products<T, side>(g + i * stride, x + j * stride, stride, rows, acc + i * B + j, B);
+// How many blocks of a block row sum_features takes at once: single elements fill a vector together.
+template <typename T> SPARSENET_INLINE int64_t blocks_together(int64_t block) { return block == 1 ? kLanes<T> : 1; }
+
+// acc [blocks_together][B][B] += the same for strips that lie feature by feature, `stride` apart: one of g, and one of x
+// for each block.
+template <typename T, int B>
+void sum_features(const T* g, const T* const* strips, int64_t stride, int64_t rows, T* acc) {
+  constexpr int lanes = kLanes<T>, cols = B == 1 ? lanes : 4, out_rows = lanes / cols;
+  static_assert(B == 1 || B % out_rows == 0, "a block is whole pieces");
+  for (int i = 0; i < B; i += out_rows)
+    for (int j = 0; j < B; j += cols) {
+      const T* x[cols];
+      for (int k = 0; k < cols; ++k) x[k] = B == 1 ? strips[k] : strips[0] + (j + k) * stride;
+      T sums[lanes];
+      store(sums, dot_products<T, out_rows, cols>(g + i * stride, stride, x, rows));
+      for (int k = 0; k < lanes; ++k) acc[(i + k / cols) * B + j + k % cols] += sums[k];
+    }
 }
 
 template <class P>
@@ -108,7 +119,7 @@ template <class P> SumStrips<P> sum_strips_of(int64_t width) {
                                                         []<int W>() -> SumStrips<P> { return sum_strips<P, W>; });
 }
 
-template <typename T> using SumFeatures = void (*)(const T*, const T*, int64_t, int64_t, T*);
+template <typename T> using SumFeatures = void (*)(const T*, const T* const*, int64_t, int64_t, T*);
 
 template <typename T> SumFeatures<T> sum_features_of(int64_t block) {
   return with_block_size<1, kLanes<T> / 2>(block, []<int B>() -> SumFeatures<T> { return sum_features<T, B>; });

@@ -7,7 +7,8 @@
 //                     (values[k][output]). The weights need no packing, and the code is the same for every block size.
 //   outer_products    acc[output][k] += sum over rows of g[row][output] * x[row][k]: rank-1 updates, for blocks at
 //                     least one vector wide.
-//   dot_products      the same sums for narrower blocks, as dot products along the rows of feature-packed operands.
+//   dot_products      the same sums for narrower blocks, as dot products along the rows of feature-packed operands: a
+//                     part of a block, or a few blocks of one element beside each other.
 #pragma once
 
 #include "fetch.h"
@@ -152,35 +153,21 @@ SPARSENET_INLINE void outer_products(const typename P::Packed* g, Strides g_stri
   }
 }
 
-// acc[i][j] += sum over `width` rows of g[i][row] * x[j][row], i and j in a kSide x kSide square.
-template <typename T, int kSide>
-SPARSENET_INLINE void dot_products(const T* g, const T* x, int64_t stride, int64_t width, T* acc, int64_t acc_stride) {
-  constexpr int lanes = kLanes<T>, unroll = kSide == 1 ? 4 : 1;
-  Vec<T> c[kSide][kSide][unroll] = {};
-  int64_t m = 0;
-  for (; m + unroll * lanes <= width; m += unroll * lanes) {
+// Lane i * kCols + j of the result: sum over `rows` rows of g[i][row] * x[j][row], for kRows rows of g, `stride` apart,
+// and kCols of x. As many sums as a vector has lanes: their lanes are added up together.
+template <typename T, int kRows, int kCols>
+SPARSENET_INLINE Vec<T> dot_products(const T* g, int64_t stride, const T* const (&x)[kCols], int64_t rows) {
+  constexpr int lanes = kLanes<T>;
+  static_assert(kRows * kCols == lanes, "one sum for each lane");
+  Vec<T> c[lanes] = {};
+  for (int64_t m = 0; m < rows; m += lanes)
 #pragma GCC unroll 4
-    for (int u = 0; u < unroll; ++u) {
-      Vec<T> xv[kSide];
-#pragma GCC unroll 4
-      for (int j = 0; j < kSide; ++j) xv[j] = load(x + j * stride + m + u * lanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < kSide; ++i) {
-        const Vec<T> gv = load(g + i * stride + m + u * lanes);
-#pragma GCC unroll 4
-        for (int j = 0; j < kSide; ++j) c[i][j][u] += gv * xv[j];
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> gv = load(g + i * stride + m);
+#pragma GCC unroll 16
+      for (int j = 0; j < kCols; ++j) c[i * kCols + j] += gv * load(x[j] + m);
     }
-  }
-  for (; m < width; m += lanes)
-    for (int i = 0; i < kSide; ++i)
-      for (int j = 0; j < kSide; ++j) c[i][j][0] += load(g + i * stride + m) * load(x + j * stride + m);
-  for (int i = 0; i < kSide; ++i)
-    for (int j = 0; j < kSide; ++j) {
-      Vec<T> total = c[i][j][0];
-      for (int u = 1; u < unroll; ++u) total += c[i][j][u];
-      acc[i * acc_stride + j] += sum_lanes(total);
-    }
+  return sum_each(c);
 }
 
 } // namespace

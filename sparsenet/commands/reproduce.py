@@ -1,4 +1,4 @@
-"""``sparsenet reproduce density|embedding|gates|growth``: repeats published experiments beside their numbers."""
+"""``sparsenet reproduce density|embedding|gates|growth|training``: repeats published experiments beside their numbers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "embedding": "networks in a continuous space",
     "gates": "tri-state ReLU, compaction, depth collapse",
     "growth": "saliency, growth and pruning, budgets",
+    "training": "sparse networks against the dense ones one would take instead",
 }
 
 

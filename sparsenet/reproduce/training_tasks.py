@@ -1,6 +1,6 @@
 """The data of ``sparsenet reproduce training``: images, tables, words, place names, text and made regressions.
 
-Ten real or made problems of ten kinds. At most 8,000 examples are trained on and at most 10,000 tested on; which ones
+Ten real or made problems of ten kinds. At most 6,000 examples are trained on and at most 10,000 tested on; which ones
 depends on the seed, so that five seeds are five draws of data as well. Nothing is tuned for one of them. Three are
 ``HELD_OUT``: nobody looked at them while defaults were chosen.
 """
@@ -26,7 +26,7 @@ from sparsenet.reproduce.growth_tasks import Task
 
 __all__ = ["HELD_OUT", "TASKS", "Unavailable", "training_task"]
 
-TRAIN, TEST = 8_000, 10_000  # at most
+TRAIN, TEST = 6_000, 10_000  # at most
 Examples = tuple[Tensor, Tensor, int]  # x float32 [n, features], y int64 [n] or float32 [n, 1], classes or 0
 
 
@@ -181,7 +181,7 @@ def _examples(name: str) -> Examples:
 
 
 def training_task(name: str, seed: int = 0, scale: float = 1.0) -> Task:
-    """One of ``TASKS``, split by the seed: a quarter, at most 10,000, for the test; of the rest at most 8,000 for
+    """One of ``TASKS``, split by the seed: a quarter, at most 10,000, for the test; of the rest at most 6,000 for
     training and a tenth of that for validation.
 
     Args:
@@ -196,7 +196,7 @@ def training_task(name: str, seed: int = 0, scale: float = 1.0) -> Task:
         >>> from sparsenet.reproduce.training_tasks import training_task
         >>> task = training_task("robot arm", seed=1)
         >>> task.features, task.outputs, len(task.train[0]), len(task.test[0])
-        (8, 1, 8000, 4500)
+        (8, 1, 6000, 4500)
     """
     if name not in TASKS:
         raise ValueError(f"training_task: name must be one of {', '.join(TASKS)}, got {name!r}")

@@ -24,7 +24,7 @@ class SparseLinear(nn.Module):
         bias: whether there is a bias [out_features].
         density: share of block places that are active, in [0, 1]; default 0.1. A pattern wins over it.
         block_size: 1, 4, 8, 16, 32, 64 or 128; default the pattern's, or the largest up to 32 that leaves every row of
-            blocks 1.5 blocks on average (:func:`sparsenet.densities.choose_block_size`).
+            blocks 3 blocks on average, for 4 half of that (:func:`sparsenet.densities.choose_block_size`).
         pattern: the :class:`BlockPattern`, shape ``(out_features, in_features)``; default random.
         element_mask: bool [num_blocks, b, b]; elements where it is False are zero, now and after every step.
         activation: ``none``, ``relu``, ``gelu`` or ``silu``, fused into the output.

@@ -37,7 +37,7 @@ class SparseMLP(nn.Sequential):
         sizes: feature counts, input first: ``[784, 4096, 4096, 10]``.
         density: share of active block places over all layers, or one number per layer.
         block_size: 1, 4, 8, 16, 32, 64 or 128, one per layer, or None: the largest up to 32 that leaves every row of a
-            layer's blocks 1.5 blocks on average (:func:`sparsenet.densities.choose_block_size`).
+            layer's blocks 3 blocks on average, for 4 half of that (:func:`sparsenet.densities.choose_block_size`).
         activation: of the hidden layers, ``relu``, ``gelu``, ``silu`` or ``none``; the last layer has none.
         distribution: how one density is spread over the layers: ``erdos_renyi`` or ``uniform``.
         bias, device, dtype, generator: as for SparseLinear.

@@ -416,7 +416,10 @@ class StatesOfLayers:
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], layers: Mapping[str, SparseLinear], grown_state: Mapping[str, str | float]
+        self,
+        optimizers: Sequence[Optimizer],
+        layers: Mapping[str, SparseLinear],
+        grown_state: Mapping[str, str | float],
     ):
         self.optimizers, self.layers, self.grown_state = tuple(optimizers), dict(layers), grown_state
         self.patterns: dict[str, BlockPattern] = {}

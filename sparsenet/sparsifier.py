@@ -149,10 +149,10 @@ class Sparsifier:
         seed: of random growth. Random numbers depend on seed, step, layer and place, not on a generator's history.
         followers: averaged copies of the model (``torch.optim.swa_utils.AveragedModel`` or a deepcopy): at every rewire
             their blocks go and come as the model's.
-        grown_state: what grown blocks' optimizer state starts with, by state name: ``zero``, ``mean`` of the others, or a share of
-            the mean; default what the optimizer gives a new parameter: zero for moments, the learning rate for Rprop's step
-            sizes. ``{"exp_avg_sq": "mean"}`` tames Adam's first steps on grown blocks: with a zero second moment late
-            in training they are several times too large.
+        grown_state: what grown blocks' optimizer state starts with, by state name: ``zero``, ``mean`` of the others, or
+            a share of that mean; default what the optimizer gives a new parameter: zero for moments, the learning rate
+            for Rprop's step sizes. With a zero second moment, Adam's first steps on blocks that are grown late in
+            training are several times too large; ``{"exp_avg_sq": 0.1}`` tames them.
         sparsity: alias, ``1 - density``.
         budget: bytes of a training step that the blocks keep within, as ``"512MiB"``; None: no limit. It counts values,
             gradients, optimizer state, indices, other parameters, buffers, followers, the room of a rewire, and, once a

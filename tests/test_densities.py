@@ -156,7 +156,8 @@ def test_proportions_by_hand():
 
 
 def test_row81_the_chosen_block_size_by_hand():
-    assert [choose_block_size(fan_in, 0.1) for fan_in in (480, 479, 240, 239, 120, 60, 59)] == [32, 16, 16, 8, 8, 4, 1]
+    fan_ins = (960, 959, 480, 479, 240, 239, 60, 59)  # 3 blocks of 32, 16 and 8; 1.5 of 4
+    assert [choose_block_size(fan_in, 0.1) for fan_in in fan_ins] == [32, 16, 16, 8, 8, 4, 4, 1]
     assert choose_block_size(0, 0.1) == choose_block_size(4096, 0.0) == 1
 
 

@@ -139,7 +139,9 @@ def test_grown_state_may_start_at_the_mean():
     second = optimizer.state[layer.values]["exp_avg_sq"]
     assert torch.allclose(second[grown], second[~grown].mean().expand_as(second[grown]))
     assert not optimizer.state[layer.values]["exp_avg"][grown].any()
-    with pytest.raises(ValueError, match=r"grown_state\['exp_avg'\] must be zero or mean or a share of the mean, got 'average'"):
+    with pytest.raises(
+        ValueError, match=r"grown_state\['exp_avg'\] must be zero or mean or a share of the mean, got 'average'"
+    ):
         sn.Sparsifier(model, optimizer, sn.SET(), grown_state={"exp_avg": "average"})
 
 

@@ -266,10 +266,10 @@ def test_row81_constructors_reach_all_or_warn():
         layer = sn.SparseLinear(512, 512, density=0.1)
     assert layer.pattern.unreached() == (0, 0)
     with pytest.warns(
-        UserWarning, match=r"SparseLinear: 0 of 10 outputs and 104 of 128 inputs have no weight with 3 blocks"
+        UserWarning, match=r"SparseLinear: 0 of 10 outputs and 88 of 128 inputs have no weight with 10 blocks"
     ):
         layer = sn.SparseLinear(128, 10)
-    assert layer.block_size == 8 and layer.pattern.num_blocks == 3 and layer(torch.randn(3, 128)).abs().max() > 0
+    assert layer.block_size == 4 and layer.pattern.num_blocks == 10 and layer(torch.randn(3, 128)).abs().max() > 0
     message = (
         r"48 of 64 outputs and 48 of 64 inputs have no weight with 1 blocks of 16 x 16; block_size=4 would reach all"
     )
@@ -290,17 +290,17 @@ def test_row81_constructors_reach_all_or_warn():
     ("fan_in", "density", "block"),
     [
         (4096, 0.1, 32),
-        (480, 0.1, 32),
-        (479, 0.1, 16),
-        (784, 0.05, 16),
-        (128, 0.1, 8),
+        (960, 0.1, 32),
+        (959, 0.1, 16),
+        (784, 0.05, 8),
+        (128, 0.1, 4),
         (64, 0.1, 4),
         (40, 0.1, 1),
         (7, 0.0, 1),
     ],
 )
 def test_row81_block_size_none_leaves_rows_of_blocks_enough(fan_in, density, block):
-    """density * fan_in / block_size >= 1.5, by hand: 480 * 0.1 / 32 = 1.5, 479 falls short of it."""
+    """density * fan_in / block_size >= 3, by hand: 960 * 0.1 / 32 = 3, 959 falls short of it; 64 * 0.1 / 4 = 1.6."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert sn.SparseLinear(fan_in, 64, density=density).block_size == block

@@ -211,10 +211,15 @@ SPARSENET_INLINE void transpose(Vec<float>* rows) {
   }
 }
 #elif defined(__AVX2__)
+// Halves are exchanged by extracting and inserting: _mm256_permute2f128_ps takes eight operations on AMD's Zen 1.
 SPARSENET_INLINE void transpose(Vec<float>* rows) {
   __m256 r[8], t[8];
-  #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = (__m256)rows[i];
+  #pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = (__m256)rows[i], b = (__m256)rows[i + 4];
+    r[i] = _mm256_insertf128_ps(a, _mm256_castps256_ps128(b), 1);
+    r[i + 4] = _mm256_insertf128_ps(b, _mm256_extractf128_ps(a, 1), 0);
+  }
   #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -222,15 +227,10 @@ SPARSENET_INLINE void transpose(Vec<float>* rows) {
   }
   #pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {
-    r[i] = (__m256)_mm256_unpacklo_pd((__m256d)t[i], (__m256d)t[i + 2]);
-    r[i + 1] = (__m256)_mm256_unpackhi_pd((__m256d)t[i], (__m256d)t[i + 2]);
-    r[i + 2] = (__m256)_mm256_unpacklo_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
-    r[i + 3] = (__m256)_mm256_unpackhi_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
-  }
-  #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = (Vec<float>)_mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-    rows[i + 4] = (Vec<float>)_mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    rows[i] = (Vec<float>)_mm256_unpacklo_pd((__m256d)t[i], (__m256d)t[i + 2]);
+    rows[i + 1] = (Vec<float>)_mm256_unpackhi_pd((__m256d)t[i], (__m256d)t[i + 2]);
+    rows[i + 2] = (Vec<float>)_mm256_unpacklo_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
+    rows[i + 3] = (Vec<float>)_mm256_unpackhi_pd((__m256d)t[i + 1], (__m256d)t[i + 3]);
   }
 }
 #else

@@ -103,9 +103,14 @@ void sum_features(const T* g, const T* const* strips, int64_t stride, int64_t ro
     for (int j = 0; j < B; j += cols) {
       const T* x[cols];
       for (int k = 0; k < cols; ++k) x[k] = B == 1 ? strips[k] : strips[0] + (j + k) * stride;
-      T sums[lanes];
-      store(sums, dot_products<T, out_rows, cols>(g + i * stride, stride, x, rows));
-      for (int k = 0; k < lanes; ++k) acc[(i + k / cols) * B + j + k % cols] += sums[k];
+      const Vec<T> found = dot_products<T, out_rows, cols>(g + i * stride, stride, x, rows);
+      if constexpr (cols == B || B == 1) { // they lie side by side
+        store(acc + i * B, load(acc + i * B) + found);
+      } else {
+        T sums[lanes];
+        store(sums, found);
+        for (int k = 0; k < lanes; ++k) acc[(i + k / cols) * B + j + k % cols] += sums[k];
+      }
     }
 }
 

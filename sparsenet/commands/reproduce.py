@@ -1,4 +1,4 @@
-"""``sparsenet reproduce density|embedding|gates|growth|training``: repeats published experiments beside their numbers."""
+"""``sparsenet reproduce ...``: repeats published experiments beside their numbers."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # orders, masks). Per place scored at a time: int64 place, block row, float32 score and their selection. Other: Python
 # objects, small tensors, the heap's rounding.
 _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 31, 27, 31
+_YOUNG_BYTES = 8  # per block that a rewire exchanges: its place, until it is old enough to leave
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
 
 
@@ -180,10 +181,12 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     blocks, first_in, last = sum(counts), job.shapes[0][1], len(job.shapes) - 1
     sizes = list(zip(job.block_sizes, counts, strict=True))
     rows = [kept_bytes(job.policy, shape, job.batch_size) for shape in job.shapes]
+    young = round(job.drop_fraction * blocks) if job.policy.grows() else 0
     kept = {
         "weights": sum(weights),
         "optimizer state": sum(weights) * job.states,
-        "indices": blocks * INDEX_BYTES,
+        "indices": blocks * INDEX_BYTES
+        + (round(job.drop_fraction * blocks) * _YOUNG_BYTES if job.policy.grows() else 0),
         "kernel workspace": _workspace_bytes(job, counts),
         "batch": job.batch_size * first_in * (4 + job.input_bytes)
         + (job.rows_bytes(first_in) if job.element_bytes != 4 else 0),

@@ -1,4 +1,4 @@
-"""``sparsenet reproduce training``: does sparse training pay, against the dense network that one would take instead?
+"""``sparsenet reproduce training``: whether sparse training pays, against the dense network one would take instead.
 
 Ten data sets, five densities: our defaults, a static pattern, the wide dense network, and dense networks of as many
 weights or bytes; then the levers one at a time, SparseLab on the same recipe, times of a step and measured peaks. Every
@@ -26,6 +26,7 @@ from sparsenet.reproduce import training_tables
 from sparsenet.reproduce.rows import kept_row
 from sparsenet.reproduce.training_arms import BATCH, Arm, build, planned_bytes, train_arm
 from sparsenet.reproduce.training_levers import BASE, LEVER_TASKS, LEVERS
+from sparsenet.reproduce.training_permutation import prune_both_ways
 from sparsenet.reproduce.training_tasks import TASKS, Unavailable, training_task
 
 __all__ = ["PARTS", "add_arguments", "run"]
@@ -136,6 +137,20 @@ def rival(run: Comparison) -> dict:
     return {"rows": rows}
 
 
+def permutation(run: Comparison) -> dict:
+    """A dense network cut to its heaviest blocks, with its hidden units as they are and gathered."""
+    rows = []
+    for task in ("Fashion-MNIST", "source code"):
+        try:
+            for seed in run.seeds_for():
+                for density, b in ((0.1, 32), (0.05, 16), (0.02, 16), (0.01, 16)):
+                    found = prune_both_ways(training_task(task, seed, run.scale), seed, density, b, run.scale)
+                    rows += [{"task": task, "seed": seed, "density": density, "block_size": b, **row} for row in found]
+        except Unavailable as error:
+            print(f"reproduce training: {task} is SKIPPED in permutation: {error}", flush=True)
+    return {"rows": rows}
+
+
 # --- times and bytes --------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +233,7 @@ def peaks(run: Comparison) -> dict:
 PARTS: dict[str, Callable[[Comparison], dict]] = {
     **{_slug(name): partial(compare, task=name) for name in TASKS},
     **{"lever_" + _slug(name): partial(pull, lever=name) for name in LEVERS},
+    "permutation": permutation,
     "rival": rival,
     "step_times": step_times,
     "peaks": peaks,
@@ -239,6 +255,4 @@ def run(args: argparse.Namespace) -> int:
     for part, numbers in reproduce_parts.read_parts(task.out, PARTS).items():
         if "skipped" in numbers and (args.parts == "all" or part in args.parts.split(",")):
             (task.out / f"{part}.json").unlink()
-    return reproduce_parts.reproduce(
-        "training", args, PARTS, task, training_tables.tables, training_tables.figures
-    )
+    return reproduce_parts.reproduce("training", args, PARTS, task, training_tables.tables, training_tables.figures)

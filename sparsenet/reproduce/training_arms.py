@@ -26,7 +26,7 @@ from sparsenet.reproduce.training_rivals import StoppingRigL, sparselab_mlp
 from sparsenet.schedules import Cosine, Cubic
 from sparsenet.sparsifier import Sparsifier
 
-__all__ = ["BATCH", "HIDDEN", "Arm", "build", "train_arm"]
+__all__ = ["BATCH", "HIDDEN", "Arm", "build", "train_arm", "train_model"]
 
 HIDDEN = (1024, 1024, 1024)
 BATCH, EPOCHS, LEARNING_RATE, WEIGHT_DECAY = 128, 15, 2e-3, 1e-2
@@ -176,20 +176,31 @@ def _rewirer(arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer, steps
 
 
 def train_arm(arm: Arm, task: Task, seed: int, scale: float = 1.0) -> dict:
-    """Trains once; the numbers of a row.
+    """Builds and trains a network; the numbers of a row: those of :func:`train_model`, and ``bytes`` of the plan,
+    ``weights`` and ``width``.
+    """
+    model = build(arm, task, seed)
+    return {
+        **train_model(model, arm, task, seed, scale),
+        "bytes": planned_bytes(arm, task),
+        "weights": sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias")),
+        "width": arm.hidden[0] if arm.kind in ("sparse", "sparselab") else _width(arm, task),
+    }
+
+
+def train_model(model: nn.Module, arm: Arm, task: Task, seed: int, scale: float = 1.0) -> dict:
+    """Trains ``model`` as ``arm`` says.
 
     Returns:
         ``score`` (accuracy in percent, or R² times 100) and ``loss`` on the test set, ``train_loss``, ``seconds`` of
         processor time spent on training, ``curve``: (seconds, score on 2,000 examples) after every
-        epoch, ``bytes`` of the plan,
-        ``weights``, ``width`` and ``steps``.
+        epoch, and ``steps``.
     """
     epochs = max(1, round(arm.epochs * min(1.0, 4 * scale)))
     x, y = task.train
     batch = min(BATCH, len(x))
     per_epoch = len(x) // batch
     steps = epochs * per_epoch
-    model = build(arm, task, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arm.lr, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rewirer = _rewirer(arm, model, optimizer, steps, seed)
@@ -222,8 +233,5 @@ def train_arm(arm: Arm, task: Task, seed: int, scale: float = 1.0) -> dict:
         "train_loss": evaluate(model, task, "train")[1],
         "seconds": seconds,
         "curve": curve,
-        "bytes": planned_bytes(arm, task),
-        "weights": sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias")),
-        "width": arm.hidden[0] if arm.kind in ("sparse", "sparselab") else _width(arm, task),
         "steps": steps,
     }

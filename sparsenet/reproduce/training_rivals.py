@@ -28,9 +28,7 @@ def sparselab_mlp(sizes: Sequence[int], densities: Sequence[float], seed: int) -
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for i, ((inp, out), density) in enumerate(zip(pairwise(sizes), densities, strict=True)):
-        layers.append(
-            nn.Linear(inp, out) if density >= 1 else library.SparseLinear(inp, out, sparsity=1.0 - density)
-        )
+        layers.append(nn.Linear(inp, out) if density >= 1 else library.SparseLinear(inp, out, sparsity=1.0 - density))
         if i + 2 < len(sizes):
             layers.append(nn.ReLU())
     set_sparselab_threads(torch.get_num_threads())

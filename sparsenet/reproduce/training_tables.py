@@ -116,9 +116,13 @@ def tables(numbers: Mapping[str, dict]) -> str:
     if rows:
         parts.append("### Seconds of training until the same accuracy\n\n" + _seconds(rows))
     for lever in LEVERS:
-        key = next((name for name in numbers if name.startswith("lever_") and numbers[name].get("lever") == lever), None)
+        key = next(
+            (name for name in numbers if name.startswith("lever_") and numbers[name].get("lever") == lever), None
+        )
         if key is not None and numbers[key]["rows"]:
             parts.append(f"### Lever: {lever}\n\n" + _lever(numbers[key]["rows"]))
+    if ordered := numbers.get("permutation", {}).get("rows"):
+        parts.append("### Reordered hidden units, simulated\n\n" + _permutation(ordered))
     if rivals := numbers.get("rival", {}).get("rows"):
         parts.append("### SparseLab on the same recipe\n\n" + _rival(rivals))
     if times := numbers.get("step_times", {}).get("rows"):
@@ -138,8 +142,13 @@ def _overview(rows: Rows, densities: Sequence[float]) -> str:
         wide = {task: -gap for task, (gap, _) in gaps(rows, EQUAL_BYTES, WIDE, density).items()}
         seeds = max(len(_of(rows, "seed", density=density, arm="sparse", task=task)) for task in against[0])
         body.append(
-            [f"{density:.0%}", *(f"{_average(found):+.2f}" for found in against)]
-            + [f"{statistics.fmean(wide.values()):+.2f}", len(against[0]), seeds]
+            [
+                f"{density:.0%}",
+                *(f"{_average(found):+.2f}" for found in against),
+                f"{statistics.fmean(wide.values()):+.2f}",
+                len(against[0]),
+                seeds,
+            ]
         )
     return markdown(["density", "sparse", "static", "dense, equal weights", "dense, wide", "data sets", "seeds"], body)
 
@@ -161,8 +170,16 @@ def _at(rows: Rows, density: float) -> str:
         )
         mark = " *" if task in HELD_OUT else ""
         body.append(
-            [f"{task}{mark}", wide, *scores, f"{gap:+.2f} ± {error:.2f}", f"{sizes[0] / 1e3:.0f}K"]
-            + [format_bytes(sizes[1]), width, f"{ratio:.2f}"]
+            [
+                f"{task}{mark}",
+                wide,
+                *scores,
+                f"{gap:+.2f} ± {error:.2f}",
+                f"{sizes[0] / 1e3:.0f}K",
+                format_bytes(sizes[1]),
+                width,
+                f"{ratio:.2f}",
+            ]
         )
     header = ["data set", "wide dense", "sparse", "static", "dense, equal bytes", "dense, equal weights"]
     header += ["sparse - equal bytes", "weights", "bytes", "units per layer of the dense one", "time"]
@@ -209,6 +226,16 @@ def _lever(rows: Rows) -> str:
     return markdown(["", *tasks, "mean", "time"], body)
 
 
+def _permutation(rows: Rows) -> str:
+    body = []
+    for task, density, b in dict.fromkeys((row["task"], row["density"], row["block_size"]) for row in rows):
+        for order in dict.fromkeys(row["order"] for row in rows):
+            where = {"task": task, "density": density, "block_size": b, "order": order}
+            kept, cut, score = (statistics.fmean(_of(rows, key, **where)) for key in ("kept", "cut", "score"))
+            body.append([task, f"{density:.0%}", b, order, f"{kept:.1%}", f"{cut:.1f}", f"{score:.2f}"])
+    return markdown(["data set", "density", "b", "units", "squared weights kept", "cut", "tuned"], body)
+
+
 def _rival(rows: Rows) -> str:
     body = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -223,8 +250,14 @@ def _rival(rows: Rows) -> str:
 
 def _times(rows: Rows) -> str:
     body = [
-        [row["task"], f"{row['density']:.0%}", row["arm"], f"{row['ms']:.2f}", f"{row['ratio']:.2f}"]
-        + [format_bytes(row["bytes"])]
+        [
+            row["task"],
+            f"{row['density']:.0%}",
+            row["arm"],
+            f"{row['ms']:.2f}",
+            f"{row['ratio']:.2f}",
+            format_bytes(row["bytes"]),
+        ]
         for row in rows
     ]
     return markdown(["data set", "density", "", "ms", "over dense of equal bytes", "planned bytes"], body)

@@ -353,7 +353,7 @@ def test_predicted_peak_of_other_networks(run_child, how):
 
 
 def test_block_sizes_are_chosen_with_the_density():
-    """At the density that fits, every layer's blocks are the largest that leave its rows of blocks 1.5 blocks."""
+    """At the density that fits, every layer's blocks are the largest that leave its rows of blocks enough."""
     for sizes, expected in (([784, 2048, 2048, 10], (32, 32, 32)), ([128, 2048, 2048, 10], (16, 32, 32))):
         plan = sn.plan(sizes, "30MiB", batch_size=64)
         assert plan.block_sizes == expected

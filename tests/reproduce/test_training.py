@@ -14,6 +14,7 @@ from sparsenet.layers import SparseLinear
 from sparsenet.reproduce import training, training_levers, training_tasks
 from sparsenet.reproduce.training_arms import Arm, build, planned_bytes, train_arm
 from sparsenet.reproduce.training_levers import LEVERS, patches
+from sparsenet.reproduce.training_permutation import permuted, prune_both_ways
 from sparsenet.reproduce.training_tasks import HELD_OUT, TASKS, Unavailable, training_task
 
 SMALL = (96, 96, 96)
@@ -75,12 +76,16 @@ def test_the_dense_networks_instead_are_as_wide_as_fits(arm_task):
         def amount(w, kind=kind):
             if kind == "equal weights":
                 return 8 * w + 2 * w * w + w
-            return sn.plan([8, w, w, w, 1], None, 128, density=1.0, block_size=16, policy="static", input_bytes=4).dense_bytes
+            return sn.plan(
+                [8, w, w, w, 1], None, 128, density=1.0, block_size=16, policy="static", input_bytes=4
+            ).dense_bytes
 
         assert amount(width) <= limit and (amount(width + 1) > limit or width == max(SMALL))
 
 
-@pytest.mark.parametrize("options", [{}, {"policy": "rigl", "scored_batches": 2}, {"policy": "gmp", "start_density": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"policy": "rigl", "scored_batches": 2}, {"policy": "gmp", "start_density": 0.5}]
+)
 def test_an_arm_is_trained(arm_task, options):
     arm = Arm(hidden=SMALL, density=0.25, block_size=4, epochs=60, rewires=3, **options)
     found = train_arm(arm, arm_task, 0, 0.02)
@@ -102,6 +107,39 @@ def test_patches(arm_task, rows, cols):
     assert torch.equal(whole.any(2), whole.all(2))
     assert abs(layer.values.numel() - plain[1].values.numel()) <= rows * cols
     assert isinstance(layer, SparseLinear) and layer.block_size == 1
+
+
+def test_reordered_units_compute_the_same(arm_task):
+    network = build(Arm("wide", hidden=SMALL), arm_task, 0)
+    x = torch.randn(7, 8)
+    before = network(x)
+    linears = [module for module in network if isinstance(module, torch.nn.Linear)]
+    weights = [linear.weight.detach().clone() for linear in linears]
+    permuted(linears, 16)
+    assert torch.allclose(network(x), before, atol=1e-5)
+    assert not torch.equal(linears[1].weight, weights[1])
+    assert torch.equal(linears[1].weight.flatten().sort().values, weights[1].flatten().sort().values)
+
+
+def test_gathering_keeps_more_of_weights_that_were_scattered():
+    """Units of two kinds, each with its own half of the inputs, in turns: gathered, half of the blocks hold all."""
+    linears = [torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)]
+    with torch.no_grad():
+        for linear in linears:
+            linear.weight.zero_()
+        for unit in range(32):
+            half = slice(0, 16) if unit % 2 else slice(16, 32)
+            linears[0].weight[unit, half] = 1.0 + unit / 100
+            linears[1].weight[half, unit] = 1.0
+    permuted(linears, 16)
+    assert all(int(m.weight.reshape(2, 16, 2, 16).abs().sum((1, 3)).ne(0).sum()) == 2 for m in linears)
+
+
+def test_both_orders_are_cut_and_tuned():
+    task = training_task("digits", 0, 0.05)
+    plain, gathered = prune_both_ways(task, 0, 0.1, 16, 0.05)
+    assert (plain["order"], gathered["order"]) == ("as it is", "gathered")
+    assert 0 < plain["kept"] < 1 and 0 < gathered["kept"] < 1
 
 
 def test_each_lever_changes_something():

@@ -185,8 +185,7 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     kept = {
         "weights": sum(weights),
         "optimizer state": sum(weights) * job.states,
-        "indices": blocks * INDEX_BYTES
-        + (round(job.drop_fraction * blocks) * _YOUNG_BYTES if job.policy.grows() else 0),
+        "indices": blocks * INDEX_BYTES + young * _YOUNG_BYTES,
         "kernel workspace": _workspace_bytes(job, counts),
         "batch": job.batch_size * first_in * (4 + job.input_bytes)
         + (job.rows_bytes(first_in) if job.element_bytes != 4 else 0),

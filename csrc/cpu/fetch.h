@@ -6,8 +6,8 @@
 namespace sparsenet::cpu::SPARSENET_ISA {
 namespace {
 
-// What is fetched when there is nothing to fetch: a line that is there. Some processors (AMD's Zen 1) look up an address
-// that belongs to no page, such as null, anew each time, which takes longer than the multiply-adds in between.
+// What is fetched when there is nothing to fetch: a line that is there. Some processors (AMD's Zen 1) look up an
+// address that belongs to no page, such as null, anew each time, which takes longer than the multiply-adds in between.
 alignas(kLineBytes) constexpr char kNothing[kLineBytes] = {};
 
 // `count` lines of memory, `stride` bytes apart.

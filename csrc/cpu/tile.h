@@ -160,13 +160,23 @@ SPARSENET_INLINE Vec<T> dot_products(const T* g, int64_t stride, const T* const 
   constexpr int lanes = kLanes<T>;
   static_assert(kRows * kCols == lanes, "one sum for each lane");
   Vec<T> c[lanes] = {};
-  for (int64_t m = 0; m < rows; m += lanes)
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<T> gv = load(g + i * stride + m);
+  for (int64_t m = 0; m < rows; m += lanes) {
+    if constexpr (kRows == 1) {
+      const Vec<T> gv = load(g + m);
 #pragma GCC unroll 16
-      for (int j = 0; j < kCols; ++j) c[i * kCols + j] += gv * load(x[j] + m);
+      for (int j = 0; j < kCols; ++j) c[j] += gv * load(x[j] + m);
+    } else { // x stays in registers for all rows of g
+      Vec<T> xv[kCols];
+#pragma GCC unroll 4
+      for (int j = 0; j < kCols; ++j) xv[j] = load(x[j] + m);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<T> gv = load(g + i * stride + m);
+#pragma GCC unroll 4
+        for (int j = 0; j < kCols; ++j) c[i * kCols + j] += gv * xv[j];
+      }
     }
+  }
   return sum_each(c);
 }
 

@@ -194,7 +194,7 @@ def choose_block_size(fan_in: int, density: float) -> int:
         >>> [choose_block_size(fan_in, density=0.1) for fan_in in (4096, 300, 128, 20)]
         [32, 8, 4, 1]
     """
-    return next(b for b, needed in ENOUGH.items() if density * fan_in >= needed * b)
+    return next((b for b, needed in ENOUGH.items() if density * fan_in >= needed * b), 1)
 
 
 def _checked_shape(owner: str, argument: str, shape: Shape) -> tuple[int, ...]:

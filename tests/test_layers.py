@@ -163,7 +163,7 @@ def test_initial_variance_follows_the_active_fan_in(activation):
 
 def test_initial_variance_counts_masked_elements_out():
     mask = torch.rand(4, 32, 32) < 0.25
-    layer = SparseLinear(64, 64, density=1.0, element_mask=mask)
+    layer = SparseLinear(64, 64, density=1.0, block_size=32, element_mask=mask)
     assert layer.values[mask].var().item() == pytest.approx(1 / (3 * 64 * 0.25), rel=0.15)
 
 

@@ -165,7 +165,11 @@ class Training(RuleBasedStateMachine):
                 (z - target).square().mean().backward()
             self.optimizer.step()
             self.reference.step()
-            before = [(m.pattern, m.weight_dense().detach().double()) for m in self.model]
+            young = self.sparsifier.state_dict().get("young", {})
+            young = [torch.cat(young.get(str(i), [torch.empty(0, dtype=torch.int64)])) for i in range(len(self.model))]
+            before = [
+                (m.pattern, m.weight_dense().detach().double(), y) for m, y in zip(self.model, young, strict=True)
+            ]
             update = self.sparsifier.step()
             self.steps += 1
             if update is not None:
@@ -179,7 +183,9 @@ class Training(RuleBasedStateMachine):
             if change is None or change.skipped:
                 assert layer.pattern is before[i][0]
                 continue
-            old, weight = before[i]
+            old, weight, young = before[i]
+            (newest,) = self.sparsifier.state_dict()["young"][str(i)]
+            assert torch.equal(newest, change.grown_places)  # they stay at the next rewire
             active = old.linear_places()
             dropped, grown = change.dropped_places, change.grown_places
             assert set(dropped.tolist()) <= set(active.tolist()) and not set(grown.tolist()) & set(active.tolist())
@@ -192,6 +198,7 @@ class Training(RuleBasedStateMachine):
                 rest = scores[free].max() if free.any() else torch.tensor(0.0)
                 assert scores[grown].min() >= rest * (1 - self.tolerance) - self.tolerance
             norms = blocks_of(layer, weight).flatten()
+            norms[young] = torch.inf
             spared = smallest_to_spare(old, norms, len(dropped), layer.pattern.num_blocks)
             if len(spared) == len(dropped):  # else the density has left too few blocks for every row and column
                 close = {"rtol": 1e-5 + self.tolerance, "atol": self.tolerance}  # equal but for float32 scores

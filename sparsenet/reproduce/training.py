@@ -32,7 +32,8 @@ from sparsenet.reproduce.training_tasks import TASKS, Unavailable, training_task
 __all__ = ["PARTS", "add_arguments", "run"]
 
 DENSITIES = (0.1, 0.05, 0.2, 0.02, 0.01)
-ALL_SEEDS_AT = (0.1, 0.05)  # the other densities take two
+ALL_SEEDS_AT = (0.1, 0.05)  # the other densities take fewer
+FEW_SEEDS = 2
 WIDE_SEEDS = 3  # at most: it takes half of the time
 OURS = Arm(policy="rigl")
 
@@ -57,7 +58,7 @@ class Comparison:
         """At a small scale one."""
         if self.scale < 1:
             return range(1)
-        return range(self.seeds if density in ALL_SEEDS_AT else min(2, self.seeds))
+        return range(self.seeds if density in ALL_SEEDS_AT else min(FEW_SEEDS, self.seeds))
 
     def row(self, part: str, name: str, arm: Arm, task: str, seed: int, **labels) -> dict:
         """One training, kept under its labels."""

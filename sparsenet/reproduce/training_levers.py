@@ -74,6 +74,13 @@ _ONE = replace(_STATIC, block_size=1)
 
 # lever -> {what is tried: arm}; the first is what the others are compared with
 LEVERS: dict[str, dict[str, Arm]] = {
+    **{
+        f"defaults at {density:.0%}": {
+            "now": replace(BASE, density=density, block_size=None),
+            "before: b = 32, no grace": replace(BASE, density=density, block_size=32, grace=0),
+        }
+        for density in (0.1, 0.05)
+    },
     "block size, static": {f"b = {b}": replace(_STATIC, block_size=b) for b in (4, 1, 16, 32)},
     "block size, RigL": {f"b = {b}": replace(BASE, block_size=b) for b in (4, 1, 8, 16, 32)},
     "policy": {

@@ -153,12 +153,18 @@ def _overview(rows: Rows, densities: Sequence[float]) -> str:
     return markdown(["density", "sparse", "static", "dense, equal weights", "dense, wide", "data sets", "seeds"], body)
 
 
+def _scores(values: Sequence[float]) -> str:
+    """Mean and deviation over seeds; of one seed what there is."""
+    return spread(values) if len(values) > 1 else f"{statistics.fmean(values):.2f}" if values else ""
+
+
 def _at(rows: Rows, density: float) -> str:
     found = gaps(rows, "sparse", EQUAL_BYTES, density)
     body = []
     for task, (gap, error) in found.items():
-        scores = [spread(_of(rows, "score", task=task, arm=arm, density=density)) for arm in SHOWN]
-        wide = spread(_of(rows, "score", task=task, arm=WIDE))
+        scores = [_scores(_of(rows, "score", task=task, arm=arm, density=density)) for arm in SHOWN]
+        wide = _scores(_of(rows, "score", task=task, arm=WIDE))
+        several = len(_of(rows, "score", task=task, arm="sparse", density=density)) > 1
         sizes = [max(_of(rows, key, task=task, arm="sparse", density=density)) for key in ("weights", "bytes")]
         width = max(_of(rows, "width", task=task, arm=EQUAL_BYTES, density=density))
         ratio = statistics.median(
@@ -174,7 +180,7 @@ def _at(rows: Rows, density: float) -> str:
                 f"{task}{mark}",
                 wide,
                 *scores,
-                f"{gap:+.2f} ± {error:.2f}",
+                f"{gap:+.2f} ± {error:.2f}" if several else f"{gap:+.2f}",
                 f"{sizes[0] / 1e3:.0f}K",
                 format_bytes(sizes[1]),
                 width,
@@ -243,7 +249,7 @@ def _rival(rows: Rows) -> str:
             for arm in dict.fromkeys(row["arm"] for row in rows):
                 where = {"task": task, "density": density, "arm": arm}
                 weights, seconds = (statistics.fmean(_of(rows, key, **where)) for key in ("weights", "seconds"))
-                cells = [spread(_of(rows, "score", **where)), f"{weights / 1e3:.0f}K", f"{seconds:.1f}"]
+                cells = [_scores(_of(rows, "score", **where)), f"{weights / 1e3:.0f}K", f"{seconds:.1f}"]
                 body.append([task, f"{density:.0%}", arm, *cells])
     return markdown(["data set", "density", "", "accuracy", "weights stored", "seconds"], body)
 
@@ -315,5 +321,5 @@ def _draw_curves(rows: Rows, path: Path) -> Path:
         highest = max(point[1] for curve in _of(rows, "curve", task=task) for point in curve)
         ax.set(title=task, xlabel="seconds of training", xscale="log", ylim=(max(0, highest - 15), highest + 1))
     axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][-1].legend(loc="lower right")
+    axes[0][0].legend(loc="lower right", fontsize=8)
     return save_figure(figure, path)

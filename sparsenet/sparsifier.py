@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from sparsenet.optimizer_state import (
     with_inner_optimizers,
 )
 from sparsenet.pattern import BlockPattern
+from sparsenet.policies.exchange import LayerUpdate, Newborn, Quota, Update
 from sparsenet.policies.growth import Growth, View
 from sparsenet.policies.holding import Holding
 from sparsenet.policies.places import BadScores, checked_scores, checked_values, layer_key
@@ -37,86 +38,6 @@ from sparsenet.topology import warn_about_averages
 __all__ = ["LayerUpdate", "Sparsifier", "Update"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """What one rewire did to one layer.
-
-    Attributes:
-        dropped_places, grown_places: int64, block row * block columns + block column, ascending.
-        num_blocks, density: after the rewire.
-        clamped: growth that was asked for and found no free place.
-        skipped: why the layer was left as it was; empty when it was rewired.
-        held: blocks that were to leave and stayed: as the last of their row or column of blocks, or because there was
-            none left that is old enough.
-    """
-
-    dropped_places: Tensor
-    grown_places: Tensor
-    num_blocks: int
-    density: float
-    clamped: int = 0
-    skipped: str = ""
-    held: int = 0
-
-    @property
-    def dropped(self) -> int:
-        """Number of blocks dropped."""
-        return len(self.dropped_places)
-
-    @property
-    def grown(self) -> int:
-        """Number of blocks grown."""
-        return len(self.grown_places)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one rewire did, by layer name."""
-
-    step: int
-    layers: dict[str, LayerUpdate] = field(default_factory=dict)
-
-    @property
-    def dropped(self) -> int:
-        """Blocks dropped in all layers."""
-        return sum(u.dropped for u in self.layers.values())
-
-    @property
-    def grown(self) -> int:
-        """Blocks grown in all layers."""
-        return sum(u.grown for u in self.layers.values())
-
-
-@dataclass(frozen=True)
-class _Quota:
-    """How many blocks leave and enter a layer at one rewire; ``must_drop`` of them for the sake of the density."""
-
-    drop: int
-    grow: int
-    clamped: int
-    must_drop: int
-
-    @classmethod
-    def of(cls, pattern: BlockPattern, target: int, drop_fraction: float) -> _Quota:
-        """Exchanges ``drop_fraction`` of the blocks that stay and moves the count to ``target``.
-
-        A dropped block cannot return in the same update, so growth is bounded by the places free beforehand.
-        """
-        free = pattern.block_rows * pattern.block_cols - pattern.num_blocks
-        stays = min(pattern.num_blocks, target)
-        exchange = min(round(drop_fraction * stays), free - max(0, target - pattern.num_blocks))
-        asked = target - stays + round(drop_fraction * stays)
-        grow = target - stays + max(0, exchange)
-        leave = pattern.num_blocks - stays
-        return cls(drop=leave + max(0, exchange), grow=grow, clamped=asked - grow, must_drop=leave)
-
-    def kept_lines(self, pattern: BlockPattern) -> list[Tensor]:
-        """The block row of each block, and its block column: those of the two that there are blocks enough for."""
-        target = pattern.num_blocks - self.drop + self.grow
-        lines = (pattern.block_rows, pattern.row_indices), (pattern.block_cols, pattern.col)
-        return [of_block.long() for count, of_block in lines if target >= count]
 
 
 @dataclass(frozen=True)
@@ -220,7 +141,6 @@ class Sparsifier:
         self.begin = as_integer("Sparsifier", "begin", begin, at_least=0)
         self.end = None if end is None else as_integer("Sparsifier", "end", end, at_least=0)
         self.seed = as_integer("Sparsifier", "seed", seed)
-        self.grace = as_integer("Sparsifier", "grace", grace, at_least=0)
         self.grown_state = check_grown_state(grown_state or {})
         self.optimizers = with_inner_optimizers(as_optimizers(optimizer))
         self.layers = _distinct_layers(distributed.unwrap(model))
@@ -231,8 +151,8 @@ class Sparsifier:
         self.steps = 0
         self._said: set[str] = set()
         self._growth: dict[str, Growth] = {}
-        self._quotas: dict[str, _Quota] = {}
-        self._young: dict[str, list[Tensor]] = {}  # by layer, the places grown at each of the last ``grace`` rewires
+        self._quotas: dict[str, Quota] = {}
+        self._newborn = Newborn(as_integer("Sparsifier", "grace", grace, at_least=0))
         self._last_call = LastCall()
         self._proportions = self._counts()
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
@@ -240,6 +160,11 @@ class Sparsifier:
         self._holding: Holding | None = None
         self.budget = budget
         self._arm()
+
+    @property
+    def grace(self) -> int:
+        """The number of rewires that a grown block outlasts."""
+        return self._newborn.grace
 
     # --- the budget ---
 
@@ -283,7 +208,7 @@ class Sparsifier:
         if counts is not None:
             return self._shrink(counts, share)
         now = holding.counts()
-        quotas = {name: self._quotas.get(name, _Quota(0, 0, 0, 0)) for name in now}
+        quotas = {name: self._quotas.get(name, Quota(0, 0, 0, 0)) for name in now}
         targets = {name: now[name] - quota.drop + quota.grow for name, quota in quotas.items()}
         for name, count in holding.within(targets, wanted, share).items():
             less = targets[name] - count
@@ -342,7 +267,7 @@ class Sparsifier:
         """Looks at the model again after something else changed its layers: compaction, folding."""
         model = distributed.unwrap(self.model)
         self.layers = _distinct_layers(model) if sparse_layers(model) else {}
-        self._young = {}
+        self._newborn.clear()
         self._follower_layers = _follower_layers(self.followers, self.layers)
         self._proportions = self._counts()
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
@@ -379,7 +304,7 @@ class Sparsifier:
         targets = self._targets(step, layers)
         fraction = self.policy.drop_fraction_at(step)
         for name, layer in layers.items():
-            quota = self._quotas[name] = _Quota.of(layer.pattern, targets[name], fraction)
+            quota = self._quotas[name] = Quota.of(layer.pattern, targets[name], fraction)
             view = View(name, layer, layer_key(self.seed, step, name), quota.drop)
             growth = self._growth[name] = Growth(view, self.policy, quota.grow)
             if growth.watches_growth or growth.watches_drops:
@@ -470,9 +395,8 @@ class Sparsifier:
         if resized:
             distributed.rebuild(self.model)
         self._states.mark()
-        if self.grace:
-            for name, plan in plans.items():
-                self._young[name] = [*self._young.get(name, ()), plan.update.grown_places][-self.grace :]
+        for name, plan in plans.items():
+            self._newborn.add(name, plan.update.grown_places)
         return Update(self.steps, {name: plan.update for name, plan in plans.items()})
 
     def _measure(self) -> None:
@@ -486,9 +410,9 @@ class Sparsifier:
         """The layer's next pattern; changes nothing."""
         layer, quota, growth = self.layers[name], self._quotas[name], self._growth[name]
         pattern = layer.pattern
-        none = torch.empty(0, dtype=torch.int64, device=pattern.device)
+        places = pattern.linear_places()
         skipped = ""
-        dropped = grown = none
+        dropped = grown = none = places[:0]
         values = None
         if not layer.values.requires_grad:
             skipped = "it was frozen after the rewire was prepared"
@@ -496,14 +420,13 @@ class Sparsifier:
             skipped = "its pattern was replaced after the rewire was prepared"
         elif quota.drop or quota.grow:
             try:
-                dropped, grown = self._choose(name, pattern, growth, quota)
+                dropped, grown = self._choose(places, growth, quota)
                 values = self._adjusted(growth.view, dropped)
             except BadScores as error:
                 skipped = str(error)
         if skipped:
             logger.warning("Sparsifier: step %d, layer %s keeps its topology: %s", self.steps, name, skipped)
             return _Plan(pattern, LayerUpdate(none, none, pattern.num_blocks, pattern.density, quota.clamped, skipped))
-        places = pattern.linear_places()
         stays = torch.ones(len(places), dtype=torch.bool, device=places.device)
         stays[dropped] = False
         after = torch.cat([places[stays], grown])
@@ -520,18 +443,9 @@ class Sparsifier:
         values = self.policy.adjust(view, dropped) if len(dropped) else None
         return None if values is None else distributed.averaged(checked_values(values, view.values))
 
-    def _spared(self, name: str, pattern: BlockPattern) -> Tensor:
-        """Numbers of the layer's blocks that are too young to leave."""
-        places = pattern.linear_places()
-        if not (self.grace and len(places) and self._young.get(name)):
-            return torch.empty(0, dtype=torch.int64, device=places.device)
-        grown = torch.cat(self._young[name]).to(places.device)
-        found = torch.searchsorted(places, grown).clamp(max=len(places) - 1)
-        return found[places[found] == grown]
-
-    def _choose(self, name: str, pattern: BlockPattern, growth: Growth, quota: _Quota) -> tuple[Tensor, Tensor]:
+    def _choose(self, places: Tensor, growth: Growth, quota: Quota) -> tuple[Tensor, Tensor]:
         """Numbers of the blocks that leave, and places that enter; BadScores says why the layer stays as it is."""
-        none = torch.empty(0, dtype=torch.int64, device=pattern.device)
+        none = places[:0]
         if quota.grow and self.policy.needs_gradient:
             growth.settle(quota.grow)
         if growth.error:
@@ -541,11 +455,11 @@ class Sparsifier:
             return none, growth.best(quota.grow) if quota.grow else none
         if watched:
             self.policy.share(growth.view)
-        scores = checked_scores(self.policy.drop_scores(growth.view), pattern.num_blocks, "drop")
-        spared = self._spared(name, pattern)
+        scores = checked_scores(self.policy.drop_scores(growth.view), len(places), "drop")
+        spared = self._newborn.among(growth.view.name, places)
         scores = scores.index_fill(0, spared, math.inf)
         leaving = max(quota.must_drop, min(quota.drop, len(scores) - len(spared)))
-        dropped = functional.lowest_to_spare(scores, leaving, *quota.kept_lines(pattern))
+        dropped = functional.lowest_to_spare(scores, leaving, *quota.kept_lines(growth.pattern))
         if len(dropped) < quota.must_drop:  # the density leaves too few blocks for all rows and columns
             dropped = functional.select_extreme(
                 scores.index_fill(0, dropped, -math.inf), quota.must_drop, largest=False
@@ -612,8 +526,8 @@ class Sparsifier:
     def state_dict(self) -> dict:
         """The step count, the seed, the layers' proportions and youngest blocks; patterns are saved with the model."""
         state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._proportions)}
-        if self._young:
-            state["young"] = {name: list(places) for name, places in self._young.items()}
+        if young := self._newborn.state():
+            state["young"] = young
         if self._holding is not None:
             state |= {"budget": self._holding.budget.bytes, "seen_bytes": dict(self._holding.seen)}
         return state
@@ -626,19 +540,15 @@ class Sparsifier:
         proportions = state.get("proportions", {})
         if not isinstance(proportions, Mapping) or not all(isinstance(n, int) for n in proportions.values()):
             raise ValueError(f"Sparsifier: state must have integers by layer in 'proportions', got {proportions!r}")
-        young = state.get("young", {})
-        if not isinstance(young, Mapping) or not all(
-            isinstance(places, Tensor) for grown in young.values() for places in grown
-        ):
-            raise ValueError(f"Sparsifier: state must have tensors of places by layer in 'young', got {young!r}")
+        newborn = Newborn(self.grace)
+        newborn.load(state.get("young", {}))
         if "budget" in state:
             seen = state.get("seen_bytes", {})
             if not isinstance(seen, Mapping) or not all(isinstance(n, int) and n >= 0 for n in seen.values()):
                 raise ValueError(f"Sparsifier: state must have bytes by name in 'seen_bytes', got {seen!r}")
             self._holding = self._hold(MemoryBudget(state["budget"]), seen).check()
-        self.steps, self.seed = state["steps"], state["seed"]
+        self.steps, self.seed, self._newborn = state["steps"], state["seed"], newborn
         self._proportions = self._counts() | {n: c for n, c in proportions.items() if n in self.layers}
-        self._young = {name: list(grown) for name, grown in young.items() if name in self.layers}
         self._states.mark()
         self._arm()
 

@@ -96,7 +96,7 @@ def test_bad_input():
         sn.Sparsifier(network(), None, sn.SET(0.25), grace=-1)
     sparsifier = sn.Sparsifier(network(), None, sn.SET(0.25))
     state = {**sparsifier.state_dict(), "young": {"0": [3]}}
-    with pytest.raises(ValueError, match="must have tensors of places by layer in 'young'"):
+    with pytest.raises(ValueError, match="must have int64 places by layer in 'young'"):
         sparsifier.load_state_dict(state)
 
 

@@ -170,8 +170,7 @@ template <int kCount> SPARSENET_INLINE Vec<uint32_t> first_halves(const BFloat16
   return v;
 }
 
-// --- transposing a square of kLanes x kLanes, and adding up its rows
-// ----------------------------------------------------------------------
+// --- transposing a square of kLanes x kLanes, and adding up its rows ----------------------------------------------
 
 template <typename T> SPARSENET_INLINE void transpose_in_memory(Vec<T>* r) {
   constexpr int n = kLanes<T>;

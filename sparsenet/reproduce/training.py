@@ -82,8 +82,12 @@ def arms_at(density: float) -> dict[str, Arm]:
     }
 
 
+def _say_skipped(what: str, error: Unavailable) -> None:
+    print(f"reproduce training: {what} is SKIPPED: {error}", flush=True)
+
+
 def _skipped(part: str, error: Unavailable) -> dict:
-    print(f"reproduce training: {part} is SKIPPED: {error}", flush=True)
+    _say_skipped(part, error)
     return {"rows": [], "skipped": str(error)}
 
 
@@ -104,7 +108,7 @@ def compare(run: Comparison, task: str) -> dict:
 
 
 def pull(run: Comparison, lever: str) -> dict:
-    """One lever, on four data sets and two seeds. The base recipe is trained once for all levers."""
+    """One lever, on four data sets. The base recipe is trained once for all levers."""
     rows = []
     for task in LEVER_TASKS:
         try:
@@ -113,7 +117,7 @@ def pull(run: Comparison, lever: str) -> dict:
                     kept = "base" if arm == BASE else f"{lever}: {name}"
                     rows.append({**run.row("levers", kept, arm, task, seed), "arm": name})
         except Unavailable as error:
-            print(f"reproduce training: {task} is SKIPPED in {lever}: {error}", flush=True)
+            _say_skipped(f"{task} in {lever}", error)
     return {"rows": rows, "lever": lever}
 
 
@@ -148,7 +152,7 @@ def permutation(run: Comparison) -> dict:
                     found = prune_both_ways(training_task(task, seed, run.scale), seed, density, b, run.scale)
                     rows += [{"task": task, "seed": seed, "density": density, "block_size": b, **row} for row in found]
         except Unavailable as error:
-            print(f"reproduce training: {task} is SKIPPED in permutation: {error}", flush=True)
+            _say_skipped(f"{task} in permutation", error)
     return {"rows": rows}
 
 
@@ -177,7 +181,7 @@ def step_times(run: Comparison, rounds: int = 15, steps: int = 10) -> dict:
         try:
             task = training_task(name, 0, run.scale)
         except Unavailable as error:
-            print(f"reproduce training: times of {name} are SKIPPED: {error}", flush=True)
+            _say_skipped(f"{name} in step_times", error)
             continue
         for density in DENSITIES:
             arms = {**arms_at(density), "dense, wide": replace(OURS, kind="wide")}

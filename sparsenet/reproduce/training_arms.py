@@ -45,7 +45,8 @@ class Arm:
         drop_fraction: at the start; it falls to zero by a cosine, until the last rewire.
         rewires, until: how many in a training, and up to which share of its steps.
         start_density: above ``density``: falls to it by Zhu and Gupta's cubic until the last rewire.
-        grown_state, grace: as for the Sparsifier. initialise: changes a new sparse network.
+        grown_state, grace: as for the Sparsifier.
+        initialise: changes a new sparse network; it is given the generator that has drawn it.
         scored_batches: a step before a rewire is one of that many batches put together, so that growth sees them all.
         lr, epochs, label_smoothing: of the training.
     """
@@ -64,7 +65,7 @@ class Arm:
     grown_state: Mapping[str, str | float] = field(default_factory=dict)
     grace: int = 1
     scored_batches: int = 1
-    initialise: Callable[[SparseMLP], None] | None = None
+    initialise: Callable[[SparseMLP, torch.Generator], None] | None = None
     lr: float = LEARNING_RATE
     epochs: int = EPOCHS
     label_smoothing: float = 0.0
@@ -134,7 +135,7 @@ def build(arm: Arm, task: Task, seed: int) -> nn.Sequential:
             sizes_of(arm, task), density, arm.block_size, distribution=arm.distribution, generator=generator
         )
         if arm.initialise is not None:
-            arm.initialise(model)
+            arm.initialise(model, generator)
         return model
     if arm.kind == "sparselab":
         layers = _sparse_plan_of(arm, task).layers
@@ -176,9 +177,7 @@ def _rewirer(arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer, steps
 
 
 def train_arm(arm: Arm, task: Task, seed: int, scale: float = 1.0) -> dict:
-    """Builds and trains a network; the numbers of a row: those of :func:`train_model`, and ``bytes`` of the plan,
-    ``weights`` and ``width``.
-    """
+    """Builds and trains a network: the numbers of :func:`train_model`, ``bytes`` planned, ``weights``, ``width``."""
     model = build(arm, task, seed)
     return {
         **train_model(model, arm, task, seed, scale),
@@ -193,8 +192,7 @@ def train_model(model: nn.Module, arm: Arm, task: Task, seed: int, scale: float 
 
     Returns:
         ``score`` (accuracy in percent, or R² times 100) and ``loss`` on the test set, ``train_loss``, ``seconds`` of
-        processor time spent on training, ``curve``: (seconds, score on 2,000 examples) after every
-        epoch, and ``steps``.
+        processor time spent on training, ``curve``: (seconds, score on 2,000 examples) after every epoch, ``steps``.
     """
     epochs = max(1, round(arm.epochs * min(1.0, 4 * scale)))
     x, y = task.train

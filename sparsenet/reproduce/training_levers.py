@@ -25,7 +25,7 @@ _STATIC = replace(BASE, policy="static")
 def _scaled(factor: float):
     """All values times ``factor``: below 1, closer to what the optimizer can change."""
 
-    def initialise(model: SparseMLP) -> None:
+    def initialise(model: SparseMLP, generator: torch.Generator) -> None:
         with torch.no_grad():
             for layer in model:
                 layer.values.mul_(factor)
@@ -33,7 +33,7 @@ def _scaled(factor: float):
     return initialise
 
 
-def _dense_fan_in(model: SparseMLP) -> None:
+def _dense_fan_in(model: SparseMLP, generator: torch.Generator) -> None:
     """Values as of a dense layer: by the number of inputs, not of the active ones."""
     with torch.no_grad():
         for layer in model:
@@ -47,8 +47,7 @@ def patches(rows: int, cols: int):
     Only for networks of single weights; the patches of hidden layers alone change.
     """
 
-    def initialise(model: SparseMLP) -> None:
-        generator = torch.Generator().manual_seed(int(model[0].values.abs().sum().item() * 1e3) % 2**31)
+    def initialise(model: SparseMLP, generator: torch.Generator) -> None:
         for layer in list(model)[:-1]:
             out, inp = layer.pattern.shape
             high, wide = -(-out // rows), -(-inp // cols)
@@ -77,7 +76,8 @@ LEVERS: dict[str, dict[str, Arm]] = {
     **{
         f"defaults at {density:.0%}": {
             "now": replace(BASE, density=density, block_size=None),
-            "before: b = 32, no grace": replace(BASE, density=density, block_size=32, grace=0),
+            "now, without grace": replace(BASE, density=density, block_size=None, grace=0),
+            "before: b = 32, without grace": replace(BASE, density=density, block_size=32, grace=0),
         }
         for density in (0.1, 0.05)
     },

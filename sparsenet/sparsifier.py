@@ -32,7 +32,7 @@ from sparsenet.policies.holding import Holding
 from sparsenet.policies.places import BadScores, checked_scores, checked_values, layer_key
 from sparsenet.policies.policy import Policy
 from sparsenet.saliency import LastCall
-from sparsenet.schedules import Complement, as_integer, as_schedule, last_step
+from sparsenet.schedules import Complement, Constant, as_integer, as_schedule, last_step
 from sparsenet.topology import warn_about_averages
 
 __all__ = ["LayerUpdate", "Sparsifier", "Update"]
@@ -66,7 +66,9 @@ class Sparsifier:
             ``uniform`` or ``erdos_renyi``. No count rises while the total falls, and none falls while it rises.
         every, begin, end: the n-th :meth:`step` rewires when ``begin < n <= end`` and ``(n - begin) % every == 0``.
         grace: the number of rewires that a grown block outlasts, whatever its score. New weights start at zero, so that
-            at 0 a policy that drops the smallest drops much of what it grew at the rewire before.
+            at 0 a policy that drops the smallest drops much of what it grew at the rewire before. Default: 1 where the
+            policy's ``drop_fraction`` is a schedule; 0 where it is one number, because then so many blocks would always
+            be young.
         seed: of random growth. Random numbers depend on seed, step, layer and place, not on a generator's history.
         followers: averaged copies of the model (``torch.optim.swa_utils.AveragedModel`` or a deepcopy): at every rewire
             their blocks go and come as the model's.
@@ -125,7 +127,7 @@ class Sparsifier:
         grown_state: Mapping[str, str | float] | None = None,
         sparsity: float | Callable[[int], float] | None = None,
         budget: str | int | MemoryBudget | None = None,
-        grace: int = 1,
+        grace: int | None = None,
     ):
         if not isinstance(policy, Policy):
             raise TypeError(f"Sparsifier: policy must be a sparsenet Policy, got {policy!r}")
@@ -152,6 +154,8 @@ class Sparsifier:
         self._said: set[str] = set()
         self._growth: dict[str, Growth] = {}
         self._quotas: dict[str, Quota] = {}
+        if grace is None:
+            grace = int(not isinstance(as_schedule(policy.drop_fraction), Constant))
         self._newborn = Newborn(as_integer("Sparsifier", "grace", grace, at_least=0))
         self._last_call = LastCall()
         self._proportions = self._counts()

@@ -35,13 +35,17 @@ def test_what_was_grown_stays_for_so_many_rewires(grace):
     assert places(found[0], "grown") == places(found[grace + 1], "dropped")  # all zero, and now old enough
 
 
-def test_one_rewire_is_the_default():
-    assert sn.Sparsifier(network(), None, sn.SET(0.25)).grace == 1
+@pytest.mark.parametrize(
+    ("fraction", "grace"),
+    [(0.25, 0), (sn.Constant(0.25), 0), (sn.Cosine(0.25, 0.0, 100), 1), (sn.Piecewise((5,), (0.25, 0.0)), 1)],
+)
+def test_the_default_is_one_rewire_where_fewer_and_fewer_blocks_are_exchanged(fraction, grace):
+    assert sn.Sparsifier(network(), None, sn.SET(fraction)).grace == grace
 
 
 def test_young_blocks_are_not_exchanged_where_no_old_ones_are_left():
     model = network()
-    first, second = rewires(2, model, policy=sn.SET(1.0))
+    first, second = rewires(2, model, policy=sn.SET(1.0), grace=1)
     assert first.grown > 100
     assert not places(first, "grown") & places(second, "dropped")
     assert second.dropped == second.grown <= 128 - first.grown
@@ -50,7 +54,7 @@ def test_young_blocks_are_not_exchanged_where_no_old_ones_are_left():
 
 def test_a_falling_density_takes_young_blocks_where_no_others_are_left():
     model = network()
-    sparsifier = sn.Sparsifier(model, None, sn.SET(1.0), sn.Piecewise((2,), (0.5, 0.125)), every=1)
+    sparsifier = sn.Sparsifier(model, None, sn.SET(1.0), sn.Piecewise((2,), (0.5, 0.125)), every=1, grace=1)
     assert sparsifier.step().grown > 100
     assert sparsifier.step().layers["0"].num_blocks == 32
     assert model[0].pattern.unreached() == (0, 0)  # and every output and input keeps one
@@ -61,18 +65,18 @@ def test_young_blocks_are_saved(tmp_path):
         return sparsifier.step().layers["0"].dropped_places
 
     model = network()
-    sparsifier = sn.Sparsifier(model, None, sn.SET(0.25), every=1)
+    sparsifier = sn.Sparsifier(model, None, sn.SET(0.25), every=1, grace=1)
     step(sparsifier)
     sn.save(tmp_path / "run.safetensors", model, sparsifier=sparsifier)
     expected = step(sparsifier)
     other = network(1)
-    again = sn.Sparsifier(other, None, sn.SET(0.25), every=1)
+    again = sn.Sparsifier(other, None, sn.SET(0.25), every=1, grace=1)
     sn.load(tmp_path / "run.safetensors", other, sparsifier=again)
     assert torch.equal(step(again), expected)
 
 
 def test_a_state_of_before_there_was_grace():
-    sparsifier = sn.Sparsifier(network(), None, sn.SET(0.25), every=1)
+    sparsifier = sn.Sparsifier(network(), None, sn.SET(0.25), every=1, grace=1)
     sparsifier.step()
     state = sparsifier.state_dict()
     del state["young"]
@@ -83,7 +87,7 @@ def test_a_state_of_before_there_was_grace():
 def test_a_pattern_that_was_set_by_hand():
     """Places that are no longer there protect nothing; those that are still do."""
     model = network()
-    sparsifier = sn.Sparsifier(model, None, sn.SET(0.25), every=1)
+    sparsifier = sn.Sparsifier(model, None, sn.SET(0.25), every=1, grace=1)
     sparsifier.step()
     model[0].set_pattern(sn.BlockPattern.random((64, 64), 0.5, 4, generator=torch.Generator().manual_seed(5)))
     young = set(model[0].pattern.linear_places().tolist()) & set(sparsifier.state_dict()["young"]["0"][0].tolist())
@@ -94,7 +98,7 @@ def test_a_pattern_that_was_set_by_hand():
 def test_bad_input():
     with pytest.raises(ValueError, match="Sparsifier: grace must be an integer >= 0, got -1"):
         sn.Sparsifier(network(), None, sn.SET(0.25), grace=-1)
-    sparsifier = sn.Sparsifier(network(), None, sn.SET(0.25))
+    sparsifier = sn.Sparsifier(network(), None, sn.SET(0.25), grace=1)
     state = {**sparsifier.state_dict(), "young": {"0": [3]}}
     with pytest.raises(ValueError, match="must have int64 places by layer in 'young'"):
         sparsifier.load_state_dict(state)

@@ -136,7 +136,7 @@ class Training(RuleBasedStateMachine):
         now = sum(m.pattern.num_blocks for m in self.model)
         places = sum(m.pattern.block_rows * m.pattern.block_cols for m in self.model)
         falls = sn.Linear(now / places, 0.6 * now / places, 12) if policy.follows_density else None
-        self.sparsifier = sn.Sparsifier(self.model, self.optimizer, policy, falls, every=2, seed=self.steps)
+        self.sparsifier = sn.Sparsifier(self.model, self.optimizer, policy, falls, every=2, seed=self.steps, grace=1)
 
     @rule(name=st.sampled_from(sorted(OPTIMIZERS)))
     def change_optimizer(self, name):
@@ -241,7 +241,7 @@ class Training(RuleBasedStateMachine):
         self.model, self.optimizer = copy.deepcopy((self.model, self.optimizer))
         density = self.sparsifier.density
         self.sparsifier = sn.Sparsifier(
-            self.model, self.optimizer, POLICIES[self.policy], density, every=2, seed=self.sparsifier.seed
+            self.model, self.optimizer, POLICIES[self.policy], density, every=2, seed=self.sparsifier.seed, grace=1
         )
         self.sparsifier.load_state_dict(state)
 
@@ -255,7 +255,7 @@ class Training(RuleBasedStateMachine):
             fresh = sn.SparseMLP(list(self.model.sizes), 0.5, sides, dtype=self.dtype)
             optimizer = OPTIMIZERS[self.kind](fresh.parameters())
             density = self.sparsifier.density
-            sparsifier = sn.Sparsifier(fresh, optimizer, POLICIES[self.policy], density, every=2, seed=1)
+            sparsifier = sn.Sparsifier(fresh, optimizer, POLICIES[self.policy], density, every=2, seed=1, grace=1)
             sn.load(path, fresh, optimizer, sparsifier)
         self.model, self.optimizer, self.sparsifier = fresh, optimizer, sparsifier
         self.apply_frozen()

@@ -191,7 +191,7 @@ private:
   }
 
   void narrow_row(int64_t from, int64_t to, const T* g) {
-    if (op.block_size == 1) return single_row(from, to, g);
+    if (blocks_together<T>(op.block_size) > 1) return single_row(from, to, g);
     const SumFeatures<T> sum = sum_features_of<T>(op.block_size);
     for (int64_t i = from; i < to; ++i) {
       load_square(i, 0, 0, acc);

@@ -90,11 +90,8 @@ void sum_strips(const typename P::Packed* g, const typename P::Packed* x0, const
   }
 }
 
-// How many blocks of a block row sum_features takes at once: single elements fill a vector together.
-template <typename T> SPARSENET_INLINE int64_t blocks_together(int64_t block) { return block == 1 ? kLanes<T> : 1; }
-
-// acc [blocks_together][B][B] += the same for strips that lie feature by feature, `stride` apart: one of g, and one of
-// x for each block.
+// acc [blocks_together(B)][B][B] += the same for strips that lie feature by feature, `stride` apart: one of g, and one
+// of x for each block.
 template <typename T, int B>
 void sum_features(const T* g, const T* const* strips, int64_t stride, int64_t rows, T* acc) {
   constexpr int lanes = kLanes<T>, cols = B == 1 ? lanes : 4, out_rows = lanes / cols;
@@ -128,6 +125,11 @@ template <typename T> using SumFeatures = void (*)(const T*, const T* const*, in
 
 template <typename T> SumFeatures<T> sum_features_of(int64_t block) {
   return with_block_size<1, kLanes<T> / 2>(block, []<int B>() -> SumFeatures<T> { return sum_features<T, B>; });
+}
+
+// How many blocks of a block row it takes at once: single elements fill a vector together.
+template <typename T> int64_t blocks_together(int64_t block) {
+  return with_block_size<1, kLanes<T> / 2>(block, []<int B>() -> int64_t { return B == 1 ? kLanes<T> : 1; });
 }
 
 } // namespace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ from sparsenet.policies import GMP, OBD, Fisher, Policy, RigL, Static, WoodFishe
 from sparsenet.reproduce.growth_cells import Growth
 from sparsenet.reproduce.growth_tasks import Task, image_task
 from sparsenet.reproduce.growth_training import evaluate, mlp, train
-from sparsenet.schedules import Exponential
+from sparsenet.schedules import Cosine, Exponential
 from sparsenet.sparsifier import Sparsifier
 
 __all__ = ["gradual", "one_shot", "rewired_digits", "rewired_fashion"]
@@ -88,7 +87,7 @@ def gradual(task: Growth) -> dict:
 
 def _rewired(task: Growth, part: str, data: Task, sizes: list[int], densities, epochs: float, seeds, **options) -> dict:
     rows = []
-    kinds = {"static": Static(), "RigL": RigL(0.3), **({"Fisher": Fisher(0.3)} if part == "d3" else {})}
+    kinds = {"static": None, "RigL": RigL, **({"Fisher": Fisher} if part == "d3" else {})}
     for density in densities:
         for kind, policy in kinds.items():
             for seed in seeds:
@@ -98,8 +97,9 @@ def _rewired(task: Growth, part: str, data: Task, sizes: list[int], densities, e
                     model = SparseMLP(sizes, density, block_size=1, generator=generator)
 
                     def rewirer(m: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Sparsifier:
-                        every = max(1, min(100, steps // 40))
-                        return Sparsifier(m, optimizer, copy.deepcopy(policy), every=every, end=int(0.75 * steps))
+                        end = int(0.75 * steps)
+                        made = Static() if policy is None else policy(Cosine(0.3, 0.0, end))
+                        return Sparsifier(m, optimizer, made, every=max(1, min(100, steps // 40)), end=end)
 
                     return train(model, data, epochs=epochs, seed=seed, sparsifier=rewirer, **options).numbers()
 

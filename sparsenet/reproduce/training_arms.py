@@ -42,7 +42,7 @@ class Arm:
             single weights of the same densities.
         hidden, density, block_size, distribution: of the sparse network, which also decides how wide ``equal ...`` are.
         policy, options: the policy by name, and its arguments; ``equal bytes`` counts what its rewires need.
-        drop_fraction: at the start; it falls to zero by a cosine, until the last rewire.
+        drop_fraction: at the start; if it falls (``drop_falls``), by a cosine to zero at the last rewire.
         rewires, until: how many in a training, and up to which share of its steps.
         start_density: above ``density``: falls to it by Zhu and Gupta's cubic until the last rewire.
         grown_state, grace: as for the Sparsifier.
@@ -59,6 +59,7 @@ class Arm:
     policy: str = "static"
     options: Mapping[str, Any] = field(default_factory=dict)
     drop_fraction: float = 0.3
+    drop_falls: bool = True
     rewires: int = 20
     until: float = 0.75
     start_density: float | None = None
@@ -161,8 +162,8 @@ def _rewirer(arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer, steps
     falling = None if arm.start_density is None else Cubic(arm.start_density, arm.density, steps=end)
     every = max(1, end // arm.rewires)
     kind = POLICIES[arm.policy]
-    exchanging = {"drop_fraction": Cosine(arm.drop_fraction, 0.0, steps=end)} if kind.exchanges else {}
-    policy = kind(**exchanging, **arm.options)
+    drop = Cosine(arm.drop_fraction, 0.0, steps=end) if arm.drop_falls else arm.drop_fraction
+    policy = kind(**({"drop_fraction": drop} if kind.exchanges else {}), **arm.options)
     return Sparsifier(
         model,
         optimizer,

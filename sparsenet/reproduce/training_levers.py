@@ -99,7 +99,12 @@ LEVERS: dict[str, dict[str, Arm]] = {
     },
     "rewires in a training": {"20": BASE, **{str(n): replace(BASE, rewires=n) for n in (5, 10, 40)}},
     "last rewire at": {"75 %": BASE, "50 %": replace(BASE, until=0.5), "95 %": replace(BASE, until=0.95)},
-    "drop fraction at the start": {"0.3": BASE, **{str(f): replace(BASE, drop_fraction=f) for f in (0.1, 0.5)}},
+    "drop fraction at the start": {
+        "0.3": BASE,
+        **{str(f): replace(BASE, drop_fraction=f) for f in (0.1, 0.5)},
+        "0.3 at every rewire": replace(BASE, drop_falls=False),
+        "0.3 at every rewire, without grace": replace(BASE, drop_falls=False, grace=0),
+    },
     "second moment of what is born, of the mean": {
         "0": BASE,
         "0.1": replace(BASE, grown_state={"exp_avg_sq": 0.1}),

@@ -186,8 +186,8 @@ def apportion(
 def choose_block_size(fan_in: int, density: float) -> int:
     """The largest of 32, 16 and 8 that leaves every row of blocks 3 blocks on average; or 4, with 1.5; or 1.
 
-    A row of blocks has ``density * fan_in / block_size`` of them. With 3 and more, blocks are as accurate as single
-    weights or more so; with 1.5 they cost up to 0.7 points, with 0.7 1.1 to 1.8, with 0.3 4 to 6 (docs/training.md).
+    A row of blocks has ``density * fan_in / block_size`` of them. With 3 and more, blocks are on average as accurate as
+    single weights; with 1.5 they cost up to 0.7 points, with 0.7 1.1 to 1.8, with 0.3 4 to 6 (docs/training.md).
 
     Example:
         >>> from sparsenet.densities import choose_block_size

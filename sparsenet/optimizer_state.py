@@ -310,13 +310,15 @@ def carry_state(blocks: Tensor, carried: Tensor, grown: str | float | Tensor = "
 
 
 def check_grown_state(grown_state: Mapping[str, str | float]) -> dict[str, str | float]:
-    """``grown_state`` as a dict, checked."""
+    """``grown_state`` as a dict of names and Python's own numbers, checked."""
+    checked = {}
     for key, how in grown_state.items():
         number = None if isinstance(how, str) else number_of(how)
         if not (how in _GROWN_SHARES if isinstance(how, str) else number is not None and 0 <= number < math.inf):
             known = f"{' or '.join(_GROWN_SHARES)} or a share of the mean"
             raise ValueError(f"Sparsifier: grown_state[{key!r}] must be {known}, got {how!r}")
-    return dict(grown_state)
+        checked[key] = how if number is None else number
+    return checked
 
 
 class LayerMove:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sparsenet import distributed, functional
+from sparsenet import distributed
 from sparsenet.densities import DISTRIBUTIONS, apportion, proportions
 from sparsenet.layers import SparseLinear, sparse_layers
 from sparsenet.limits import MemoryBudget, is_out_of_memory
@@ -68,14 +67,15 @@ class Sparsifier:
         grace: the number of rewires that a grown block outlasts, whatever its score. New weights start at zero, so that
             at 0 a policy that drops the smallest drops much of what it grew at the rewire before. Default: 1 where the
             policy's ``drop_fraction`` is a schedule; 0 where it is one number, because then so many blocks would always
-            be young.
+            be too young. A falling density takes young blocks where it finds no others.
         seed: of random growth. Random numbers depend on seed, step, layer and place, not on a generator's history.
         followers: averaged copies of the model (``torch.optim.swa_utils.AveragedModel`` or a deepcopy): at every rewire
             their blocks go and come as the model's.
         grown_state: what grown blocks' optimizer state starts with, by state name: ``zero``, ``mean`` of the others, or
             a share of that mean; default what the optimizer gives a new parameter: zero for moments, the learning rate
             for Rprop's step sizes. With a zero second moment, Adam's first steps on blocks that are grown late in
-            training are several times too large; ``{"exp_avg_sq": 0.1}`` tames them.
+            training are several times too large; ``{"exp_avg_sq": 0.1}`` makes them smaller (in our own measurements
+            that gained nothing: docs/training.md).
         sparsity: alias, ``1 - density``.
         budget: bytes of a training step that the blocks keep within, as ``"512MiB"``; None: no limit. It counts values,
             gradients, optimizer state, indices, other parameters, buffers, followers, the room of a rewire, and, once a
@@ -460,14 +460,7 @@ class Sparsifier:
         if watched:
             self.policy.share(growth.view)
         scores = checked_scores(self.policy.drop_scores(growth.view), len(places), "drop")
-        spared = self._newborn.among(growth.view.name, places)
-        scores = scores.index_fill(0, spared, math.inf)
-        leaving = max(quota.must_drop, min(quota.drop, len(scores) - len(spared)))
-        dropped = functional.lowest_to_spare(scores, leaving, *quota.kept_lines(growth.pattern))
-        if len(dropped) < quota.must_drop:  # the density leaves too few blocks for all rows and columns
-            dropped = functional.select_extreme(
-                scores.index_fill(0, dropped, -math.inf), quota.must_drop, largest=False
-            )
+        dropped = quota.leaving(growth.pattern, scores, self._newborn.among(growth.view.name, places))
         entering = quota.grow - (quota.drop - len(dropped))
         if not entering:
             return dropped, none

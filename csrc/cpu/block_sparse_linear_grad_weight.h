@@ -85,7 +85,7 @@ template <class P, Activation A, typename S> struct GradientTask {
   const Rows<S>& x;
   Strips<P> xs; // of the block columns
   Strips<P> gs; // of g_rows block rows
-  C* acc;       // [2][W][W]
+  C* acc;       // [2][W][W]; for single elements [kLanes]
   C* sums;      // [count, b, b], shared: between panels, where values cannot hold them
   C* bias;      // [outputs], shared; null: not wanted from this task
   char* needed; // [strips of x]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from sparsenet.functional import lowest_to_spare, select_extreme
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["LayerUpdate", "Newborn", "Quota", "Update"]
@@ -86,11 +88,23 @@ class Quota:
         leave = pattern.num_blocks - stays
         return cls(drop=leave + max(0, exchange), grow=grow, clamped=asked - grow, must_drop=leave)
 
-    def kept_lines(self, pattern: BlockPattern) -> list[Tensor]:
-        """The block row of each block, and its block column: those of the two that there are blocks enough for."""
+    def leaving(self, pattern: BlockPattern, scores: Tensor, young: Tensor) -> Tensor:
+        """Numbers of the blocks that leave, ascending: those of the lowest float32 ``scores`` [num_blocks].
+
+        The last block of a row or column of blocks stays where there are blocks enough for all, and so do the
+        ``young`` ones (int64 numbers), unless the density has no others to take.
+        """
         target = pattern.num_blocks - self.drop + self.grow
         lines = (pattern.block_rows, pattern.row_indices), (pattern.block_cols, pattern.col)
-        return [of_block.long() for count, of_block in lines if target >= count]
+        lines = [of_block.long() for count, of_block in lines if target >= count]
+        old = min(self.drop, len(scores) - len(young))
+        leaves = lowest_to_spare(scores.index_fill(0, young, math.inf), old, *lines)
+        leaves = leaves[~torch.isin(leaves, young)]  # asked where too few of the others may leave
+        if len(leaves) < self.must_drop:
+            leaves = lowest_to_spare(scores.index_fill(0, leaves, -math.inf), self.must_drop, *lines)
+        if len(leaves) < self.must_drop:  # the density leaves too few blocks for all rows and columns
+            leaves = select_extreme(scores.index_fill(0, leaves, -math.inf), self.must_drop, largest=False)
+        return leaves
 
 
 class Newborn:
@@ -112,7 +126,7 @@ class Newborn:
         self._places: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, places: Tensor) -> None:
-        """One more rewire of a layer, with int64 ``places`` [n] of what it grew; the oldest grow up."""
+        """One more rewire, which grew int64 ``places`` [n], or passed the layer over; the oldest grow up."""
         if self.grace:
             self._places[name] = [*self._places.get(name, ()), places][-self.grace :]
 
@@ -121,7 +135,7 @@ class Newborn:
         grown = self._places.get(name)
         if not grown or not len(places):
             return places[:0]
-        grown = torch.cat(grown).to(places.device)
+        grown = torch.cat([g.to(places.device) for g in grown]).unique()  # one may have left and come again
         found = torch.searchsorted(places, grown).clamp(max=len(places) - 1)
         return found[places[found] == grown]
 
@@ -140,10 +154,10 @@ class Newborn:
             ValueError: it is not one.
         """
         fits = isinstance(state, Mapping) and all(
-            isinstance(places, Tensor) and places.dtype == torch.int64 and places.dim() == 1
+            isinstance(grown, Sequence)
+            and all(isinstance(p, Tensor) and p.dtype == torch.int64 and p.dim() == 1 for p in grown)
             for grown in state.values()
-            for places in grown
         )
         if not fits:
             raise ValueError(f"Sparsifier: state must have int64 places by layer in 'young', got {state!r}")
-        self._places = {name: list(grown)[-self.grace :] if self.grace else [] for name, grown in state.items()}
+        self._places = {name: list(grown)[-self.grace :] for name, grown in state.items() if self.grace}

@@ -26,6 +26,7 @@ from sparsenet.layers import SparseLinear
 from sparsenet.limits import Limit, MemoryBudget, SavedBytes, format_bytes, process_limit, release_heap
 from sparsenet.optimizer_state import state_by_block, state_bytes
 from sparsenet.pattern import INDEX_BYTES, BlockPattern, carried_from
+from sparsenet.policies.exchange import Quota
 from sparsenet.policies.growth import View
 from sparsenet.policies.places import BadScores, checked_scores
 from sparsenet.policies.policy import Policy, block_squared_norms
@@ -34,7 +35,9 @@ __all__ = ["Holding"]
 
 logger = logging.getLogger(__name__)
 
-_BOOKKEEPING_BYTES = 58  # per block, of a rewire: places, orders and masks (sparsenet.memory.planning has the same)
+# Per block, of a rewire: places, orders and masks; and per block that it exchanges, its place until it is old enough to
+# leave (sparsenet.memory.planning has the same).
+_BOOKKEEPING_BYTES, _YOUNG_BYTES = 58, 8
 _SHARE_OF_A_TIGHT_LIMIT = 0.75  # what a network that shrinks for the process's limit takes of it, so as to stay
 
 Counts = Mapping[str, int]
@@ -153,7 +156,7 @@ class Holding:
         most = beside = 0
         for name, n in counts.items():
             unit = self._units[name]
-            beside += math.ceil(share * n) * unit.moved
+            beside += math.ceil(share * n) * (unit.moved + _YOUNG_BYTES)
             most = max(most, beside + n * unit.moved)
             beside -= n * unit.gradient
         return most + _BOOKKEEPING_BYTES * sum(counts.values())
@@ -292,11 +295,7 @@ class Holding:
             logger.warning("Sparsifier: layer %s loses its blocks of smallest norm: %s", name, error)
             scores = block_squared_norms(layer.values).nan_to_num(nan=-1.0)
         leaves = pattern.num_blocks - count
-        lines = (pattern.block_rows, pattern.row_indices), (pattern.block_cols, pattern.col)
-        lines = [of_block.long() for needed, of_block in lines if count >= needed]
-        dropped = functional.lowest_to_spare(scores, leaves, *lines)
-        if len(dropped) < leaves:  # these blocks do not reach all with so few
-            dropped = functional.select_extreme(scores.index_fill(0, dropped, -math.inf), leaves, largest=False)
+        dropped = Quota(leaves, 0, 0, must_drop=leaves).leaving(pattern, scores, young=pattern.col[:0].long())
         stays = torch.ones(pattern.num_blocks, dtype=torch.bool, device=scores.device)
         stays[dropped] = False
         return BlockPattern.from_linear_places(pattern.linear_places()[stays], pattern.shape, pattern.block_size)

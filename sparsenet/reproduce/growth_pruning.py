@@ -87,23 +87,30 @@ def gradual(task: Growth) -> dict:
 
 def _rewired(task: Growth, part: str, data: Task, sizes: list[int], densities, epochs: float, seeds, **options) -> dict:
     rows = []
-    kinds = {"static": None, "RigL": RigL, **({"Fisher": Fisher} if part == "d3" else {})}
+    """Networks whose rewires exchange 30 % at first and nothing at the end; D3 has some with 30 % throughout, too."""
+    kinds = {"static": (Static, False, 0), "RigL": (RigL, True, 1)}
+    if part == "d3":
+        kinds["Fisher"] = (Fisher, True, 1)
+        for name, policy in (("RigL", RigL), ("Fisher", Fisher)):
+            kinds |= {f"{name}, 30 % throughout, grace {grace}": (policy, False, grace) for grace in (0, 1)}
     for density in densities:
-        for kind, policy in kinds.items():
+        for kind, (policy, falls, grace) in kinds.items():
             for seed in seeds:
 
-                def compute(density=density, policy=policy, seed=seed) -> dict:
+                def compute(density=density, policy=policy, falls=falls, grace=grace, seed=seed) -> dict:
                     generator = torch.Generator().manual_seed(seed)
                     model = SparseMLP(sizes, density, block_size=1, generator=generator)
 
                     def rewirer(m: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Sparsifier:
-                        end = int(0.75 * steps)
-                        made = Static() if policy is None else policy(Cosine(0.3, 0.0, end))
-                        return Sparsifier(m, optimizer, made, every=max(1, min(100, steps // 40)), end=end)
+                        end = max(1, int(0.75 * steps))
+                        drop = Cosine(0.3, 0.0, end) if falls else 0.3
+                        rewires = policy() if policy is Static else policy(drop)
+                        every = max(1, min(100, steps // 40))
+                        return Sparsifier(m, optimizer, rewires, every=every, end=end, grace=grace)
 
                     return train(model, data, epochs=epochs, seed=seed, sparsifier=rewirer, **options).numbers()
 
-                row = task.cell(part, f"{kind} {density} {seed}", compute)
+                row = task.cell(part, f"{kind}{' falling' if falls else ''} {density} {seed}", compute)
                 rows.append({"kind": kind, "density": density, "seed": seed, **row})
     return {"rows": rows}
 

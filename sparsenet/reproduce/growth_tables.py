@@ -182,6 +182,9 @@ def tables(numbers: Mapping[str, dict]) -> str:
     """All tables as Markdown."""
     rows = [[name, what, asked, ours, verdict(met)] for name, what, asked, ours, met in checks(numbers)]
     parts = ["### Checks\n\n" + markdown(["", "what", "asked", "ours", ""], rows)]
+    if "d3_rewired_fashion" in numbers:
+        rewired = _rewired(numbers["d3_rewired_fashion"]["rows"])
+        parts.append("### Single weights of 784-300-100-10 (Fashion-MNIST)\n\n" + rewired)
     if "d5_growth" in numbers:
         parts.append(
             "### Growth on Fashion-MNIST, 784-8-10 to 75 units, 15 epochs\n\n" + _growth(numbers["d5_growth"]["rows"])
@@ -196,6 +199,12 @@ def tables(numbers: Mapping[str, dict]) -> str:
         if numbers[part].get("skipped"):
             parts.append(f"**{part} was skipped**: {numbers[part]['skipped']}.")
     return "\n\n".join([*parts, times_table(numbers)])
+
+
+def _rewired(rows: Rows) -> str:
+    densities = _kinds(rows, "density")
+    body = [[k, *(spread(_of(rows, "score", kind=k, density=d)) for d in densities)] for k in _kinds(rows)]
+    return markdown(["exchanged, at first 30 %", *(f"at {d:.0%}" for d in densities)], body)
 
 
 def _growth(rows: Rows) -> str:

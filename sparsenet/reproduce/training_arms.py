@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsenet.densities import CHOSEN_FROM
 from sparsenet.memory import plan
 from sparsenet.models import SparseMLP
 from sparsenet.policies import POLICIES
@@ -41,6 +42,7 @@ class Arm:
         kind: ``sparse``; or dense: ``wide`` (of the same sizes), ``equal bytes``, ``equal weights``; or ``sparselab``,
             single weights of the same densities.
         hidden, density, block_size, distribution: of the sparse network, which also decides how wide ``equal ...`` are.
+        least_blocks: the largest block sizes with so many in every row of blocks, in place of the default rule.
         policy, options: the policy by name, and its arguments; ``equal bytes`` counts what its rewires need.
         drop_fraction: at the start; if it falls (``drop_falls``), by a cosine to zero at the last rewire.
         rewires, until: how many in a training, and up to which share of its steps.
@@ -55,6 +57,7 @@ class Arm:
     hidden: tuple[int, ...] = HIDDEN
     density: float = 0.1
     block_size: int | None = None
+    least_blocks: float | None = None
     distribution: str = "erdos_renyi"
     policy: str = "static"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +98,9 @@ def _sparse_plan_of(arm: Arm, task: Task):
 
 
 def planned_bytes(arm: Arm, task: Task) -> int | None:
-    """The predicted peak of training the network of this arm; None for another library's."""
+    """The predicted peak of training the network of this arm; None for another library's, or other block sizes."""
+    if arm.least_blocks is not None:
+        return None
     if arm.kind == "sparse":
         return _sparse_plan_of(arm, task).predicted_peak_bytes
     if arm.kind == "sparselab":
@@ -127,13 +132,21 @@ def _width(arm: Arm, task: Task) -> int:
     return low
 
 
+def _block_size(arm: Arm, task: Task) -> int | list[int] | None:
+    """As SparseMLP wants it."""
+    if arm.least_blocks is None:
+        return arm.block_size
+    fan_in = sizes_of(arm, task)[:-1]
+    return [next((b for b in CHOSEN_FROM if arm.density * n >= arm.least_blocks * b), 1) for n in fan_in]
+
+
 def build(arm: Arm, task: Task, seed: int) -> nn.Sequential:
     """The network, drawn by the seed: values by the fan-in of each unit (He et al., 2015) in all of them."""
     if arm.kind == "sparse":
         density = arm.density if arm.start_density is None else arm.start_density
         generator = torch.Generator().manual_seed(seed)
         model = SparseMLP(
-            sizes_of(arm, task), density, arm.block_size, distribution=arm.distribution, generator=generator
+            sizes_of(arm, task), density, _block_size(arm, task), distribution=arm.distribution, generator=generator
         )
         if arm.initialise is not None:
             arm.initialise(model, generator)

@@ -77,7 +77,10 @@ LEVERS: dict[str, dict[str, Arm]] = {
         f"defaults at {density:.0%}": {
             "now": replace(BASE, density=density, block_size=None),
             "now, without grace": replace(BASE, density=density, block_size=None, grace=0),
-            "before: b = 32, without grace": replace(BASE, density=density, block_size=32, grace=0),
+            "before: 1.5 blocks in a row, without grace": replace(
+                BASE, density=density, block_size=None, least_blocks=1.5, grace=0
+            ),
+            "b = 32 in all layers, without grace": replace(BASE, density=density, block_size=32, grace=0),
         }
         for density in (0.1, 0.05)
     },

@@ -140,14 +140,14 @@ def _overview(rows: Rows, densities: Sequence[float]) -> str:
     for density in densities:
         against = [gaps(rows, arm, EQUAL_BYTES, density) for arm in ("sparse", "static", EQUAL_WEIGHTS)]
         wide = {task: -gap for task, (gap, _) in gaps(rows, EQUAL_BYTES, WIDE, density).items()}
-        seeds = max(len(_of(rows, "seed", density=density, arm="sparse", task=task)) for task in against[0])
+        seeds = sorted({len(_of(rows, "seed", density=density, arm="sparse", task=task)) for task in against[0]})
         body.append(
             [
                 f"{density:.0%}",
                 *(f"{_average(found):+.2f}" for found in against),
                 f"{statistics.fmean(wide.values()):+.2f}",
                 len(against[0]),
-                seeds,
+                " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1]))),
             ]
         )
     return markdown(["density", "sparse", "static", "dense, equal weights", "dense, wide", "data sets", "seeds"], body)

@@ -39,7 +39,7 @@ def rows_of(out, part: str) -> list[dict]:
 CELLS = {  # how many trainings each part has, with one seed
     "d1_one_shot": 3,
     "d2_gradual": 6,
-    "d3_rewired_fashion": 9,
+    "d3_rewired_fashion": 21,
     "d4_rewired_digits": 4,
     "d5_growth": 10,
     "d7_budgets": 4,

@@ -17,7 +17,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/sparsenet train $(ARGS)
 
 test: $(VENV)/test.installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf $(VENV) build

@@ -6,6 +6,7 @@ result. The ``asan`` flavour must run in a process started with ``LD_PRELOAD`` o
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import mmap
@@ -113,7 +114,8 @@ def build(flavour: str = "release") -> Path:
         scratch.replace(target)
         return target
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(max_workers=2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be building the same
         objects = list(pool.map(compile_one, sources()))
     key = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
     module = folder / f"{name}.{key}.so"

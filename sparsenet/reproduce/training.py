@@ -224,15 +224,15 @@ def _peak_of(arm: Arm, name: str) -> int:
     return peak.bytes
 
 
-def peaks(run: Comparison) -> dict:
+def peaks(run: Comparison, name: str = "Fashion-MNIST") -> dict:
     """Peaks of memory beside the plan's, each measured in a process of its own."""
     rows = []
     try:
-        task = training_task("Fashion-MNIST")
+        task = training_task(name)
         for density in ALL_SEEDS_AT:
             for key, arm in {**arms_at(density), "dense, wide": replace(OURS, kind="wide")}.items():
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    measured = pool.apply(_peak_of, (arm, "Fashion-MNIST"))
+                    measured = pool.apply(_peak_of, (arm, name))
                 rows.append({"density": density, "arm": key, "bytes": planned_bytes(arm, task), "measured": measured})
     except Unavailable as error:
         return _skipped("peaks", error)

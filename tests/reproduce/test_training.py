@@ -142,10 +142,18 @@ def test_both_orders_are_cut_and_tuned():
     assert 0 < plain["kept"] < 1 and 0 < gathered["kept"] < 1
 
 
+def described(arm):
+    """What an arm says of itself, and by which function, of which numbers, it starts."""
+    start = arm.initialise
+    cells = [] if start is None else [cell.cell_contents for cell in start.__closure__ or ()]
+    return repr(replace(arm, initialise=None)), getattr(start, "__qualname__", None), tuple(cells)
+
+
 def test_each_lever_changes_something():
+    assert described(Arm(initialise=patches(4, 4))) == described(Arm(initialise=patches(4, 4)))
     for lever, arms in LEVERS.items():
         assert len(arms) > 1, lever
-        assert len({repr(arm) for arm in arms.values()}) == len(arms), lever
+        assert len({described(arm) for arm in arms.values()}) == len(arms), lever
 
 
 # --- the command ---
@@ -183,7 +191,11 @@ def test_bad_seeds(tmp_path):
 
 @pytest.mark.slow
 def test_times_and_peaks(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "ALL_SEEDS_AT", (0.1,))
     run = training.Comparison(tmp_path, 0.02)
+    measured = {row["arm"]: row for row in training.peaks(run, "digits")["rows"]}
+    assert len(measured) == 5
+    assert all(0.6 * row["bytes"] < row["measured"] < 1.3 * row["bytes"] for row in measured.values())
     rows = training.PARTS["step_times"](run)["rows"]
     assert {row["ratio"] for row in rows if row["arm"] == "dense, equal bytes"} == {1.0}
     assert all(row["ms"] > 0 for row in rows)

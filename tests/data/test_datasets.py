@@ -143,12 +143,12 @@ HUGE = bytes([0, 0, 14, 3]) + b"\xff" * 12
         (GOOD[:-1], "must hold 6 bytes for [2, 3], got 5"),
         (GOOD + b"\0", "must hold 6 bytes for [2, 3], got more"),
         (HUGE, "for [4294967295, 4294967295, 4294967295], got at most 16"),
-        (gzip.compress(GOOD[:-1]), "must hold 6 bytes for [2, 3], got 5"),
-        (gzip.compress(GOOD + b"\0"), "must hold 6 bytes for [2, 3], got more"),
-        (gzip.compress(HUGE), "for [4294967295, 4294967295, 4294967295], got at most"),
-        (gzip.compress(GOOD)[:-9], "must be a whole gzip file, got: "),
-        (gzip.compress(GOOD)[:10] + b"\xff" * 12, "must be a whole gzip file, got: "),  # no deflate
-        (gzip.compress(GOOD)[:-8] + bytes(8), "must be a whole gzip file, got: CRC"),
+        (gzip.compress(GOOD[:-1], mtime=0), "must hold 6 bytes for [2, 3], got 5"),
+        (gzip.compress(GOOD + b"\0", mtime=0), "must hold 6 bytes for [2, 3], got more"),
+        (gzip.compress(HUGE, mtime=0), "for [4294967295, 4294967295, 4294967295], got at most"),
+        (gzip.compress(GOOD, mtime=0)[:-9], "must be a whole gzip file, got: "),
+        (gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 12, "must be a whole gzip file, got: "),  # no deflate
+        (gzip.compress(GOOD, mtime=0)[:-8] + bytes(8), "must be a whole gzip file, got: CRC"),
         (b"\x1f\x8b\x07" + bytes(20), "must be a whole gzip file, got: "),
     ],
 )
@@ -341,7 +341,7 @@ def npz_bytes():
 
 
 SEEDS = {
-    read_idx: [GOOD, gzip.compress(GOOD), HUGE],
+    read_idx: [GOOD, gzip.compress(GOOD, mtime=0), HUGE],
     read_cifar: [cifar_record(3, 7)],
     read_csv: [b"a,b,label\n1,2,0\n3.5,-4,1\n"],
     read_npz: [npz_bytes()],

@@ -86,8 +86,8 @@ def gradual(task: Growth) -> dict:
 
 
 def _rewired(task: Growth, part: str, data: Task, sizes: list[int], densities, epochs: float, seeds, **options) -> dict:
-    rows = []
     """Networks whose rewires exchange 30 % at first and nothing at the end; D3 has some with 30 % throughout, too."""
+    rows = []
     kinds = {"static": (Static, False, 0), "RigL": (RigL, True, 1)}
     if part == "d3":
         kinds["Fisher"] = (Fisher, True, 1)

@@ -154,9 +154,8 @@ def test_a_bench_file_is_driven_by_pytest_benchmark(tmp_path):
     options = ["-q", "-p", "no:cacheprovider", "--contest-seconds", "0.001", "--results", str(tmp_path)]
     which = ["bench_training_step.py", "-k", "overhead", "--benchmark-json", str(tmp_path / "benchmark.json")]
     command = [sys.executable, "-m", "pytest", *which, *options]
-    alone = {
-        k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")
-    }  # beside others it measures nothing
+    # told that it runs beside other tests, pytest-benchmark would measure nothing
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=ROOT / "bench", capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = results.read(tmp_path / "training_step.json").rows

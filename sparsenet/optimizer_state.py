@@ -324,7 +324,8 @@ def check_grown_state(grown_state: Mapping[str, str | float]) -> dict[str, str |
 class LayerMove:
     """One layer and its state in all optimizers moved to a new pattern; can be taken back.
 
-    ``values`` [old num_blocks, b, b]: what the blocks that stay become; default: what they are.
+    ``values`` [old num_blocks, b, b]: what the blocks that stay become; default: what they are. ``element_mask`` bool
+    [new num_blocks, b, b]: of the new pattern; elements that come or go begin as new ones, in values and state.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -345,6 +346,7 @@ class LayerMove:
         pattern: BlockPattern,
         grown_state: Mapping[str, str | float],
         values: Tensor | None = None,
+        element_mask: Tensor | None = None,
     ):
         self.layer = layer
         self.old_pattern, self.old_mask = layer.pattern, layer.element_mask
@@ -359,16 +361,48 @@ class LayerMove:
         self.left_state = [{k: t.index_select(0, self.left) for k, t in state.items()} for _, state in states]
         moved = [carried_state(o, layer.values, state, self.carried, grown_state) for o, state in states]
         values = None if values is None else take_blocks(values.to(layer.values), self.carried, 0.0)
-        layer.set_pattern(pattern, values)  # nothing below can fail
+        self._set_elements(element_mask, moved, grown_state)
+        layer.set_pattern(pattern, values, element_mask)  # nothing below can fail
         for optimizer, state in zip(self.optimizers, moved, strict=True):
             optimizer.state[layer.values].update(state)
+
+    def _set_elements(
+        self, mask: Tensor | None, moved: Sequence[dict[str, Tensor]], grown_state: Mapping[str, str | float]
+    ) -> None:
+        """Lets the state of elements that come or go in blocks that stay begin anew, and remembers what it was."""
+        self.changed, self.changed_values, self.changed_state = None, None, []
+        if mask is None or self.old_mask is None:
+            return
+        changed = mask ^ take_blocks(self.old_mask, self.carried, False)
+        changed &= (self.carried >= 0).view(-1, 1, 1)
+        self.changed = changed.flatten().nonzero().flatten()
+        block, inside = self.carried[self.changed // changed[0].numel()], self.changed % changed[0].numel()
+        self.changed_values = self.layer.values.detach().flatten(1)[block, inside]
+        for optimizer, state in zip(self.optimizers, moved, strict=True):
+            first = first_state(optimizer, self.layer.values) if state.keys() - grown_state.keys() else {}
+            whole = {key: t.view(-1) for key, t in state.items() if t.shape == changed.shape}
+            self.changed_state.append({key: t[self.changed] for key, t in whole.items()})
+            for key, tensor in whole.items():
+                begin = grown_state.get(key, first.get(key, "zero"))
+                if isinstance(begin, Tensor):
+                    tensor[self.changed] = begin.to(tensor).flatten()[0] if begin.numel() else 0.0
+                else:
+                    share = _GROWN_SHARES.get(begin, begin)
+                    stays = (mask & ~changed).flatten()
+                    tensor[self.changed] = share * tensor[stays].mean() if share and bool(stays.any()) else 0.0
 
     def undo(self) -> None:
         """Puts the old pattern, values and state back, bit for bit."""
         back = torch.full((self.old_pattern.num_blocks,), -1, dtype=torch.int64, device=self.carried.device)
         stays = self.carried >= 0
         back[self.carried[stays]] = stays.nonzero().flatten()
-        values = take_blocks(self.layer.values.detach(), back, 0)
+        values = self.layer.values.detach().clone()
+        if self.changed is not None:
+            values.view(-1)[self.changed] = self.changed_values
+            for optimizer, before in zip(self.optimizers, self.changed_state, strict=True):
+                for key, was in before.items():
+                    optimizer.state[self.layer.values][key].view(-1)[self.changed] = was
+        values = take_blocks(values, back, 0)
         values[self.left] = self.left_values
         values = values if self.old_values is None else self.old_values
         states = []

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sparsenet import distributed
-from sparsenet.densities import DISTRIBUTIONS, apportion, proportions
 from sparsenet.layers import SparseLinear, sparse_layers
 from sparsenet.limits import MemoryBudget, is_out_of_memory
 from sparsenet.optimizer_state import (
@@ -21,15 +21,20 @@ from sparsenet.optimizer_state import (
     as_optimizers,
     check_followable,
     check_grown_state,
-    holds,
     with_inner_optimizers,
 )
 from sparsenet.pattern import BlockPattern
+from sparsenet.policies.census import Census
+from sparsenet.policies.choosing import Plan, drop_scores, planned
 from sparsenet.policies.exchange import LayerUpdate, Newborn, Quota, Update
-from sparsenet.policies.growth import Growth, View
+from sparsenet.policies.growth import Growth, steps_watched
 from sparsenet.policies.holding import Holding
-from sparsenet.policies.places import BadScores, checked_scores, checked_values, layer_key
+from sparsenet.policies.participants import distinct_layers, follower_layers, refuse_unheld
+from sparsenet.policies.places import BadScores, layer_key
 from sparsenet.policies.policy import Policy
+from sparsenet.policies.spreading import GLOBAL, Distribution, checked_distribution
+from sparsenet.policies.state import PolicyState
+from sparsenet.policies.views import ElementView, View
 from sparsenet.saliency import LastCall
 from sparsenet.schedules import Complement, Constant, as_integer, as_schedule, last_step
 from sparsenet.topology import warn_about_averages
@@ -37,15 +42,6 @@ from sparsenet.topology import warn_about_averages
 __all__ = ["LayerUpdate", "Sparsifier", "Update"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of one layer. ``values`` [num_blocks, b, b]: new ones for the blocks that stay; None: the same."""
-
-    pattern: BlockPattern
-    update: LayerUpdate
-    values: Tensor | None = None
 
 
 class Sparsifier:
@@ -61,8 +57,10 @@ class Sparsifier:
         policy: which blocks go and which come.
         density: of all rewired layers together at each step, in weights; a number, a schedule, or None to keep every
             layer's count. The last rewire before ``end`` takes the density of step ``end``.
-        distribution: how ``density`` is spread over the layers: None (in the proportions that they have now),
-            ``uniform`` or ``erdos_renyi``. No count rises while the total falls, and none falls while it rises.
+        distribution: how ``density`` is spread over the layers: None (in the proportions that they have now), a name
+            (``uniform``, ``erdos_renyi``, ``memory``), relative densities by layer name, or a function that makes them
+            of the layers. No count rises while the total falls, and none falls while it rises. ``global``: while the
+            total falls, blocks leave by their drop scores per weight, compared over all layers.
         every, begin, end: the n-th :meth:`step` rewires when ``begin < n <= end`` and ``(n - begin) % every == 0``.
         grace: the number of rewires that a grown block outlasts, whatever its score. New weights start at zero, so that
             at 0 a policy that drops the smallest drops much of what it grew at the rewire before. Default: 1 where the
@@ -76,6 +74,10 @@ class Sparsifier:
             for Rprop's step sizes. With a zero second moment, Adam's first steps on blocks that are grown late in
             training are several times too large; ``{"exp_avg_sq": 0.1}`` makes them smaller (in our own measurements
             that gained nothing: docs/training.md).
+        elements: whether layers with an element mask are rewired element by element inside their stored blocks, the
+            density then being that of elements; a block whose last element leaves is stored no longer, and N:M masks
+            exchange elements inside their groups. False: block by block; a block that grows gets N of every M elements,
+            or so many that the share of active elements in stored blocks stays.
         sparsity: alias, ``1 - density``.
         budget: bytes of a training step that the blocks keep within, as ``"512MiB"``; None: no limit. It counts values,
             gradients, optimizer state, indices, other parameters, buffers, followers, the room of a rewire, and, once a
@@ -109,7 +111,9 @@ class Sparsifier:
         True
     """
 
-    optional_state = frozenset({"budget", "seen_bytes", "young"})  # entries of a state that another may lack
+    optional_state = frozenset(
+        {"budget", "policy", "seen_bytes", "watched", "young"}
+    )  # entries of a state that another may lack
 
     def __init__(
         self,
@@ -117,7 +121,7 @@ class Sparsifier:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
         policy: Policy,
         density: float | Callable[[int], float] | None = None,
-        distribution: str | None = None,
+        distribution: Distribution | None = None,
         every: int = 100,
         begin: int = 0,
         end: int | None = None,
@@ -128,42 +132,54 @@ class Sparsifier:
         sparsity: float | Callable[[int], float] | None = None,
         budget: str | int | MemoryBudget | None = None,
         grace: int | None = None,
+        elements: bool = True,
     ):
         if not isinstance(policy, Policy):
             raise TypeError(f"Sparsifier: policy must be a sparsenet Policy, got {policy!r}")
-        if distribution is not None and distribution not in DISTRIBUTIONS:
-            known = ", ".join(DISTRIBUTIONS)
-            raise ValueError(f"Sparsifier: distribution must be None or one of {known}, got {distribution!r}")
         self.model = model
         self.optimizer = optimizer
         self.policy = policy
-        self.density = _density_schedule(density, sparsity)
-        self.distribution = distribution
+        distribution = checked_distribution(distribution, "Sparsifier")
+        self._census = Census(_density_schedule(density, sparsity), distribution, bool(elements))
         self.every = as_integer("Sparsifier", "every", every, at_least=1)
         self.begin = as_integer("Sparsifier", "begin", begin, at_least=0)
         self.end = None if end is None else as_integer("Sparsifier", "end", end, at_least=0)
         self.seed = as_integer("Sparsifier", "seed", seed)
         self.grown_state = check_grown_state(grown_state or {})
         self.optimizers = with_inner_optimizers(as_optimizers(optimizer))
-        self.layers = _distinct_layers(distributed.unwrap(model))
-        self._refuse_unheld()
+        self.layers = distinct_layers(distributed.unwrap(model))
+        refuse_unheld(self.layers, self.optimizers)
         self.followers = (followers,) if isinstance(followers, nn.Module) else tuple(followers)
-        self._follower_layers = _follower_layers(self.followers, self.layers)
+        self._follower_layers = follower_layers(self.followers, self.layers)
         distributed.assert_same_topology(model)
         self.steps = 0
         self._said: set[str] = set()
         self._growth: dict[str, Growth] = {}
         self._quotas: dict[str, Quota] = {}
+        self._armed_for: int | None = None  # the step of the rewire that they are for
+        self._policy_state = PolicyState()
+        self._element_views: dict[str, ElementView] = {}
         if grace is None:
             grace = int(not isinstance(as_schedule(policy.drop_fraction), Constant))
         self._newborn = Newborn(as_integer("Sparsifier", "grace", grace, at_least=0))
         self._last_call = LastCall()
-        self._proportions = self._counts()
+        self._refuse_fixed()
+        self._census.proportions = self._census.counts(self.layers)
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
         self._warn_if_idle()
         self._holding: Holding | None = None
         self.budget = budget
         self._arm()
+
+    @property
+    def density(self) -> Callable[[int], float] | None:
+        """The density schedule."""
+        return self._census.density
+
+    @property
+    def distribution(self) -> Distribution | None:
+        """How the density is spread over the layers."""
+        return self._census.distribution
 
     @property
     def grace(self) -> int:
@@ -207,12 +223,16 @@ class Sparsifier:
             return None
         holding.look()
         share = self.policy.drop_fraction_at(self.steps)
-        wanted = self._wanted(holding.layers, [p.block_rows * p.block_cols for p in _patterns(holding.layers)])
+        wanted = self._census.wanted_blocks(holding.layers)
         counts = holding.shrunk(wanted, share)
         if counts is not None:
             return self._shrink(counts, share)
         now = holding.counts()
-        quotas = {name: self._quotas.get(name, Quota(0, 0, 0, 0)) for name in now}
+        still = Quota(0, 0, 0, 0)  # elements come and go inside blocks that are stored
+        quotas = {
+            name: still if self._census.by_elements(layer) else self._quotas.get(name, still)
+            for name, layer in holding.layers.items()
+        }
         targets = {name: now[name] - quota.drop + quota.grow for name, quota in quotas.items()}
         for name, count in holding.within(targets, wanted, share).items():
             less = targets[name] - count
@@ -227,7 +247,8 @@ class Sparsifier:
             for optimizer in self.optimizers:
                 check_followable(optimizer, self.layers[name].values, name, self.layers[name].pattern.num_blocks)
         distributed.check_resizable(self.model, next(iter(counts)))
-        done = holding.shrink(counts, self.policy, self.steps, lambda n: layer_key(self.seed, self.steps, n), share)
+        views = {name: self._view(name, self.steps, blocks=True) for name in counts}
+        done = holding.shrink(counts, self.policy, self.steps, views, share)
         updates = {}
         for name, (before, after) in done.items():
             self._say_what_died(name, before, after)
@@ -257,6 +278,7 @@ class Sparsifier:
         rewires = self._rewires_at(self.steps)
         distributed.assert_same("the decision to rewire", int(rewires) + 2 * (self._holding is not None))
         self._states.follow()
+        self._after_step()
         update = None
         try:
             update = self._keep_within_budget()
@@ -270,10 +292,11 @@ class Sparsifier:
     def refresh(self) -> None:
         """Looks at the model again after something else changed its layers: compaction, folding."""
         model = distributed.unwrap(self.model)
-        self.layers = _distinct_layers(model) if sparse_layers(model) else {}
+        self.layers = distinct_layers(model) if sparse_layers(model) else {}
         self._newborn.clear()
-        self._follower_layers = _follower_layers(self.followers, self.layers)
-        self._proportions = self._counts()
+        self._policy_state.clear()
+        self._follower_layers = follower_layers(self.followers, self.layers)
+        self._census.proportions = self._census.counts(self.layers)
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
         if self._holding is not None:
             self._holding = self._hold(self._holding.budget, self._holding.seen)
@@ -283,8 +306,35 @@ class Sparsifier:
         inside = self.begin < step and (self.end is None or step <= self.end)
         return inside and (step - self.begin) % self.every == 0
 
-    def _counts(self) -> dict[str, int]:
-        return {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
+    def _next_rewire(self) -> int | None:
+        """The step of the next rewire."""
+        step = max(self.steps, self.begin) + 1
+        step += -(step - self.begin) % self.every
+        return step if self._rewires_at(step) else None
+
+    def _view(self, name: str, step: int, drop: int = 0, *, blocks: bool = False) -> View:
+        """The layer as the policy sees it; ``blocks``: its blocks in any case, with what is known of them."""
+        layer, key = self.layers[name], layer_key(self.seed, step, name)
+        if not self._census.by_elements(layer) or blocks:
+            view = View(name, layer, key, drop, step)
+            view.state = {} if self._census.by_elements(layer) else self._policy_state.of(view)
+            return view
+        view = self._element_views.get(name)
+        if view is None or not view.is_current():
+            view = self._element_views[name] = ElementView(name, layer, key)
+        view = copy.copy(view)
+        view.key, view.drop, view.step, view.measured = key, drop, step, {}
+        view.state = self._policy_state.of(view)
+        return view
+
+    def _after_step(self) -> None:
+        """Lets a policy that wants to look at every step."""
+        if not self.policy.every_step:
+            return
+        with torch.no_grad():
+            for name in self._rewired():
+                with suppress(BadScores):  # no gradient at hand; it is said where a rewire would need it
+                    self.policy.after_step(self._view(name, self.steps))
 
     def _rewired(self) -> dict[str, SparseLinear]:
         """The layers that take part: trainable ones."""
@@ -295,27 +345,36 @@ class Sparsifier:
         return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
     def _arm(self) -> None:
-        """If the next step rewires, settles how many blocks move and has backward score the growth."""
+        """If a rewire is near, settles how many blocks move and has backward score the growth."""
         for layer in self.layers.values():
             layer.topology.observer = None
         self._last_call.remove()
         self._last_call = LastCall()
-        self._growth, self._quotas = {}, {}
-        step = self.steps + 1
-        if not self._rewires_at(step):
+        step = self._next_rewire()
+        if step is None or step - self.steps > steps_watched(self.policy):
+            self._growth, self._quotas, self._armed_for = {}, {}, None
             return
         layers = self._rewired()
-        targets = self._targets(step, layers)
-        fraction = self.policy.drop_fraction_at(step)
-        for name, layer in layers.items():
-            quota = self._quotas[name] = Quota.of(layer.pattern, targets[name], fraction)
-            view = View(name, layer, layer_key(self.seed, step, name), quota.drop)
-            growth = self._growth[name] = Growth(view, self.policy, quota.grow)
-            if growth.watches_growth or growth.watches_drops:
-                layer.topology.observer = growth.observe
-                layer.topology.expected_calls = 0
-        if self.policy.measures and any(quota.drop for quota in self._quotas.values()):
+        ready = step == self._armed_for and self._growth.keys() == layers.keys()
+        if not ready or not all(growth.is_current() for growth in self._growth.values()):
+            self._prepare(step, layers)
+        for name, growth in self._growth.items():
+            if growth.watches_growth or (growth.watches_drops and step == self.steps + 1):
+                layers[name].topology.observer = growth.observe
+                layers[name].topology.expected_calls = 0
+        if self.policy.measures and step == self.steps + 1 and any(quota.drop for quota in self._quotas.values()):
             self._last_call = LastCall(self.model)
+
+    def _prepare(self, step: int, layers: Mapping[str, SparseLinear]) -> None:
+        """Settles for the rewire at ``step`` how many blocks leave and enter, and who looks for places."""
+        fixed = {} if self.density is None else {"density": self._density_at(step), "first": self.density(self.begin)}
+        targets = self._census.targets(step, layers, self.policy, **fixed)
+        fraction = self.policy.drop_fraction_at(step)
+        self._growth, self._quotas, self._armed_for = {}, {}, step
+        for name, layer in layers.items():
+            quota, count = self._census.quota_and_growth(layer, targets[name], fraction)
+            self._quotas[name] = quota
+            self._growth[name] = Growth(self._view(name, step, max(quota.drop, count)), self.policy, count)
 
     def _density_at(self, step: int) -> float:
         """The density that a rewire at ``step`` moves to: the last one before the end moves to that of the end."""
@@ -324,41 +383,6 @@ class Sparsifier:
         if not 0.0 <= density <= 1.0:
             raise ValueError(f"Sparsifier: density must lie in [0, 1], got {density} at step {step}")
         return density
-
-    def _targets(self, step: int, layers: Mapping[str, SparseLinear]) -> dict[str, int]:
-        """Blocks of each layer after a rewire at ``step``. Totals count weights: layers may differ in block size."""
-        patterns = [layer.pattern for layer in layers.values()]
-        now = [pattern.num_blocks for pattern in patterns]
-        if self.density is None or not patterns:
-            return dict(zip(layers, now, strict=True))
-        places = [pattern.block_rows * pattern.block_cols for pattern in patterns]
-        sizes = [pattern.block_size**2 for pattern in patterns]
-        density, first = self._density_at(step), float(self.density(self.begin))
-        total = density * sum(map(operator.mul, places, sizes))
-        change = total - sum(map(operator.mul, now, sizes))
-        if density == first and abs(change) <= sum(sizes) / 2:  # the same density, up to the rounding of each layer
-            return dict(zip(layers, now, strict=True))
-        if change > 0 and not self.policy.grows():
-            if density > first:
-                raise ValueError(
-                    f"{type(self.policy).__name__}: density must not increase: this policy grows nothing, and the "
-                    f"schedule asks for {density:.4g} at step {step}"
-                )
-            change = 0  # it falls, from above what the network has
-        if change <= 0:
-            least, most = [min(1, n) if density else 0 for n in now], now
-        else:
-            least, most = now, places
-        counts = apportion(self._wanted(layers, places), total, least, most, sizes)
-        return dict(zip(layers, counts, strict=True))
-
-    def _wanted(self, layers: Mapping[str, SparseLinear], places: Sequence[int]) -> Sequence[float]:
-        """The proportions of the layers' blocks."""
-        if self.distribution is None:
-            wanted = [float(self._proportions.get(name, 0)) for name in layers]
-            return wanted if any(wanted) else list(map(float, places))
-        shapes = [layer.pattern.shape for layer in layers.values()]
-        return proportions(shapes, [layer.block_size for layer in layers.values()], self.distribution)
 
     def _rewire_or_shrink(self) -> Update:
         """A rewire; with a budget, one for which the memory fails makes the network smaller instead."""
@@ -377,10 +401,14 @@ class Sparsifier:
             for optimizer in self.optimizers:
                 check_followable(optimizer, self.layers[name].values, name, self.layers[name].pattern.num_blocks)
         self._measure()
-        plans = {name: self._plan(name) for name in self._growth}
+        scores = {name: self._scores(name) for name in self._growth}
+        found = {name: of_layer for name, of_layer in scores.items() if isinstance(of_layer, Tensor)}
+        fraction = self.policy.drop_fraction_at(self.steps)
+        self._quotas |= self._census.share_out(self._quotas, found, self._growth, fraction)
+        plans = {name: self._plan(name, scores[name]) for name in self._growth}
         if distributed.is_active():
             for name, plan in plans.items():
-                distributed.assert_same(f"the new topology of layer {name}", int(plan.pattern.fingerprint[:15], 16))
+                distributed.assert_same(f"the new topology of layer {name}", plan.digest)
         resized = [n for n, p in plans.items() if p.pattern.num_blocks != self.layers[n].pattern.num_blocks]
         if resized:
             distributed.check_resizable(self.model, resized[0])
@@ -388,10 +416,10 @@ class Sparsifier:
         try:
             for name, plan in plans.items():
                 if plan.update.dropped or plan.update.grown:
+                    new, mask = (plan.pattern, self.grown_state), plan.element_mask
                     for follower in self._follower_layers.get(name, ()):
-                        done.append(LayerMove(follower, (), plan.pattern, self.grown_state))
-                    move = (self.layers[name], self.optimizers, plan.pattern, self.grown_state, plan.values)
-                    done.append(LayerMove(*move))
+                        done.append(LayerMove(follower, (), *new, element_mask=mask))
+                    done.append(LayerMove(self.layers[name], self.optimizers, *new, plan.values, mask))
         except BaseException:
             for move in reversed(done):
                 move.undo()
@@ -410,65 +438,40 @@ class Sparsifier:
             seed = layer_key(self.seed, self.steps, "targets")
             self.policy.measure(distributed.unwrap(self.model), self._last_call.call, views, seed)
 
-    def _plan(self, name: str) -> _Plan:
+    def _scores(self, name: str) -> Tensor | str | None:
+        """A layer's drop scores, None where none are needed, or why the layer keeps its topology."""
+        layer, quota, growth = self.layers[name], self._quotas[name], self._growth[name]
+        if not layer.values.requires_grad:
+            return "it was frozen after the rewire was prepared"
+        if not growth.is_current():
+            return "its pattern was replaced after the rewire was prepared"
+        pooled = self.distribution == GLOBAL and any(quota.must_drop for quota in self._quotas.values())
+        if not quota.drop and not pooled:
+            return None
+        try:
+            return drop_scores(self.policy, growth)
+        except BadScores as error:
+            return str(error)
+
+    def _plan(self, name: str, scores: Tensor | str | None) -> Plan:
         """The layer's next pattern; changes nothing."""
         layer, quota, growth = self.layers[name], self._quotas[name], self._growth[name]
-        pattern = layer.pattern
-        places = pattern.linear_places()
-        skipped = ""
-        dropped = grown = none = places[:0]
-        values = None
-        if not layer.values.requires_grad:
-            skipped = "it was frozen after the rewire was prepared"
-        elif not growth.is_current():
-            skipped = "its pattern was replaced after the rewire was prepared"
-        elif quota.drop or quota.grow:
-            try:
-                dropped, grown = self._choose(places, growth, quota)
-                values = self._adjusted(growth.view, dropped)
-            except BadScores as error:
-                skipped = str(error)
+        skipped = scores if isinstance(scores, str) else ""
+        try:
+            if not skipped:
+                young = self._newborn.among(name, growth.pattern.linear_places())
+                plan = planned(self.policy, growth, quota, scores, young, self._census.units(layer).places)
+        except BadScores as error:
+            skipped = str(error)
         if skipped:
             logger.warning("Sparsifier: step %d, layer %s keeps its topology: %s", self.steps, name, skipped)
-            return _Plan(pattern, LayerUpdate(none, none, pattern.num_blocks, pattern.density, quota.clamped, skipped))
-        stays = torch.ones(len(places), dtype=torch.bool, device=places.device)
-        stays[dropped] = False
-        after = torch.cat([places[stays], grown])
-        new = BlockPattern.from_linear_places(after, pattern.shape, pattern.block_size)
+            none = layer.pattern.linear_places()[:0]
+            density = self._census.density_of(layer, self._census.units(layer).now)
+            update = LayerUpdate(none, none, layer.pattern.num_blocks, density, quota.clamped, skipped)
+            return Plan(layer.pattern, update)
         if quota.must_drop:
-            self._say_what_died(name, pattern, new)
-        held = quota.drop - len(dropped)
-        clamped = quota.clamped + quota.grow - held - len(grown)  # a policy may have named fewer places
-        update = LayerUpdate(places[dropped], grown, new.num_blocks, new.density, clamped, held=held)
-        return _Plan(new, update, values)
-
-    def _adjusted(self, view: View, dropped: Tensor) -> Tensor | None:
-        """New values, the same on every rank; raises BadScores for NaN and Inf."""
-        values = self.policy.adjust(view, dropped) if len(dropped) else None
-        return None if values is None else distributed.averaged(checked_values(values, view.values))
-
-    def _choose(self, places: Tensor, growth: Growth, quota: Quota) -> tuple[Tensor, Tensor]:
-        """Numbers of the blocks that leave, and places that enter; BadScores says why the layer stays as it is."""
-        none = places[:0]
-        if quota.grow and self.policy.needs_gradient:
-            growth.settle(quota.grow)
-        if growth.error:
-            raise BadScores(growth.error)
-        watched = self.policy.observes or self.policy.measures
-        if watched and not quota.drop:  # nothing was measured
-            return none, growth.best(quota.grow) if quota.grow else none
-        if watched:
-            self.policy.share(growth.view)
-        scores = checked_scores(self.policy.drop_scores(growth.view), len(places), "drop")
-        dropped = quota.leaving(growth.pattern, scores, self._newborn.among(growth.view.name, places))
-        entering = quota.grow - (quota.drop - len(dropped))
-        if not entering:
-            return dropped, none
-        if not self.policy.needs_gradient:
-            growth.settle(entering)
-        if growth.error:
-            raise BadScores(growth.error)
-        return dropped, growth.best(entering)
+            self._say_what_died(name, layer.pattern, plan.pattern)
+        return plan
 
     # --- what it says ---
 
@@ -508,23 +511,26 @@ class Sparsifier:
             return
         warnings.warn(f"Sparsifier: {said}", stacklevel=3)
 
-    def _refuse_unheld(self) -> None:
-        if not self.optimizers:
-            return
-        for name, layer in self.layers.items():
-            if layer.values.requires_grad and not any(holds(o, layer.values) for o in self.optimizers):
-                raise ValueError(
-                    f"Sparsifier: optimizer must hold the values of every trainable layer, got none for {name!r}; make "
-                    "the optimizer after sparsify_, or freeze the layer (requires_grad_(False))"
-                )
+    def _refuse_fixed(self) -> None:
+        """A density that changes is no use to N:M masks whose elements are rewired."""
+        fixed = [name for name, layer in self.layers.items() if self._census.keeps_its_number(layer)]
+        if self.density is not None and not isinstance(self.density, Constant) and len(fixed) == len(self.layers):
+            raise ValueError(
+                "Sparsifier: density must be constant where every layer has an N:M mask, whose elements keep their "
+                "number; elements=False rewires its blocks"
+            )
 
     # --- saving ---
 
     def state_dict(self) -> dict:
         """The step count, the seed, the layers' proportions and youngest blocks; patterns are saved with the model."""
-        state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._proportions)}
+        state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._census.proportions)}
         if young := self._newborn.state():
             state["young"] = young
+        if policy := self._policy_state.state():
+            state["policy"] = policy
+        if watched := {name: seen for name, growth in self._growth.items() if (seen := growth.state())}:
+            state["watched"] = watched
         if self._holding is not None:
             state |= {"budget": self._holding.budget.bytes, "seen_bytes": dict(self._holding.seen)}
         return state
@@ -544,14 +550,18 @@ class Sparsifier:
             if not isinstance(seen, Mapping) or not all(isinstance(n, int) and n >= 0 for n in seen.values()):
                 raise ValueError(f"Sparsifier: state must have bytes by name in 'seen_bytes', got {seen!r}")
             self._holding = self._hold(MemoryBudget(state["budget"]), seen).check()
+        views = {name: self._view(name, state["steps"]) for name in self.layers}
+        policy_state = PolicyState()
+        policy_state.load(state.get("policy", {}), views)
         self.steps, self.seed, self._newborn = state["steps"], state["seed"], newborn
-        self._proportions = self._counts() | {n: c for n, c in proportions.items() if n in self.layers}
+        self._policy_state, self._armed_for = policy_state, None
+        known = {name: count for name, count in proportions.items() if name in self.layers}
+        self._census.proportions = self._census.counts(self.layers) | known
         self._states.mark()
         self._arm()
-
-
-def _patterns(layers: Mapping[str, SparseLinear]) -> list[BlockPattern]:
-    return [layer.pattern for layer in layers.values()]
+        for name, seen in state.get("watched", {}).items():
+            if name in self._growth:
+                self._growth[name].load(seen)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -567,32 +577,3 @@ def _density_schedule(density, sparsity) -> Callable[[int], float] | None:
     if not callable(value) and not 0.0 <= schedule(0) <= 1.0:
         raise ValueError(f"Sparsifier: {name} must lie in [0, 1], got {value}")
     return Complement(schedule) if name == "sparsity" else schedule
-
-
-def _follower_layers(followers: Sequence[nn.Module], layers: Mapping[str, SparseLinear]) -> dict[str, list]:
-    """By layer name, the layers of the followers that go along."""
-    found: dict[str, list[SparseLinear]] = {name: [] for name in layers}
-    for number, follower in enumerate(followers):
-        if not isinstance(follower, nn.Module):
-            raise TypeError(f"Sparsifier: followers must be modules, got {type(follower).__name__}")
-        copies = sparse_layers(distributed.unwrap(follower))
-        for name, layer in layers.items():
-            copy = copies.get(name)
-            if copy is None or copy is layer or copy.pattern != layer.pattern:
-                what = "no such layer" if copy is None else "the layer itself" if copy is layer else "another pattern"
-                raise ValueError(f"Sparsifier: followers[{number}] must be a copy of layer {name!r}, got {what}")
-            found[name].append(copy)
-    return found
-
-
-def _distinct_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    layers = sparse_layers(model)
-    if not layers:
-        raise ValueError("Sparsifier: model must hold at least one SparseLinear; see sparsify_")
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        other = owners.setdefault(id(layer.values), name)
-        if other != name:
-            raise ValueError(f"Sparsifier: one Parameter must not serve two layers, got {other!r} and {name!r}")
-        layer.topology.label = f"block_sparse_linear ({name})"
-    return layers

@@ -317,6 +317,7 @@ def plan(
     density = None if density is None else as_number("plan", "density", density, within=(0, 1))
     _check_names(optimizer, dtype, policy)
     shapes = tuple((out, inp) for inp, out in pairwise(features))
+    chosen = POLICIES[policy]()
     job = _Training(
         shapes=shapes,
         block_sizes=_block_sizes(shapes, block_size, 1.0 if density is None else density),
@@ -324,10 +325,10 @@ def plan(
         activation=activation,
         dtype=dtype,
         states=OPTIMIZER_STATES[optimizer] if optimizer != "sgd" or momentum else 0,
-        grows_by_gradient=POLICIES[policy].needs_gradient,
-        grows_otherwise=not POLICIES[policy].needs_gradient and POLICIES[policy].scores_places(),
-        drop_fraction=POLICIES[policy].largest_share(drop_fraction),
-        policy=POLICIES[policy](),
+        grows_by_gradient=chosen.needs_gradient,
+        grows_otherwise=not chosen.needs_gradient and chosen.scores_places(),
+        drop_fraction=chosen.largest_share(drop_fraction),
+        policy=chosen,
         threads=as_integer("plan", "threads", threads or torch.get_num_threads(), at_least=1),
         input_bytes=input_bytes,
     )

@@ -2,31 +2,47 @@
 
 from sparsenet.policies.cascade import Cascade
 from sparsenet.policies.curvature import OBD, Fisher, Taylor, WoodFisher
-from sparsenet.policies.gradual import GMP
-from sparsenet.policies.policy import LayerView, Policy, block_squared_norms
-from sparsenet.policies.rewiring import SET, RigL, Static
+from sparsenet.policies.gradual import ACDC, GMP, GraNet, Movement
+from sparsenet.policies.latent import TopKAST
+from sparsenet.policies.policy import Combination, LayerView, Policy, block_squared_norms
+from sparsenet.policies.rewiring import MEST, SET, SNFS, Random, RigL, Static
 
 __all__ = [
+    "ACDC",
     "GMP",
+    "MEST",
     "OBD",
     "POLICIES",
     "SET",
+    "SNFS",
     "Cascade",
+    "Combination",
     "Fisher",
+    "GraNet",
     "LayerView",
+    "Movement",
     "Policy",
+    "Random",
     "RigL",
     "Static",
     "Taylor",
+    "TopKAST",
     "WoodFisher",
     "block_squared_norms",
 ]
 
 POLICIES: dict[str, type[Policy]] = {
     "static": Static,
+    "random": Random,
     "set": SET,
     "rigl": RigL,
+    "snfs": SNFS,
+    "mest": MEST,
+    "topkast": TopKAST,
     "gmp": GMP,
+    "movement": Movement,
+    "granet": GraNet,
+    "acdc": ACDC,
     "taylor": Taylor,
     "obd": OBD,
     "fisher": Fisher,

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from sparsenet import saliency
 from sparsenet.functional import select_extreme
-from sparsenet.policies.curvature import GrowsByGradient, Taylor, WoodFisher, informative
+from sparsenet.policies.curvature import Taylor, WoodFisher, informative
 from sparsenet.policies.places import BadScores
 from sparsenet.policies.policy import LayerView, Policy
+from sparsenet.policies.rewiring import GrowsByGradient
 from sparsenet.schedules import as_number
 
 __all__ = ["Cascade"]

@@ -18,22 +18,13 @@ from torch import Tensor, nn
 
 from sparsenet import distributed, saliency
 from sparsenet.policies.places import BadScores
-from sparsenet.policies.policy import LayerView, Policy
+from sparsenet.policies.policy import LayerView
+from sparsenet.policies.rewiring import GrowsByGradient
 from sparsenet.saliency.measuring import TARGETS
 from sparsenet.saliency.woodfisher import DAMP
 from sparsenet.schedules import as_integer, as_number
 
-__all__ = ["OBD", "Curvature", "Fisher", "GrowsByGradient", "Taylor", "WoodFisher", "informative"]
-
-
-class GrowsByGradient(Policy):
-    """Growth as in RigL (Evci et al., 2020)."""
-
-    needs_gradient = True
-
-    def grow_scores(self, layer: LayerView, places: Tensor) -> Tensor:
-        """Squared norms of the gradient's blocks."""
-        return layer.gradient_squared_norms(places)
+__all__ = ["OBD", "Curvature", "Fisher", "Taylor", "WoodFisher", "informative"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsenet.functional import lowest_to_spare, select_extreme
 from sparsenet.pattern import BlockPattern
 
-__all__ = ["LayerUpdate", "Newborn", "Quota", "Update"]
+__all__ = ["LayerUpdate", "Newborn", "Quota", "Units", "Update"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class LayerUpdate:
     """What one rewire did to one layer.
 
     Attributes:
-        dropped_places, grown_places: int64, block row * block columns + block column, ascending.
-        num_blocks, density: after the rewire.
+        dropped_places, grown_places: int64, block row * block columns + block column, ascending; of a layer whose
+            elements are rewired, row * in_features + column of elements.
+        num_blocks, density: after the rewire; the density is that of elements where these are rewired.
         clamped: growth that was asked for and found no free place.
         skipped: why the layer was left as it was; empty when it was rewired.
         held: blocks that were to leave and stayed: as the last of their row or column of blocks, or because there was
@@ -38,12 +39,12 @@ class LayerUpdate:
 
     @property
     def dropped(self) -> int:
-        """Number of blocks dropped."""
+        """Number of blocks (elements) dropped."""
         return len(self.dropped_places)
 
     @property
     def grown(self) -> int:
-        """Number of blocks grown."""
+        """Number of blocks (elements) grown."""
         return len(self.grown_places)
 
 
@@ -66,6 +67,29 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Units:
+    """What of a layer is rewired, blocks or elements, in numbers.
+
+    Attributes:
+        now: that are active.
+        most: that there can be.
+        places: all of the matrix, as the density counts them.
+        size: weights in one.
+    """
+
+    now: int
+    most: int
+    places: int
+    size: int
+
+    @classmethod
+    def of_blocks(cls, pattern: BlockPattern) -> Units:
+        """A layer's blocks."""
+        places = pattern.block_rows * pattern.block_cols
+        return cls(pattern.num_blocks, places, places, pattern.block_size**2)
+
+
+@dataclass(frozen=True)
 class Quota:
     """How many blocks leave and enter a layer at one rewire; ``must_drop`` of them for the sake of the density."""
 
@@ -75,17 +99,17 @@ class Quota:
     must_drop: int
 
     @classmethod
-    def of(cls, pattern: BlockPattern, target: int, drop_fraction: float) -> Quota:
+    def of(cls, units: Units, target: int, drop_fraction: float) -> Quota:
         """Exchanges ``drop_fraction`` of the blocks that stay and moves the count to ``target``.
 
         A dropped block cannot return in the same update, so growth is bounded by the places free beforehand.
         """
-        free = pattern.block_rows * pattern.block_cols - pattern.num_blocks
-        stays = min(pattern.num_blocks, target)
-        exchange = min(round(drop_fraction * stays), free - max(0, target - pattern.num_blocks))
+        free = units.most - units.now
+        stays = min(units.now, target)
+        exchange = min(round(drop_fraction * stays), free - max(0, target - units.now))
         asked = target - stays + round(drop_fraction * stays)
         grow = target - stays + max(0, exchange)
-        leave = pattern.num_blocks - stays
+        leave = units.now - stays
         return cls(drop=leave + max(0, exchange), grow=grow, clamped=asked - grow, must_drop=leave)
 
     def leaving(self, pattern: BlockPattern, scores: Tensor, young: Tensor) -> Tensor:

@@ -1,79 +1,43 @@
-"""Where a layer grows: the view of it that a policy sees, and the search for places while a backward pass runs.
+"""Where a layer grows: the search for places while backward passes run.
 
-A policy that wants to see that pass for the sake of what leaves is shown it here as well.
+A policy that wants to see a pass for the sake of what leaves is shown it here as well.
 
-The gradient that counts is that of one backward pass, the last before the rewire. A layer that is called several times
-in it (recurrence, shared blocks) has the sum of its calls' gradients; as the weight gradient is ``grad_output.T @ x``,
-that is the gradient of all calls' rows put together.
+The gradient that counts is that of one backward pass, the last before the rewire; or, for a policy with ``momentum``,
+the sum of those of the last steps before it, the older the less. A layer that is called several times in a pass
+(recurrence, shared blocks) has the sum of its calls' gradients; as the weight gradient is ``grad_output.T @ x``, that
+is the gradient of all calls' rows put together.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsenet import distributed, functional
-from sparsenet.layers import SparseLinear
-from sparsenet.pattern import BlockPattern
-from sparsenet.policies.places import BadScores, best_places, checked_places, hash_uniform, random_places
+from sparsenet.policies.places import BadScores, best_of, checked_places, checked_scores
 from sparsenet.policies.policy import Policy
+from sparsenet.policies.views import Operands, View
 
-__all__ = ["KEPT_BYTES", "Growth", "View"]
+__all__ = ["KEPT_BYTES", "Growth", "steps_watched"]
 
 KEPT_BYTES = 256 << 20  # of the operands of several calls of one layer; above it only drawn candidates are scored
-_CANDIDATES = 8  # for each place that grows
+_CANDIDATES = 8  # of several calls, for each place that grows
+_CHEAP = 1 << 24  # multiplications of a dense weight gradient, below which all places are scored in any case
 
-Operands = tuple[Tensor, Tensor]  # x [batch, in], gradient of the output before the activation [batch, out]
 
+def steps_watched(policy: Policy) -> int:
+    """Steps before a rewire at which gradients count: with momentum, until an older one would count less than a tenth.
 
-class View:
-    """One layer as a policy sees it; see :class:`sparsenet.policies.LayerView`."""
-
-    def __init__(self, name: str, layer: SparseLinear, key: int, drop: int = 0):
-        self.name = name
-        self.layer = layer
-        self.key = key
-        self.drop = drop
-        self.measured: dict[str, Any] = {}
-        self.operands: Operands | None = None
-
-    @property
-    def values(self) -> nn.Parameter:
-        """[num_blocks, b, b]."""
-        return self.layer.values
-
-    @property
-    def pattern(self) -> BlockPattern:
-        """The active blocks."""
-        return self.layer.pattern
-
-    @property
-    def element_mask(self) -> Tensor | None:
-        """Bool [num_blocks, b, b] or None."""
-        return self.layer.element_mask
-
-    def random(self, places: Tensor) -> Tensor:
-        """float32 [n] in [0, 1), a function of seed, step, layer and place."""
-        return hash_uniform(places, self.key)
-
-    def random_places(self, count: int) -> Tensor:
-        """int64 [<= count]: inactive places, ascending, drawn without looking at the others."""
-        return random_places(self.pattern, count, self.key)
-
-    def gradient_squared_norms(self, places: Tensor) -> Tensor:
-        """float32 [n]: of the dense weight gradient's blocks at int64 ``places`` [n], ascending."""
-        if self.operands is None:
-            raise RuntimeError(
-                f"Sparsifier: no gradient of layer {self.name} at hand; set needs_gradient in the policy"
-            )
-        if not len(places):
-            return torch.empty(0, device=places.device)
-        cols = self.pattern.block_cols
-        rows = (int(places[0]) // cols, int(places[-1]) // cols + 1)
-        norms = functional.block_gradient_squared_norms(*self.operands, self.pattern.block_size, rows)
-        return norms.flatten()[places - rows[0] * cols]
+    Example:
+        >>> import sparsenet as sn
+        >>> from sparsenet.policies.growth import steps_watched
+        >>> steps_watched(sn.RigL()), steps_watched(sn.SNFS(momentum=0.9))
+        (1, 22)
+    """
+    return math.ceil(math.log(0.1) / math.log(policy.momentum)) if policy.needs_gradient and policy.momentum else 1
 
 
 class Growth:
@@ -91,13 +55,14 @@ class Growth:
         self.places: Tensor | None = None
         self.scores: Tensor | None = None
         self.error = ""
+        self._of_layer = view.layer.pattern
         self._pass = -1  # autograd's number of the backward pass that ``_kept`` is from
         self._kept: list[Operands] = []
         self._candidates: tuple[Tensor, Tensor] | None = None  # places and their gradient so far
 
     def is_current(self) -> bool:
         """Whether the layer still has the pattern that the counts are for."""
-        return self.pattern is self.view.pattern
+        return self._of_layer is self.view.layer.pattern
 
     # --- in backward ---
 
@@ -115,7 +80,7 @@ class Growth:
         """Called by the layer's backward, as often as the layer was called."""
         this_pass = torch._C._current_graph_task_id()
         if this_pass != self._pass or this_pass < 0:
-            self._forget()
+            self._begin_pass()
             self._pass = this_pass
             if this_pass >= 0:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
@@ -125,16 +90,19 @@ class Growth:
             return
         self._kept.append((x.detach(), grad_output.detach()))
         kept = sum(t.nbytes for operands in self._kept for t in operands)
-        if self._candidates is not None or (len(self._kept) > 1 and kept > KEPT_BYTES):
+        if self.policy.momentum or self._candidates is not None or (len(self._kept) > 1 and kept > KEPT_BYTES):
             self._sum_candidates()
         if this_pass < 0 or len(self._kept) == self.view.layer.topology.expected_calls:
             self._all_seen()
 
-    def _forget(self) -> None:
-        self._kept, self._candidates = [], None
+    def _begin_pass(self) -> None:
+        """Of an earlier pass only a momentum is left."""
+        self._kept, self.view.measured, self.error = [], {}, ""
         self.places = self.scores = None
-        self.error = ""
-        self.view.measured = {}
+        if not self.policy.momentum:
+            self._candidates = None
+        elif self._candidates is not None:
+            self._candidates[1].mul_(self.policy.momentum)
 
     def _all_seen(self) -> None:
         """Scores at once, so that the operands of one layer at a time are kept; several ranks score at the rewire."""
@@ -150,16 +118,41 @@ class Growth:
             self._all_seen()
 
     def _sum_candidates(self) -> None:
-        """Instead of the operands of ever more calls, keeps the sum of their gradients at places drawn by the seed."""
-        pattern, b = self.view.pattern, self.view.pattern.block_size
+        """Instead of the operands of ever more calls, keeps the sum of their gradients at some candidate places.
+
+        They are drawn by the seed alone where every rank must have the same without asking the others.
+        """
         if self._candidates is None:
-            places = self.view.random_places(_CANDIDATES * self.count)
-            self._candidates = places, torch.zeros(len(places), b, b, device=places.device)
+            view, side = self.view, self.view.pattern.block_size
+            if self.policy.momentum and self._kept and not distributed.is_active():
+                places = view.likely_places((self.policy.candidates or _CANDIDATES) * self.count, self._kept[0])
+            else:
+                places = view.random_places((self.policy.candidates or _CANDIDATES) * self.count)
+            self._candidates = places, torch.zeros(len(places), side, side, device=places.device)
         places, gradient = self._candidates
-        where = places // pattern.block_cols, places % pattern.block_cols
         for operands in self._kept:
-            gradient += functional.candidate_gradients(*operands, *where, b)
+            more = self.view.gradients(places, operands)
+            gradient += more.nan_to_num_(0.0, 0.0, 0.0) if self.policy.momentum else more
         self._kept = []
+
+    # --- between passes: what a momentum is saved as ---
+
+    def state(self) -> dict[str, Tensor]:
+        """The candidates and their gradient so far; empty where there are none."""
+        return {} if self._candidates is None else dict(zip(("places", "gradient"), self._candidates, strict=True))
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a :meth:`state`; ValueError where it is none of this layer's pattern."""
+        if not state:
+            return
+        places, gradient = (state.get(key) for key in ("places", "gradient"))
+        side = self.pattern.block_size
+        fits = isinstance(places, Tensor) and isinstance(gradient, Tensor) and places.dim() == 1
+        if not fits or gradient.shape != (len(places), side, side) or not gradient.is_floating_point():
+            raise ValueError(f"Sparsifier: state must have places and gradients of layer {self.view.name}, got {state}")
+        places = checked_places(self.pattern, places, len(places))
+        self.view.check_growable(places)
+        self._candidates = places, gradient.to(places.device, torch.float32, copy=True)
 
     # --- at the rewire ---
 
@@ -172,8 +165,8 @@ class Growth:
             self._sum_candidates()  # as the others do
             self._choose_candidates()
         elif distributed.is_active():
-            pattern, values = self.view.pattern, self.view.values
-            nothing = tuple(values.new_empty(0, features) for features in reversed(pattern.shape))
+            shape, values = self.view.layer.pattern.shape, self.view.layer.values
+            nothing = tuple(values.new_empty(0, features) for features in reversed(shape))
             self._select(distributed.gather_operands(*(_together(self._kept) if self._kept else nothing)))
             self._kept = []
         elif self.places is None and not self.error:
@@ -183,39 +176,57 @@ class Growth:
         """int64 [count], ascending: the best of what was found."""
         if count >= len(self.places):
             return self.places
-        scores = self.view.random(self.places) if self.scores is None else self.scores
-        return self.places[functional.select_extreme(scores, count, largest=True)]
+        return self.places[functional.select_extreme(self.scores_found(), count, largest=True)]
+
+    def scores_found(self) -> Tensor:
+        """float32, of :attr:`places`; random ones where a policy named the places itself."""
+        return self.view.random(self.places) if self.scores is None else self.scores
 
     def _select(self, operands: Operands | None) -> None:
-        """Asks the policy for places, or scores every inactive one, a slice of block rows at a time, for the best."""
-        pattern = self.view.pattern
+        """Asks the policy for places, or scores the inactive ones, or candidates among them, for the best."""
         self.places, self.error = None, ""
         if operands is not None and not len(operands[0]):
             self.error = "the batch of the last backward was empty"
             return
-        self.view.operands = operands
+        view = self.view
+        view.operands = operands
         try:
-            chosen = self.policy.grow_places(self.view, self.count)
+            chosen = self.policy.grow_places(view, self.count)
             if chosen is not None:
-                self.places, self.scores = checked_places(pattern, chosen, self.count), None
+                self.places, self.scores = checked_places(self.pattern, chosen, self.count), None
+                view.check_growable(self.places)
                 return
-            share = distributed.share_of(pattern.block_rows) if operands is not None else (0, pattern.block_rows)
-            best = best_places(pattern, lambda places: self.policy.grow_scores(self.view, places), self.count, share)
+            best = best_of(self._parts(operands), lambda p: self.policy.grow_scores(view, p), self.count, view.device)
             if operands is not None:
                 best = distributed.gather_best(*best, self.count)
             self._found(*best, by_gradient=operands is not None)
         except BadScores as error:
             self.error = str(error)
         finally:
-            self.view.operands = None
+            view.operands = None
+
+    def _parts(self, operands: Operands | None) -> Iterable[Tensor]:
+        """The places that this rank scores, in ascending parts: candidates where all of them would cost too much."""
+        view = self.view
+        if operands is None:
+            return view.inactive_places((0, view.block_rows))
+        wanted = self.policy.candidates and self.policy.candidates * self.count
+        cost = len(operands[0]) * math.prod(view.layer.pattern.shape)
+        if not wanted or 2 * wanted >= view.inactive or cost <= _CHEAP:
+            return view.inactive_places(distributed.share_of(view.block_rows))
+        places = view.likely_places(wanted)
+        return [places[slice(*distributed.share_of(len(places)))]]
 
     def _choose_candidates(self) -> None:
         places, gradient = self._candidates
-        gradient = distributed.averaged(gradient)
-        scores = gradient.flatten(1).square().sum(1)
-        if not bool(torch.isfinite(scores).all()):
-            self.error = "its grow scores hold NaN or Inf"
+        self.view.summed = places, distributed.averaged(gradient)
+        try:
+            scores = checked_scores(self.policy.grow_scores(self.view, places), len(places), "grow")
+        except BadScores as error:
+            self.error = str(error)
             return
+        finally:
+            self.view.summed = None
         kept = functional.select_extreme(scores, min(self.count, len(scores)), largest=True)
         self._found(places[kept], scores[kept], by_gradient=True)
 

@@ -27,9 +27,9 @@ from sparsenet.limits import Limit, MemoryBudget, SavedBytes, format_bytes, proc
 from sparsenet.optimizer_state import state_by_block, state_bytes
 from sparsenet.pattern import INDEX_BYTES, BlockPattern, carried_from
 from sparsenet.policies.exchange import Quota
-from sparsenet.policies.growth import View
 from sparsenet.policies.places import BadScores, checked_scores
 from sparsenet.policies.policy import Policy, block_squared_norms
+from sparsenet.policies.views import View
 
 __all__ = ["Holding"]
 
@@ -255,7 +255,7 @@ class Holding:
 
     @torch.no_grad()
     def shrink(
-        self, counts: Counts, policy: Policy, step: int, key: Callable[[str], int], share: float
+        self, counts: Counts, policy: Policy, step: int, views: Mapping[str, View], share: float
     ) -> dict[str, tuple[BlockPattern, BlockPattern]]:
         """Takes the lowest-scored blocks away until ``counts`` are left; what stays keeps values and state.
 
@@ -267,7 +267,7 @@ class Holding:
         """
         before, was = self.bytes(share), self.counts()
         fewer = sorted((n for n in counts if counts[n] < was[n]), key=lambda n: self.layers[n].values.nbytes)
-        plans = {name: self._kept(name, counts[name], policy, key(name)) for name in fewer}
+        plans = {name: self._kept(name, counts[name], policy, views[name]) for name in fewer}
         for name in sorted(plans) if distributed.is_active() else ():
             distributed.assert_same(f"the new topology of layer {name}", int(plans[name].fingerprint[:15], 16))
         for name in fewer:
@@ -286,11 +286,11 @@ class Holding:
         )  # fmt: skip
         return done
 
-    def _kept(self, name: str, count: int, policy: Policy, key: int) -> BlockPattern:
+    def _kept(self, name: str, count: int, policy: Policy, view: View) -> BlockPattern:
         layer = self.layers[name]
         pattern = layer.pattern
         try:
-            scores = checked_scores(policy.drop_scores(View(name, layer, key)), pattern.num_blocks, "drop")
+            scores = checked_scores(policy.drop_scores(view), pattern.num_blocks, "drop")
         except (BadScores, RuntimeError) as error:  # no scores at this moment: the memory is needed all the same
             logger.warning("Sparsifier: layer %s loses its blocks of smallest norm: %s", name, error)
             scores = block_squared_norms(layer.values).nan_to_num(nan=-1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,40 +15,52 @@ from sparsenet.pattern import BlockPattern
 __all__ = [
     "PLACES_AT_ONCE",
     "BadScores",
+    "best_of",
     "best_places",
     "checked_places",
     "checked_scores",
     "checked_values",
     "hash_uniform",
+    "inactive_places",
     "layer_key",
     "random_places",
 ]
 
-PLACES_AT_ONCE = 1 << 20  # places scored at a time: bounds the memory of a rewire
+PLACES_AT_ONCE = 1 << 18  # places scored at a time: bounds the memory of a rewire
 
 
 class BadScores(ValueError):
     """NaN or Inf among scores."""
 
 
+def inactive_places(pattern: BlockPattern, rows: tuple[int, int]) -> Iterator[Tensor]:
+    """int64, ascending: the inactive places in block rows [begin, end), a bounded number at a time."""
+    cols, active = pattern.block_cols, pattern.linear_places()
+    step = max(1, PLACES_AT_ONCE // max(cols, 1))
+    for begin in range(*rows, step):
+        end = min(begin + step, rows[1])
+        free = torch.ones((end - begin) * cols, dtype=torch.bool, device=active.device)
+        here = active[torch.searchsorted(active, begin * cols) : torch.searchsorted(active, end * cols)]
+        free[here - begin * cols] = False
+        yield where_true(free) + begin * cols
+
+
 def best_places(
     pattern: BlockPattern, score: Callable[[Tensor], Tensor], count: int, rows: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """The ``count`` inactive places of highest score in block rows [begin, end), ascending, and their scores.
+    """The ``count`` inactive places of highest score in block rows [begin, end), ascending, and their scores."""
+    return best_of(inactive_places(pattern, rows), score, count, pattern.device)
 
-    Scores a bounded number of places at a time; ties go to the smaller place.
+
+def best_of(
+    parts: Iterable[Tensor], score: Callable[[Tensor], Tensor], count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The ``count`` places of highest score, ascending, and their scores; they come in ascending parts, int64.
+
+    A part is forgotten before the next comes; ties go to the smaller place.
     """
-    cols, device = pattern.block_cols, pattern.device
-    active = pattern.linear_places()
-    best = torch.empty(0, dtype=torch.int64, device=device)
-    best_scores = torch.empty(0, device=device)
-    step = max(1, PLACES_AT_ONCE // max(cols, 1))
-    for begin in range(rows[0], rows[1], step) if count else ():
-        end = min(begin + step, rows[1])
-        free = torch.ones((end - begin) * cols, dtype=torch.bool, device=device)
-        here = active[torch.searchsorted(active, begin * cols) : torch.searchsorted(active, end * cols)]
-        free[here - begin * cols] = False
-        places = where_true(free) + begin * cols
+    best, best_scores = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
+    for places in parts if count else ():
         scores = checked_scores(score(places), len(places), "grow")
         if len(best) == count:  # later places lose ties: few can still get in
             better = where_true(scores > best_scores.min())

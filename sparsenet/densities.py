@@ -9,7 +9,8 @@ whole, so the relative densities see ``out`` and ``in`` rounded up to whole bloc
 blocks under ``erdos_renyi`` is then ``eps * (block rows + block columns)``: every row and column of blocks has, on
 average, the same number of blocks in every layer.
 
-Adding a distribution: one function and one line in ``DISTRIBUTIONS``.
+Adding a distribution: one function and one line in ``DISTRIBUTIONS``. One that has to look at the layers themselves
+(sensitivity, time) is a function that makes relative densities, one per layer; see :mod:`sparsenet.policies.spreading`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heapreplace
+from typing import NamedTuple
 
 from sparsenet.schedules import as_integer, as_number, numbers_of
 
@@ -30,25 +32,46 @@ ENOUGH = {32: 3.0, 16: 3.0, 8: 3.0, 4: 1.5, 1: 0.0}
 CHOSEN_FROM = tuple(ENOUGH)
 
 
-def _uniform(out: int, fan_in: int, kernel: Shape) -> float:
-    return 1.0
+class _Layer(NamedTuple):
+    """Sizes of a layer: ``out`` and ``fan_in`` in whole blocks, of its kernel (() if linear), ``places`` for blocks."""
+
+    out: int
+    fan_in: int
+    kernel: Shape
+    places: int
+    block_size: int
 
 
-def _erdos_renyi(out: int, fan_in: int, kernel: Shape) -> float:
-    return (out + fan_in) / (out * fan_in)
+def _uniform(layer: _Layer) -> float:
+    return float(layer.places)
 
 
-def _erdos_renyi_kernel(out: int, fan_in: int, kernel: Shape) -> float:
-    return (out + fan_in + sum(kernel)) / (out * fan_in * math.prod(kernel))
+def _erdos_renyi(layer: _Layer) -> float:
+    out, fan_in = layer.out, layer.fan_in
+    return layer.places * ((out + fan_in) / (out * fan_in))
 
 
-# name -> relative density of a layer from its out and in sizes (whole blocks) and its kernel sizes (() if linear)
-DISTRIBUTIONS: dict[str, Callable[[int, int, Shape], float]] = {
+def _erdos_renyi_kernel(layer: _Layer) -> float:
+    out, fan_in, kernel = layer.out, layer.fan_in, layer.kernel
+    return layer.places * ((out + fan_in + sum(kernel)) / (out * fan_in * math.prod(kernel)))
+
+
+def _memory(layer: _Layer) -> float:
+    return 1.0 / layer.block_size**2
+
+
+# name -> blocks of a layer relative to those of the others: its places times its relative density
+DISTRIBUTIONS: dict[str, Callable[[_Layer], float]] = {
     "uniform": _uniform,
     "erdos_renyi": _erdos_renyi,
     "er": _erdos_renyi,
     "erk": _erdos_renyi_kernel,
+    "memory": _memory,
 }
+
+# What a relative density of 0 counts as beside the largest: such a layer gets its blocks when the others are full, so
+# that the total is met all the same.
+_NEXT_TO_NOTHING = 1e-18
 
 
 def _whole_blocks(size: int, block_size: int) -> int:
@@ -71,7 +94,7 @@ def block_places(shape: Shape, block_size: int = 1) -> int:
 def distribute(
     shapes: Sequence[Shape],
     density: float,
-    distribution: str = "uniform",
+    distribution: str | Sequence[float] = "uniform",
     *,
     block_size: int | Sequence[int] = 1,
     min_blocks: int = 1,
@@ -84,6 +107,9 @@ def distribute(
         distribution: "uniform": the same density everywhere. "erdos_renyi" (or "er"): density ~ (in + out) / (in * out)
             (Mocanu et al. 2018; kernels are ignored, as in Evci et al. 2020's "Erdos-Renyi"). "erk": density
             ~ (in + out + kernel sizes) / (in * out * kernel sizes) (Evci et al. 2020). Both agree for linear layers.
+            "memory": the same number of weights everywhere, and so the same bytes of values, gradients and optimizer
+            state; a layer that is full leaves the rest to the others. Or relative densities of your own, one per shape,
+            on any scale; where one is 0, the layer gets no more than ``min_blocks`` until the others are full.
         block_size: side of the square blocks, one for all layers or one per layer; totals then count weights.
         min_blocks: every layer gets at least this many (or all its places, if fewer) when ``density`` > 0.
 
@@ -105,30 +131,60 @@ def distribute(
         raise ValueError(f"distribute: block_size must have one entry per shape, {len(shapes)}, got {len(block_sizes)}")
     block_sizes = [as_integer("distribute", "block_size", size, at_least=1) for size in block_sizes]
     min_blocks = as_integer("distribute", "min_blocks", min_blocks, at_least=1)
-    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribute: distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
     places = [block_places(shape, size) for shape, size in zip(shapes, block_sizes, strict=True)]
+    wanted = _proportions("distribute", shapes, block_sizes, distribution)
     if density == 0:
         return [0] * len(places)
-    wanted = proportions(shapes, block_sizes, distribution)
     blocks = [size * size for size in block_sizes]
     total = density * sum(p * weights for p, weights in zip(places, blocks, strict=True))
     return apportion(wanted, total, [min(min_blocks, p) for p in places], places, blocks)
 
 
-def proportions(shapes: Sequence[Shape], block_sizes: Sequence[int], distribution: str) -> list[float]:
+def proportions(
+    shapes: Sequence[Shape], block_sizes: Sequence[int], distribution: str | Sequence[float]
+) -> list[float]:
     """Blocks of each layer relative to the others, as a distribution wants them; on any scale.
+
+    ``distribution`` is a name or one relative density per shape, and ``shapes`` are as :func:`distribute` takes them.
+    Raises TypeError or ValueError for another name, or relative densities that are not one finite number >= 0 per
+    shape, or not one of them above 0.
 
     >>> proportions([(4096, 784), (10, 4096)], [32, 32], "uniform")
     [3200.0, 128.0]
+    >>> proportions([(4096, 784), (10, 4096)], [32, 32], [0.2, 0.8])
+    [800.0, 128.0]
     """
-    relative = DISTRIBUTIONS[distribution]
-    found = []
+    return _proportions("proportions", shapes, block_sizes, distribution)
+
+
+def _proportions(
+    owner: str, shapes: Sequence[Shape], block_sizes: Sequence[int], distribution: str | Sequence[float]
+) -> list[float]:
+    layers = []
     for (out, fan_in, *kernel), b in zip(shapes, block_sizes, strict=True):
         places = block_places((out, fan_in, *kernel), b)
-        sides = _whole_blocks(out, b) * b, _whole_blocks(fan_in, b) * b
-        found.append(places * relative(*sides, kernel) if places else 0.0)
-    return found
+        layers.append(_Layer(_whole_blocks(out, b) * b, _whole_blocks(fan_in, b) * b, kernel, places, b))
+    if isinstance(distribution, str) and distribution in DISTRIBUTIONS:
+        return [DISTRIBUTIONS[distribution](layer) if layer.places else 0.0 for layer in layers]
+    relative = _relative_densities(owner, distribution, len(layers))
+    return [layer.places * share for layer, share in zip(layers, relative, strict=True)]
+
+
+def _relative_densities(owner: str, values: object, count: int) -> list[float]:
+    """One number in (0, 1] per shape."""
+    rule = f"distribution must be one of {', '.join(DISTRIBUTIONS)}, or one number >= 0 per shape"
+    if isinstance(values, str):
+        raise ValueError(f"{owner}: {rule}, got {values!r}")
+    listed = (isinstance(values, Sequence) and not isinstance(values, bytes)) or hasattr(values, "shape")
+    numbers = numbers_of(values) if listed else [None]
+    if None in numbers:
+        raise TypeError(f"{owner}: {rule}, got {values!r}")
+    if len(numbers) != count or not all(math.isfinite(number) and number >= 0 for number in numbers):
+        raise ValueError(f"{owner}: {rule} ({count}), got {values!r}")
+    largest = max(numbers, default=0.0)
+    if count and not largest:
+        raise ValueError(f"{owner}: {rule} and one above 0, got {values!r}")
+    return [max(number / largest, _NEXT_TO_NOTHING) for number in numbers]
 
 
 def apportion(

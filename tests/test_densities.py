@@ -155,6 +155,46 @@ def test_proportions_by_hand():
     assert proportions([(64, 32), (8, 64)], [8, 4], "erdos_renyi") == [1.5, 4.5]
 
 
+def test_the_same_memory_by_hand():
+    # 252 weights of 1200: 84 each; the layer of 100 places is not full yet
+    assert distribute([(10, 10), (100, 10), (1, 100)], 0.21, "memory") == [84, 84, 84]
+    # 600 weights: two layers are full with 100, the third takes 400
+    assert distribute([(10, 10), (100, 10), (1, 100)], 0.5, "memory") == [100, 400, 100]
+    # blocks of 8 and 4, 2560 weights in all, 1280 to share: 640 each, and so 10 blocks of 64 and 40 of 16; but the
+    # second layer has 32 places, 512 weights, and 768 are left to the first: 12
+    assert distribute([(64, 32), (8, 64)], 0.5, "memory", block_size=[8, 4]) == [12, 32]
+    assert proportions([(64, 32), (8, 64)], [8, 4], "memory") == [1 / 64, 1 / 16]
+
+
+def test_the_same_memory_counts_what_is_stored_of_convolutions():
+    # 3 inputs under a kernel of 3 x 3 are 27 columns: 2 blocks of 16, not the 9 that 3 inputs and a kernel need apart
+    assert proportions([(64, 3, 3, 3), (64, 64, 3, 3), (10, 64)], [16, 16, 16], "memory") == [1 / 256] * 3
+    # places 8, 144, 4: 40 % of 156 is 62: 8 and 4 are full, 50 remain
+    assert distribute([(64, 3, 3, 3), (64, 64, 3, 3), (10, 64)], 0.4, "memory", block_size=16) == [8, 50, 4]
+
+
+def test_relative_densities_of_ones_own_by_hand():
+    # densities 1 : 2 : 4 of places 100, 200, 50: 100 + 400 + 200 = 700 shares of 175 blocks
+    shapes = [(10, 10), (20, 10), (5, 10)]
+    assert distribute(shapes, 0.5, [1, 2, 4]) == [25, 100, 50]
+    assert distribute(shapes, 0.5, (0.1, 0.2, 0.4)) == distribute(shapes, 0.5, torch.tensor([1, 2, 4])) == [25, 100, 50]
+    assert distribute(shapes, 0.5, [1, 1, 1]) == distribute(shapes, 0.5, "uniform")
+    assert distribute([], 0.5, []) == distribute([], 0.5, ()) == []
+    # very different scales are scales all the same
+    assert distribute(shapes, 0.5, [1e300, 2e300, 4e300]) == distribute(shapes, 0.5, [1e-300, 2e-300, 4e-300])
+
+
+def test_a_relative_density_of_zero_waits_until_the_others_are_full():
+    shapes = [(10, 10), (20, 10), (5, 10)]
+    assert distribute(shapes, 0.5, [1, 0, 4]) == [100, 25, 50]  # 175: 150 fill two layers
+    assert distribute(shapes, 0.2, [1, 0, 4]) == [23, 1, 46]  # 70 less the one block of the second, 1 : 2
+    assert distribute(shapes, 0.2, [0, 1, 0], min_blocks=3) == [3, 64, 3]
+    assert distribute(shapes, 1, [0, 1, 0]) == [100, 200, 50]
+    large = (8192, 8192)
+    assert distribute([large, large], 0.5, [0, 1e-6]) == [1, 8192**2 - 1]
+    assert distribute([large, large], 0.75, [0, 1e-6]) == [8192**2 // 2, 8192**2]
+
+
 def test_row81_the_chosen_block_size_by_hand():
     fan_ins = (960, 959, 480, 479, 240, 239, 60, 59)  # 3 blocks of 32, 16 and 8; 1.5 of 4
     assert [choose_block_size(fan_in, 0.1) for fan_in in fan_ins] == [32, 16, 16, 8, 8, 4, 4, 1]
@@ -178,9 +218,26 @@ def test_large_shapes_stay_exact():
         (
             lambda: distribute(MLP, 0.1, "erdos"),
             ValueError,
-            "distribute: distribution must be one of uniform, erdos_renyi, er, erk, got 'erdos'",
+            "distribute: distribution must be one of uniform, erdos_renyi, er, erk, memory, or one number >= 0 per "
+            "shape, got 'erdos'",
         ),
-        (lambda: distribute(MLP, 0.1, ["er"]), ValueError, "distribute: distribution must be one of"),
+        (lambda: distribute(MLP, 0, "erdos"), ValueError, "distribute: distribution must be one of"),
+        (lambda: distribute(MLP, 0.1, ["er"]), TypeError, "or one number >= 0 per shape, got ['er']"),
+        (lambda: distribute(MLP, 0.1, {0: 1.0, 1: 1.0, 2: 1.0}), TypeError, "per shape, got {0: 1.0,"),
+        (lambda: distribute(MLP, 0.1, {0.1, 0.2, 0.3}), TypeError, "or one number >= 0 per shape, got {0."),
+        (lambda: distribute(MLP, 0.1, b"123"), TypeError, "or one number >= 0 per shape, got b'123'"),
+        (lambda: distribute(MLP, 0.1, None), TypeError, "or one number >= 0 per shape, got None"),
+        (lambda: distribute(MLP, 0.1, [1, 1, True]), TypeError, "or one number >= 0 per shape, got [1, 1, True]"),
+        (lambda: distribute(MLP, 0.1, [1, 1]), ValueError, "or one number >= 0 per shape (3), got [1, 1]"),
+        (lambda: distribute(MLP, 0.1, [1, 1, -1]), ValueError, "or one number >= 0 per shape (3), got [1, 1, -1]"),
+        (lambda: distribute(MLP, 0.1, [1, 1, math.nan]), ValueError, "number >= 0 per shape (3), got [1, 1, nan]"),
+        (lambda: distribute(MLP, 0.1, [1, 1, math.inf]), ValueError, "number >= 0 per shape (3), got [1, 1, inf]"),
+        (lambda: distribute(MLP, 0.1, [0, 0, 0]), ValueError, "per shape and one above 0, got [0, 0, 0]"),
+        (
+            lambda: proportions([(4, 4)], [1], "global"),
+            ValueError,
+            "proportions: distribution must be one of uniform, erdos_renyi, er, erk, memory, or one number",
+        ),
         (
             lambda: distribute(MLP, 0.1, block_size=0),
             ValueError,

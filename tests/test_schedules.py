@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 import sparsenet as sn
 from sparsenet.densities import block_places, distribute
 from sparsenet.schedules import (
+    SCHEDULES,
     Complement,
     Constant,
     Cosine,
     Cubic,
     Exponential,
     Linear,
+    OneShot,
+    Periodic,
     Piecewise,
     Polynomial,
     as_integer,
@@ -29,6 +32,7 @@ from sparsenet.schedules import (
     last_step,
     number_of,
     numbers_of,
+    schedule_from_state,
 )
 
 RAMPS = [Linear, Cosine, Cubic, Exponential, lambda *a, **k: Polynomial(*a, **k, power=0.5)]
@@ -109,6 +113,36 @@ def test_piecewise_without_boundaries_and_nested():
     assert Piecewise((2,), (0.1, Piecewise((2,), (0.2, 0.3))))(4) == 0.3
 
 
+def test_one_shot_by_hand():
+    assert [OneShot(1.0, 0.1, at=10)(step) for step in (0, 9, 9.5, 10, 11, 10**9)] == [1.0, 1.0, 1.0, 0.1, 0.1, 0.1]
+    assert OneShot(1.0, 0.1, at=0)(0) == 0.1
+
+
+def test_periodic_is_acdc_by_hand():
+    """Peste et al. 2021, figure 1: dense to epoch 10, then 5 epochs compressed and 5 dense, at the end compressed."""
+    density = Periodic(before=1.0, after=0.1, period=10, after_steps=5, begin=10, end=32)
+    expected = [1.0] * 10 + [0.1] * 5 + [1.0] * 5 + [0.1] * 5 + [1.0] * 5 + [0.1] * 10
+    assert [density(epoch) for epoch in range(40)] == expected
+    sparsity = Periodic(before=0.0, after=0.9, period=10, after_steps=5, begin=10, end=32)
+    assert [Complement(sparsity)(epoch) for epoch in range(40)] == pytest.approx(expected)
+
+
+def test_periodic_in_odd_sizes():
+    """2 of 5 steps; the end cuts a phase of what was before, and it is no multiple of the period."""
+    schedule = Periodic(0.5, 0.25, period=5, after_steps=2, begin=1, end=11)
+    assert [schedule(step) for step in range(14)] == [0.5, *([0.25] * 2 + [0.5] * 3) * 2, 0.25, 0.25, 0.25]
+    for_ever = Periodic(0.5, 0.25, period=5, after_steps=2)
+    assert [for_ever(10**6 + i) for i in (0, 1, 1.5, 2, 4, 5)] == [0.25, 0.25, 0.25, 0.5, 0.5, 0.25]
+    at_once = Periodic(0.5, 0.25, period=5, after_steps=2, begin=7, end=7)
+    assert [at_once(step) for step in range(20)] == [OneShot(0.5, 0.25, at=7)(step) for step in range(20)]
+
+
+def test_schedules_inside_a_periodic_one_see_the_step_itself():
+    schedule = Periodic(before=1, after=Linear(0.5, 0.1, steps=40), period=10, after_steps=5, begin=10, end=30)
+    steps = (9, 10, 20, 25, 30, 40)
+    assert [schedule(step) for step in steps] == pytest.approx([1.0, 0.4, 0.3, 1.0, 0.2, 0.1])
+
+
 def test_schedules_are_frozen_hashable_and_comparable():
     schedule = Cosine(0.3, 0, 1000)
     assert schedule == Cosine(0.3, 0.0, 1000) and hash(schedule) == hash(Cosine(0.3, 0.0, 1000))
@@ -161,6 +195,25 @@ def test_as_schedule():
             TypeError,
             "Piecewise: pieces must be a finite number or a schedule, got '2'",
         ),
+        (lambda: OneShot(math.nan, 0.1, 5), ValueError, "OneShot: before must be a finite number, got nan"),
+        (lambda: OneShot(1.0, Linear(1, 0, 2), 5), TypeError, "OneShot: after must be a finite number, got Linear("),
+        (lambda: OneShot(1.0, 0.1, -1), ValueError, "OneShot: at must be an integer >= 0, got -1"),
+        (lambda: OneShot(1.0, 0.1, 5.0), TypeError, "OneShot: at must be an integer >= 0, got 5.0"),
+        (lambda: OneShot(1.0, 0.1, 5)(None), TypeError, "OneShot: step must be a finite number, got None"),
+        (
+            lambda: Periodic("1", 0.1, 4, 2),
+            TypeError,
+            "Periodic: before must be a finite number or a schedule, got '1'",
+        ),
+        (lambda: Periodic(1, math.inf, 4, 2), ValueError, "Periodic: after must be a finite number or a schedule, got"),
+        (lambda: Periodic(1, 0.1, 1, 1), ValueError, "Periodic: period must be an integer >= 2, got 1"),
+        (lambda: Periodic(1, 0.1, 4, 0), ValueError, "Periodic: after_steps must be an integer >= 1, got 0"),
+        (lambda: Periodic(1, 0.1, 4, 4), ValueError, "Periodic: after_steps must be below period (4), got 4"),
+        (lambda: Periodic(1, 0.1, 4, 2, -1), ValueError, "Periodic: begin must be an integer >= 0, got -1"),
+        (lambda: Periodic(1, 0.1, 4, 2, 9, 8), ValueError, "Periodic: end must be None or at least begin (9), got 8"),
+        (lambda: Periodic(1, 0.1, 4, 2, 9, 9.5), TypeError, "Periodic: end must be an integer, got 9.5"),
+        (lambda: Periodic(1, 0.1, 4, 2)(math.nan), ValueError, "Periodic: step must be a finite number, got nan"),
+        (lambda: Complement(None), TypeError, "Complement: schedule must be a finite number or a schedule, got None"),
         (lambda: Piecewise((), (1,))(math.inf), ValueError, "Piecewise: step must be a finite number, got inf"),
         (lambda: as_schedule(True), TypeError, "as_schedule: value must be a finite number or a schedule, got True"),
         (lambda: as_schedule("0.3"), TypeError, "as_schedule: value must be a finite number or a schedule, got '0.3'"),
@@ -180,6 +233,139 @@ def test_as_schedule():
 def test_errors(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+# --- states ---
+
+numbers = st.floats(-1e6, 1e6) | st.integers(-100, 100)
+ramps = st.one_of(
+    *(st.builds(kind, numbers, numbers, st.integers(1, 50), st.integers(0, 50)) for kind in (Linear, Cosine, Cubic)),
+    st.builds(Polynomial, numbers, numbers, st.integers(1, 50), power=st.floats(0.1, 5)),
+    st.builds(Exponential, finite, finite, st.integers(1, 50), st.integers(0, 50)),
+)
+simple = st.one_of(st.builds(Constant, numbers), ramps, st.builds(OneShot, numbers, numbers, st.integers(0, 90)))
+
+
+@st.composite
+def periodic(draw, values):
+    period, begin = draw(st.integers(2, 20)), draw(st.integers(0, 40))
+    end = draw(st.none() | st.integers(begin, 90))
+    return Periodic(draw(values), draw(values), period, draw(st.integers(1, period - 1)), begin, end)
+
+
+@st.composite
+def piecewise(draw, values):
+    boundaries = sorted(draw(st.sets(st.integers(1, 90), max_size=3)))
+    return Piecewise(boundaries, [draw(values) for _ in range(len(boundaries) + 1)])
+
+
+schedules = st.recursive(
+    simple,
+    lambda inner: st.one_of(periodic(inner | numbers), piecewise(inner | numbers), st.builds(Complement, inner)),
+    max_leaves=6,
+)
+
+
+@given(schedules, st.lists(st.integers(0, 200) | st.floats(0, 200), min_size=1, max_size=5))
+def test_every_schedule_comes_back_from_its_state(schedule, steps):
+    again = schedule_from_state(json.loads(json.dumps(schedule.state_dict())))
+    assert again == schedule and repr(again) == repr(schedule) and hash(again) == hash(schedule)
+    assert [again(step) for step in steps] == [schedule(step) for step in steps]
+
+
+@given(schedules, st.lists(st.integers(0, 300), min_size=1, max_size=5))
+def test_a_schedule_stays_the_same_from_its_last_step_on(schedule, later):
+    last = last_step(schedule)
+    if last is None:
+        assert "end=None" in repr(schedule), "without an end it alternates for ever"
+    else:
+        assert {schedule(last + more) for more in later} == {schedule(last)}
+
+
+ONE_OF_EACH = (
+    Constant(0.3),
+    Linear(1, 0.5, 7, begin=3),
+    Cosine(0.3, 0, 9),
+    Cubic(1, 0.1, 9),
+    Polynomial(1, 0.1, 9, power=2),
+    Exponential(1, 0.1, 9),
+    Piecewise((), (0.3,)),
+    OneShot(1, 0.1, at=0),
+    Periodic(1, Cosine(0.3, 0, 9), 5, 3, end=11),
+    Complement(0.25),
+)
+
+
+def test_one_of_each_comes_back_from_its_state():
+    assert [type(schedule) for schedule in ONE_OF_EACH] == list(SCHEDULES.values())
+    for schedule in ONE_OF_EACH:
+        again = schedule_from_state(json.loads(json.dumps(schedule.state_dict())))
+        assert again == schedule and [again(step) for step in range(15)] == [schedule(step) for step in range(15)]
+
+
+def test_states_by_hand():
+    assert OneShot(1, 0.1, at=5).state_dict() == {"kind": "OneShot", "before": 1.0, "after": 0.1, "at": 5}
+    schedule = Complement(Piecewise((3,), (1, Linear(1, 0, 2))))
+    assert schedule.state_dict() == {
+        "kind": "Complement",
+        "schedule": {
+            "kind": "Piecewise",
+            "boundaries": [3],
+            "pieces": [
+                {"kind": "Constant", "value": 1.0},
+                {"kind": "Linear", "start": 1.0, "end": 0.0, "steps": 2, "begin": 0},
+            ],
+        },
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice(Linear):
+    """Somebody's own schedule."""
+
+    def __call__(self, step):
+        return 2 * super().__call__(step)
+
+
+@pytest.mark.parametrize("own", [lambda step: 0.5, functools.partial(max, 0.1), Twice(1.0, 0.0, 4)], ids=repr)
+def test_a_function_has_no_state(own):
+    for schedule in (Complement(own), Piecewise((3,), (0.5, own)), Periodic(own, 0.1, 4, 2)):
+        with pytest.raises(
+            TypeError, match="state_dict: a schedule must be one of sparsenet's own to have a state, got"
+        ):
+            schedule.state_dict()
+
+
+LINEAR = {"kind": "Linear", "start": 1.0, "end": 0.0, "steps": 4, "begin": 0}
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (0.3, TypeError, "schedule_from_state: state must be what state_dict gives, got 0.3"),
+        ([LINEAR], TypeError, "schedule_from_state: state must be what state_dict gives, got [{"),
+        ({}, ValueError, "schedule_from_state: kind must be one of Constant, Linear, "),
+        ({"kind": "Sawtooth"}, ValueError, "Periodic, Complement, got 'Sawtooth'"),
+        ({"kind": ["Linear"]}, ValueError, "Complement, got ['Linear']"),
+        (
+            {"kind": "Linear"},
+            ValueError,
+            "schedule_from_state: the arguments of Linear must be start, end, steps, begin, got none",
+        ),
+        (LINEAR | {"power": 2}, ValueError, "must be start, end, steps, begin, got start, end, steps, begin, power"),
+        (LINEAR | {"steps": 0}, ValueError, "Linear: steps must be an integer >= 1, got 0"),
+        (LINEAR | {"start": LINEAR}, TypeError, "Linear: start must be a finite number, got Linear("),
+        (
+            {"kind": "Complement", "schedule": {"kind": "Sawtooth"}},
+            ValueError,
+            "schedule_from_state: kind must be one of",
+        ),
+        ({"kind": "Piecewise", "boundaries": [[3]], "pieces": [1, 2]}, TypeError, "Piecewise: boundaries must be an"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(state, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        schedule_from_state(state)
 
 
 # --- numbers of every kind ---
@@ -203,6 +389,8 @@ TAKERS = {  # name -> called with how an integer and a fraction are made; what i
     "Piecewise": lambda i, f: [
         (s.boundaries, s(i(3)), s(i(4)), s(f(5.0))) for s in (Piecewise((i(4),), (f(0.5), Linear(1.0, 0.0, 2))),)
     ],
+    "OneShot": lambda i, f: OneShot(f(1), f(0.25), i(8)).state_dict(),
+    "Periodic": lambda i, f: Periodic(f(1), f(0.25), i(8), i(4), i(2), i(20)).state_dict(),
     "as_schedule": lambda i, f: as_schedule(f(0.25)).value,
     "distribute": lambda i, f: distribute([(i(64), i(64)), (i(64), i(32))], f(0.5), block_size=i(8), min_blocks=i(1)),
     "block_places": lambda i, f: block_places((i(64), i(3)), i(8)),
@@ -326,6 +514,12 @@ def test_row70_the_step_from_which_a_schedule_stays_the_same():
     assert last_step(lambda step: 0.1) is None
     assert last_step(sn.Piecewise((10, 30), (0.5, 0.3, Linear(0.3, 0.1, steps=40)))) == 70
     assert last_step(sn.Piecewise((10,), (0.5, lambda step: 0.1))) is None
+    assert last_step(OneShot(1.0, 0.1, at=30)) == 30
+    assert last_step(Periodic(1.0, 0.1, 10, 5, begin=20, end=60)) == 60
+    assert last_step(Periodic(1.0, 0.1, 10, 5)) is None
+    assert last_step(Periodic(1.0, Linear(0.5, 0.1, steps=80), 10, 5, end=60)) == 80
+    assert last_step(Periodic(1.0, lambda step: 0.1, 10, 5, end=60)) is None
+    assert last_step(Periodic(lambda step: 0.5, 0.1, 10, 5, end=60)) == 60
     complement = Complement(Linear(0.5, 0.9, steps=8))
     assert last_step(complement) == 8 and [complement(step) for step in (0, 4, 9)] == pytest.approx([0.5, 0.3, 0.1])
 

@@ -178,7 +178,10 @@ def test_row70_what_is_meant_to_stay_still_does_not_warn():
         ({"sparsity": -0.1}, "sparsity must lie in \\[0, 1\\], got -0.1"),
         ({"density": sn.Linear(0.5, 1.5, 2), "every": 2}, "density must lie in \\[0, 1\\], got 1.5 at step 2"),
         ({"sparsity": sn.Linear(0.5, 1.5, 2), "every": 2}, "density must lie in \\[0, 1\\], got -0.5 at step 2"),
-        ({"distribution": "erk2"}, "distribution must be None or one of uniform, erdos_renyi, er, erk, got 'erk2'"),
+        (
+            {"distribution": "erk2"},
+            "distribution must be None or one of uniform, erdos_renyi, er, erk, memory, got 'erk2'",
+        ),
     ],
 )
 def test_row84_numbers_out_of_range_are_refused(arguments, message):

@@ -9,6 +9,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a synt
 import torch  # noqa: F401 - first: its OpenMP runtime is the one the kernels share
 
 from sparsenet import distributed, functional, reference
+from sparsenet.elements import NM
 from sparsenet.functional import library
 from sparsenet.functional.build import build_info
 from sparsenet.layers import SparseLinear
@@ -50,6 +51,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "GMP",
+    "NM",
     "OBD",
     "SET",
     "BlockPattern",

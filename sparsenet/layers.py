@@ -9,7 +9,11 @@ from torch.fx import Proxy
 from sparsenet import functional
 from sparsenet.after_step import after_every_step
 from sparsenet.densities import choose_block_size
-from sparsenet.functional.blocks import dense_blocks, take_blocks, zero_outside
+from sparsenet.elements import NM, to_semi_structured
+from sparsenet.elements.masks import carried_mask, checked_mask, chosen_mask
+from sparsenet.functional import pack_mask, zero_masked_
+from sparsenet.functional.blocks import dense_blocks, take_blocks, uniform_, zero_outside
+from sparsenet.functional.checks import check_activation
 from sparsenet.pattern import BlockPattern, carried_from, warn_unreached
 from sparsenet.topology import NO_WEIGHT, DenseWeight, LayerState, Topology, read_state, times_written
 
@@ -26,7 +30,9 @@ class SparseLinear(nn.Module):
         block_size: 1, 4, 8, 16, 32, 64 or 128; default the pattern's, or the largest up to 32 that leaves every row of
             blocks 3 blocks on average, for 4 half of that (:func:`sparsenet.densities.choose_block_size`).
         pattern: the :class:`BlockPattern`, shape ``(out_features, in_features)``; default random.
-        element_mask: bool [num_blocks, b, b]; elements where it is False are zero, now and after every step.
+        element_mask: bool [num_blocks, b, b]; elements where it is False are zero, now and after every step. Or a rule
+            that draws it: ``"2:4"`` or another :class:`sparsenet.NM`; or the share of the elements in the blocks that
+            are there, in (0, 1), exactly.
         activation: ``none``, ``relu``, ``gelu`` or ``silu``, fused into the output.
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
         generator: draws the pattern and the values.
@@ -59,14 +65,14 @@ class SparseLinear(nn.Module):
         density: float | None = None,
         block_size: int | None = None,
         pattern: BlockPattern | None = None,
-        element_mask: Tensor | None = None,
+        element_mask: Tensor | str | NM | float | None = None,
         activation: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.activation = _check_activation(activation)
+        self.activation = check_activation("SparseLinear", activation)
         drawn = pattern is None
         pattern = _resolve_pattern((out_features, in_features), density, block_size, pattern, generator)
         self.out_features, self.in_features = pattern.shape
@@ -77,8 +83,8 @@ class SparseLinear(nn.Module):
         b, factory = pattern.block_size, {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(pattern.num_blocks, b, b, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
-        mask = None if element_mask is None else self._checked_mask(element_mask, pattern)
-        self.topology = Topology(pattern, mask)
+        mask, rule = (None, None) if element_mask is None else chosen_mask(element_mask, pattern, None, generator)
+        self.topology = Topology(pattern, mask, elements=rule)
         if mask is not None:
             after_every_step(self, _zero_masked_elements)
         self.reset_parameters(generator)
@@ -94,12 +100,11 @@ class SparseLinear(nn.Module):
         with torch.no_grad():
             padded = nn.functional.pad(bound, (0, self.pattern.block_rows * b - self.out_features), value=1.0)
             per_row = padded.reshape(-1, b).to(self.values).index_select(0, self.pattern.row_indices)
-            _uniform_(self.values, generator).mul_(per_row.unsqueeze(2))
+            uniform_(self.values, generator).mul_(per_row.unsqueeze(2))
             zero_outside(self.values, self.pattern)
-            if self.element_mask is not None:
-                self.values.mul_(self.element_mask)
+            _zero_masked_elements(self)
             if self.bias is not None:
-                _uniform_(self.bias, generator).mul_((fan_in > 0) / fan_in.clamp(min=1).sqrt())
+                uniform_(self.bias, generator).mul_((fan_in > 0) / fan_in.clamp(min=1).sqrt())
 
     def active_fan_in(self) -> Tensor:
         """float32 [out_features]: how many inputs reach each output, masked elements not counted."""
@@ -135,8 +140,13 @@ class SparseLinear(nn.Module):
 
     @property
     def element_mask(self) -> Tensor | None:
-        """Bool [num_blocks, b, b] or None."""
+        """Bool [num_blocks, b, b], made afresh of the bits that are kept, or None: every element is there."""
         return self.topology.element_mask
+
+    @property
+    def elements(self) -> NM | None:
+        """The N:M rule that the element mask follows, or None: another mask, or none."""
+        return self.topology.elements
 
     @property
     def weight(self) -> Tensor:
@@ -169,8 +179,8 @@ class SparseLinear(nn.Module):
     @property
     def num_active(self) -> int:
         """Active weights inside the matrix: the part of edge blocks outside it and masked elements are not counted."""
-        if self.element_mask is not None:
-            return int(self.element_mask.sum())
+        if (mask := self.element_mask) is not None:
+            return int(mask.sum())
         return int(self.active_fan_in().sum(dtype=torch.float64))  # float32 is exact to 2^24 only
 
     def extra_repr(self) -> str:
@@ -225,24 +235,21 @@ class SparseLinear(nn.Module):
         Args:
             pattern: of the same shape and block size.
             values: [num_blocks, b, b] for the new pattern; default: blocks that stay keep theirs, new ones are zero.
-            element_mask: for the new pattern; default: carried along, new blocks are whole.
+            element_mask: bool, for the new pattern; default: carried along. New blocks then keep their largest elements
+                by the layer's N:M rule, if it has one; else they are whole.
 
         Returns:
             int64 [num_blocks]: for each new block its old number, or -1; what optimizer state has to follow.
 
         Raises:
-            ValueError: another shape or block size.
+            ValueError: another shape or block size, or a mask that breaks the layer's N:M rule.
             RuntimeError: ``values`` is computed by a parametrization, weight norm or pruning of torch.
 
         Graphs recorded before keep the old tensors, and their backward raises ``StaleTopologyError``. Another
         thread may run forward, or backward by ``torch.autograd.grad``; one that adds to ``.grad`` has to wait, as torch
         itself does not guard that.
         """
-        if "values" not in self._parameters:
-            raise RuntimeError(
-                "SparseLinear: values must be a Parameter for the pattern to change, got one that a parametrization, "
-                "weight norm or pruning computes; remove that first"
-            )
+        self._own()
         carried = carried_from(self.pattern, pattern)
         fresh = pattern.copy().to(self.values.device)
         if values is None:
@@ -256,43 +263,69 @@ class SparseLinear(nn.Module):
             )
         else:
             values = values.detach().to(self.values, copy=True, memory_format=torch.contiguous_format)
-        if element_mask is None and self.element_mask is not None:
-            element_mask = take_blocks(self.element_mask, carried, True)
-        self._install(fresh, values, element_mask)
+        if element_mask is None:
+            element_mask = carried_mask(self.topology, fresh, carried, values)
+        elif self.elements is not None:
+            element_mask = checked_mask(element_mask, fresh)
+            if not self.elements.holds(element_mask):
+                raise ValueError(f"SparseLinear: element_mask must keep the layer's rule {self.elements}, got another")
+        self._install(fresh, values, element_mask, self.elements)
         return carried
 
-    def _install(self, pattern: BlockPattern, values: Tensor, element_mask: Tensor | None) -> None:
-        """Takes pattern, values (as their owner) and mask together. Whatever can fail comes before the first change."""
-        if element_mask is not None:
-            element_mask = self._checked_mask(element_mask, pattern)
-            values = values * element_mask.to(values.device)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_element_mask(self, element_mask: Tensor | str | NM | float | None) -> None:
+        """Replaces mask and rule where the layer's blocks stay; ``.grad`` becomes None.
+
+        Args:
+            element_mask: as the constructor takes it, but the largest magnitudes stay where that would draw. None takes
+                the mask away: elements that it kept off start to be trained, from zero.
+
+        Raises, and refuses graphs recorded before, as :meth:`set_pattern`. An optimizer's moments stay as they are.
+
+        Example:
+            >>> import sparsenet as sn
+            >>> layer = sn.SparseLinear(64, 32, density=0.5, block_size=16)
+            >>> layer.set_element_mask("2:4")
+            >>> layer.num_active, str(layer.elements)
+            (512, '2:4')
+        """
+        mask, rule = (None, None) if element_mask is None else chosen_mask(element_mask, self.pattern, self._own())
+        self._install(self.pattern.copy(), self._own().clone(), mask, rule)
+
+    def _own(self) -> Tensor:
+        """The values, which are a Parameter and no product of something else."""
+        if "values" not in self._parameters:
+            raise RuntimeError(
+                "SparseLinear: values must be a Parameter for the pattern to change, got one that a parametrization, "
+                "weight norm or pruning computes; remove that first"
+            )
+        return self.values.detach()
+
+    def _install(
+        self, pattern: BlockPattern, values: Tensor, element_mask: Tensor | None, elements: NM | None = None
+    ) -> None:
+        """Takes pattern, values (as their owner), mask and the rule that it follows together.
+
+        Whatever can fail comes before the first change.
+        """
+        bits = None if element_mask is None else pack_mask(checked_mask(element_mask, pattern))
         if not values.is_meta:
+            values = values if bits is None else zero_masked_(values.clone(), bits)
             zero_outside(values, pattern)
-        self.topology.replace(pattern, element_mask, self.values, values)
+        self.topology.replace(pattern, bits, self.values, values, elements)
         if self.topology.written >= 0:
             self.topology.written = times_written(self)
         self.values.grad = None
-        if element_mask is not None:
+        if bits is not None:
             after_every_step(self, _zero_masked_elements)
-
-    def _checked_mask(self, mask: Tensor, pattern: BlockPattern) -> Tensor:
-        """A copy of ``mask`` [num_blocks, b, b] for ``pattern``, False outside the matrix."""
-        mask = functional.checks.as_tensor("SparseLinear", "element_mask", mask)
-        expected = [pattern.num_blocks, pattern.block_size, pattern.block_size]
-        if mask.dtype != torch.bool or list(mask.shape) != expected:
-            raise ValueError(f"SparseLinear: element_mask must be bool {expected}, got {mask.dtype} {list(mask.shape)}")
-        if mask.is_meta:
-            raise ValueError("SparseLinear: element_mask must hold data, got a meta tensor")
-        mask = mask.to(pattern.device, copy=True)  # a layer without data keeps its pattern and mask
-        zero_outside(mask, pattern)
-        return mask
 
     # --- dense forms ---
 
     def weight_dense(self) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor, differentiable. Allocates all of it."""
         p, b, mask = self.pattern, self.block_size, self.element_mask
-        values = self.values if mask is None else self.values * mask
+        values = self.values if mask is None else torch.where(mask, self.values, 0)
         dense = values.new_zeros(p.block_rows, p.block_cols, b, b)
         dense = dense.index_put((p.row_indices.long(), p.col_indices.long()), values)
         dense = dense.permute(0, 2, 1, 3).reshape(p.block_rows * b, p.block_cols * b)
@@ -307,6 +340,10 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear
+
+    def to_semi_structured(self) -> nn.Linear:
+        """For inference: the weight in torch's 2:4 format; see :func:`sparsenet.elements.to_semi_structured`."""
+        return to_semi_structured(self)
 
     @classmethod
     def from_linear(
@@ -361,7 +398,7 @@ class SparseLinear(nn.Module):
         twin.topology.family = family
         family.update((self, twin))
         twin.topology.written = times_written(twin)
-        if twin.element_mask is not None:
+        if twin.topology.mask_bits is not None:
             after_every_step(twin, _zero_masked_elements)
         return twin
 
@@ -369,15 +406,17 @@ class SparseLinear(nn.Module):
         super().__setstate__(state)
         if not self._fast("values").is_meta:
             self.topology.move(self._fast("values").device)
-        if self.element_mask is not None:
+        if self.topology.mask_bits is not None:
             after_every_step(self, _zero_masked_elements)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "crow_indices"] = self.pattern.crow_indices
         destination[prefix + "col_indices"] = self.pattern.col_indices
-        if self.element_mask is not None:
-            destination[prefix + "element_mask"] = self.element_mask.clone()
+        if self.topology.mask_bits is not None:
+            destination[prefix + "element_mask"] = self.topology.mask_bits.clone()
+        if self.elements is not None:
+            destination[prefix + "element_rule"] = self.elements.as_tensor()
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """As of any module; the pattern and the element mask come with the values. A failed load changes nothing."""
@@ -395,7 +434,7 @@ class SparseLinear(nn.Module):
             except (ValueError, TypeError) as error:
                 raise _Unfit(str(error)) from error
             absent.extend(prefix + name for name in state.absent)
-            for name in ("crow_indices", "col_indices", "element_mask"):
+            for name in ("crow_indices", "col_indices", "element_mask", "element_rule"):
                 state_dict.pop(prefix + name, None)
             if state.values is not None:
                 self._take(state, local_metadata.get("assign_to_params_buffers", False))
@@ -416,11 +455,12 @@ class SparseLinear(nn.Module):
     @torch.no_grad()
     def _take(self, state: LayerState, assign: bool) -> None:
         """Takes pattern, values and mask together; ``assign``: the tensor of values itself, as torch does."""
-        pattern, values, mask = state.pattern, state.values, state.element_mask
+        pattern, values, mask, elements = state.pattern, state.values, state.element_mask, state.elements
         if values.is_meta and not assign and not self.values.is_meta:
             raise _Unfit("SparseLinear: values must hold data, got a meta tensor")
-        if mask is None and self.element_mask is not None:
-            mask = take_blocks(self.element_mask, carried_from(self.pattern, pattern), True)
+        if mask is None:
+            carried, elements = carried_from(self.pattern, pattern), self.elements
+            mask = carried_mask(self.topology, pattern, carried, values)
         if not assign:
             values = values.detach().to(self.values, copy=True, memory_format=torch.contiguous_format)
         if not values.is_meta:
@@ -428,18 +468,10 @@ class SparseLinear(nn.Module):
         if assign:
             parameter = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
             self.values, values = parameter.requires_grad_(self.values.requires_grad), parameter.detach()
-        self._install(pattern, values, mask)
+        self._install(pattern, values, mask, elements)
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
-
-
-def _check_activation(activation: str) -> str:
-    if activation not in functional.ACTIVATIONS:
-        raise ValueError(
-            f"SparseLinear: activation must be one of {', '.join(functional.ACTIVATIONS)}, got {activation!r}"
-        )
-    return activation
 
 
 def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPattern:
@@ -460,18 +492,10 @@ def _resolve_pattern(shape, density, block_size, pattern, generator) -> BlockPat
     return pattern.copy()
 
 
-def _uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Fills with U(-1, 1)."""
-    if generator is None or generator.device.type == t.device.type:
-        return t.uniform_(-1.0, 1.0, generator=generator)
-    return t.copy_(
-        torch.empty(t.shape, dtype=t.dtype, device=generator.device).uniform_(-1.0, 1.0, generator=generator)
-    )
-
-
 def _zero_masked_elements(layer: SparseLinear) -> None:
-    if layer.element_mask is not None:
-        layer.values.mul_(layer.element_mask)
+    """Exactly zero, also where an optimizer divided zero by zero; elements that were zero before are not written to."""
+    if (bits := layer.topology.mask_bits) is not None and not layer.values.is_meta:
+        zero_masked_(layer.values, bits)
 
 
 class _Unfit(Exception):
@@ -513,8 +537,11 @@ def refuse_other_keys(model: nn.Module, state_dict) -> None:
         if own or any(getattr(hook, "hook", hook) is not refuse_unfit_state for hook in hooks):
             return  # keys may have other names still
     wanted = set(model.state_dict())
-    masks = {f"{name}.element_mask".lstrip(".") for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    kinds = {"Missing": sorted(wanted - set(state_dict)), "Unexpected": sorted(set(state_dict) - wanted - masks)}
+    layers = [f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, SparseLinear)]
+    rules = {f"{prefix}element_rule" for prefix in layers}
+    masks = {f"{prefix}element_mask" for prefix in layers} | rules
+    missing = wanted - rules - set(state_dict)
+    kinds = {"Missing": sorted(missing), "Unexpected": sorted(set(state_dict) - wanted - masks)}
     wrong = [
         f"{kind} key(s) in state_dict: " + ", ".join(f'"{k}"' for k in keys) for kind, keys in kinds.items() if keys
     ]

@@ -310,7 +310,7 @@ def _carry(op: str, name: str, old: nn.Module, new: nn.Module, hooks_to: nn.Modu
     state = ("_parameters", "_buffers", "_modules")
     added = {key: {k: v for k, v in vars(old)[key].items() if k not in vars(fresh)[key]} for key in state}
     attributes = {key: value for key, value in vars(old).items() if key not in vars(fresh) and key != "bias"}
-    kept = {"crow_indices", "col_indices", "element_mask"} if isinstance(new, SparseLinear) else set()
+    kept = {"crow_indices", "col_indices", "element_mask", "element_rule"} if isinstance(new, SparseLinear) else set()
     for key in (*attributes, *(key for group in added.values() for key in group)):
         if hasattr(new, key) or key in kept:
             raise ValueError(f"{op}: {quoted(name)} must not hold a {key!r} of its own, which {type(new).__name__} has")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsenet.functional import native, registry
+from sparsenet.elements import NM
+from sparsenet.elements.masks import read_mask
+from sparsenet.functional import native, pack_mask, registry, unpack_mask
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["DenseWeight", "LayerState", "Topology", "read_state", "replace_data"]
@@ -24,7 +25,9 @@ class Topology:
 
     Attributes:
         pattern: the active blocks; :meth:`replace` exchanges it, nothing changes it.
-        element_mask: bool [num_blocks, b, b] on the pattern's device, or None.
+        mask_bits: uint8 [num_blocks, ceil(b*b/8)] on the pattern's device, which elements of the blocks are there
+            (:func:`sparsenet.functional.pack_mask`); None: all of them. Replaced, never written to.
+        elements: the N:M rule that the mask keeps, or None: the mask was asked for element by element, or there is none.
         label: how errors name the layer.
         expected_calls: calls of the layer in eager forward passes since the observer began to watch, whose backward it
             has not seen; 0 where they were not counted.
@@ -45,12 +48,20 @@ class Topology:
     """
 
     __slots__ = (
-        "__weakref__", "element_mask", "expected_calls", "family", "label", "observer", "pattern", "trained", "written",
+        "__weakref__", "elements", "expected_calls", "family", "label", "mask_bits", "observer", "pattern", "trained",
+        "written",
     )  # fmt: skip
 
-    def __init__(self, pattern: BlockPattern, element_mask: Tensor | None = None, label: str = "block_sparse_linear"):
+    def __init__(
+        self,
+        pattern: BlockPattern,
+        element_mask: Tensor | None = None,
+        label: str = "block_sparse_linear",
+        elements: NM | None = None,
+    ):
         self.pattern = pattern
-        self.element_mask = element_mask
+        self.mask_bits = None if element_mask is None else pack_mask(element_mask)
+        self.elements = elements
         self.label = label
         self.observer: Observer | None = None
         self.expected_calls = 0
@@ -59,8 +70,19 @@ class Topology:
         self.written = -1
         registry.installed(pattern, self)
 
+    @property
+    def element_mask(self) -> Tensor | None:
+        """A fresh bool [num_blocks, b, b], or None where every element of the blocks is there."""
+        bits, b = self.mask_bits, self.pattern.block_size
+        return None if bits is None else unpack_mask(bits, b)
+
     def replace(
-        self, pattern: BlockPattern, element_mask: Tensor | None, parameter: nn.Parameter, values: Tensor
+        self,
+        pattern: BlockPattern,
+        mask_bits: Tensor | None,
+        parameter: nn.Parameter,
+        values: Tensor,
+        elements: NM | None = None,
     ) -> None:
         """Exchanges pattern, mask and the parameter's memory together: a forward pass sees all of them old or all new.
 
@@ -69,7 +91,7 @@ class Topology:
         with native.storage_lock:
             registry.retire(self.pattern, self.label)
             _exchange(parameter, values)
-            self.pattern, self.element_mask, self.observer = pattern, element_mask, None
+            self.pattern, self.mask_bits, self.elements, self.observer = pattern, mask_bits, elements, None
             registry.installed(pattern, self)
 
     def move(self, device: torch.device) -> None:
@@ -79,14 +101,20 @@ class Topology:
             registry.release(self.pattern)
             self.pattern = pattern
             registry.installed(pattern, self)
-        if self.element_mask is not None:
-            self.element_mask = self.element_mask.to(device)
+        if self.mask_bits is not None:
+            self.mask_bits = self.mask_bits.to(device)
 
     def __deepcopy__(self, memo) -> Topology:
-        return Topology(self.pattern.copy(), copy.deepcopy(self.element_mask, memo), self.label)
+        return _topology(self.pattern.copy(), self.mask_bits, self.label, self.elements)
 
     def __reduce__(self):
-        return Topology, (self.pattern, self.element_mask, self.label)
+        return _topology, (self.pattern, self.mask_bits, self.label, self.elements)
+
+
+def _topology(pattern: BlockPattern, mask_bits: Tensor | None, label: str, elements: NM | None) -> Topology:
+    topology = Topology(pattern, None, label, elements)
+    topology.mask_bits = None if mask_bits is None else mask_bits.clone()
+    return topology
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
@@ -171,6 +199,7 @@ class LayerState(NamedTuple):
     values: Tensor | None
     element_mask: Tensor | None
     absent: list[str]
+    elements: NM | None = None
 
 
 def read_state(layer: nn.Module, state_dict, prefix: str = "") -> LayerState:
@@ -191,8 +220,9 @@ def read_state(layer: nn.Module, state_dict, prefix: str = "") -> LayerState:
     """
     names = ("values", "crow_indices", "col_indices", "element_mask")
     values, crow, col, mask = given = [state_dict.get(prefix + name) for name in names]
+    rule = state_dict.get(prefix + "element_rule")  # goes with the mask: a mask without it follows no rule
     computed = "values" not in layer._parameters  # torch keeps what they are computed from under names of its own
-    wanted = [not computed, True, True, layer.element_mask is not None]
+    wanted = [not computed, True, True, layer.topology.mask_bits is not None]
     absent = [name for name, tensor, want in zip(names, given, wanted, strict=True) if want and tensor is None]
     _check_dense(state_dict, prefix)
     bias = state_dict.get(prefix + "bias")
@@ -202,16 +232,16 @@ def read_state(layer: nn.Module, state_dict, prefix: str = "") -> LayerState:
     if values is not None and not computed:
         _check_values(values, pattern.block_size)
     if computed or values is None or crow is None or col is None:
-        _check_part(pattern, None if computed else values, crow, col, mask, layer.element_mask)
-        return LayerState(pattern, None if computed else values, layer.element_mask, absent)
+        own = layer.element_mask
+        _check_part(pattern, None if computed else values, crow, col, (mask, own), (rule, layer.elements))
+        return LayerState(pattern, None if computed else values, own, absent, layer.elements)
     pattern = BlockPattern(crow, col, pattern.shape, pattern.block_size)
     if pattern.num_blocks != values.shape[0]:
         raise ValueError(
             f"SparseLinear: values must have one block per index, got {values.shape[0]} for {pattern.num_blocks}"
         )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != values.shape):
-        raise ValueError(f"SparseLinear: element_mask must be bool {list(values.shape)}, got {list(mask.shape)}")
-    return LayerState(pattern, values, mask, absent)
+    mask, elements = read_mask(mask, rule, pattern)
+    return LayerState(pattern, values, mask, absent, elements)
 
 
 def _check_dense(state_dict, prefix: str) -> None:
@@ -234,12 +264,16 @@ def _check_values(values: Tensor, b: int) -> None:
         raise TypeError(f"SparseLinear: values must be floating-point, got {values.dtype}")
 
 
-def _check_part(pattern: BlockPattern, values, crow, col, mask, own_mask) -> None:
+def _check_part(pattern: BlockPattern, values, crow, col, masks: tuple, rules: tuple) -> None:
     """Some of the tensors are not there: the others have to be those of ``pattern``, on which the layer stays."""
+    (mask, own_mask), (rule, own_rule) = masks, rules
+    if mask is not None and mask.dtype == torch.uint8 and own_mask is not None:
+        own_mask = pack_mask(own_mask)
+    own_rule = None if own_rule is None else own_rule.as_tensor()
     pairs = (("crow_indices", crow, pattern.crow), ("col_indices", col, pattern.col), ("element_mask", mask, own_mask))
     other = [
         name
-        for name, tensor, own in pairs
+        for name, tensor, own in (*pairs, ("element_rule", rule, own_rule))
         if tensor is not None
         and (own is None or not torch.equal(tensor.to(own), own) or tensor.dtype.is_floating_point)
     ]

@@ -19,7 +19,7 @@ TIERS = (  # from top to bottom: a file may import its own tier and those below
     ("memory", "checkpoint", "sparsifier"),
     ("policies", "saliency", "models", "swapping", "distributed", "optimizer_state"),
     ("layers",),
-    ("topology", "after_step", "testing"),
+    ("topology", "after_step", "testing", "elements"),
     ("pattern",),
     ("functional",),
     ("_C",),

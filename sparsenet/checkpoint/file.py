@@ -20,7 +20,7 @@ from sparsenet.topology import read_state
 __all__ = ["FORMAT_VERSION", "CheckpointFile", "parameter_names"]
 
 FORMAT_VERSION = 1
-_LAYER_KEYS = ("values", "crow_indices", "col_indices", "element_mask")
+_LAYER_KEYS = ("values", "crow_indices", "col_indices", "element_mask", "element_rule")
 _INDICES = _LAYER_KEYS[1:]
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
@@ -132,7 +132,7 @@ class CheckpointFile:
     # --- checking ---
 
     def check_model(self, model: nn.Module, strict: bool = True) -> tuple[list[str], list[str]]:
-        """Everything in the file for ``model``, against it; changes nothing and reads indices only.
+        """Everything in the file for ``model``, against it; changes nothing and reads indices and masks only.
 
         Returns:
             Names that the file lacks and names that the model lacks; none where ``strict``, which refuses them.
@@ -141,9 +141,10 @@ class CheckpointFile:
         is_meta(state)
         there, wanted = self.model_names() | {plain_name(name) for name in self.header["model"]}, set(state)
         layers = sparse_layers(unwrap(model))
-        masks = {f"{_prefix(name)}element_mask" for name in layers}  # a layer without one takes that of the file
+        rules = {f"{_prefix(name)}element_rule" for name in layers}  # a layer takes mask and rule of the file
+        masks = {f"{_prefix(name)}element_mask" for name in layers} | rules
         more = there - wanted - masks - set(self.header.get("wrapper", ()))
-        missing = sorted(wanted - there)
+        missing = sorted(wanted - there - rules)
         if strict and (missing or more):
             dense = [
                 name for name in layers if f"{_prefix(name)}values" in missing and f"{_prefix(name)}weight" in more
@@ -170,8 +171,8 @@ class CheckpointFile:
                 text = "{} -> {} with blocks of {}"
                 raise self.error(f"must hold layer {name!r} as {text.format(*here)}, got {text.format(*there)}")
         prefix, there = _prefix(name), self.model_names()
-        data = ("values", self._meta), ("element_mask", self._meta), ("weight", self._meta)
-        indices = ("crow_indices", self.tensor), ("col_indices", self.tensor)
+        data = ("values", self._meta), ("weight", self._meta)
+        indices = [(key, self.tensor) for key in _INDICES]
         state = {prefix + key: read(prefix + key) for key, read in (*data, *indices) if prefix + key in there}
         try:
             read_state(layer, state, prefix)
@@ -265,11 +266,16 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer, op: str)
 
 def is_meta(state: Mapping[str, Any]) -> bool:
     """Whether a model with this ``state_dict`` holds no data yet; its indices do."""
-    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name.split(".")[-1] not in _INDICES}
+    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and not is_index(name)}
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta and len(meta) < len(tensors):
         raise ValueError(f"load: model must be on meta as a whole or not at all, got {meta[0]} there and others not")
     return bool(meta)
+
+
+def is_index(name: str) -> bool:
+    """Whether ``name`` is of a pattern or a mask: these hold data, and have their own dtypes, also on meta."""
+    return name.split(".")[-1] in _INDICES
 
 
 def _prefix(name: str) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsenet.checkpoint.encoding import encode
-from sparsenet.checkpoint.file import FORMAT_VERSION, CheckpointFile, is_elementwise, is_meta, parameter_names
+from sparsenet.checkpoint.file import FORMAT_VERSION, CheckpointFile, is_elementwise, is_index, is_meta, parameter_names
 from sparsenet.distributed import unwrap, unwrapped_name, wrapper_path
 from sparsenet.files import replace_file
 from sparsenet.layers import sparse_layers
@@ -271,28 +271,30 @@ def _load_model(model: nn.Module, file: CheckpointFile, strict: bool) -> None:
     here = model.state_dict()
     raw = {unwrapped_name(model, name): name for name in here}
     for name in [n for n in raw if n.split(".")[-1] == "crow_indices"]:  # a layer without a mask takes that of the file
-        raw.setdefault(_mask_of(name), _mask_of(raw[name]))
+        for key in ("element_mask", "element_rule"):
+            raw.setdefault(_beside(name, key), _beside(raw[name], key))
     meta = is_meta(here)
     state = {raw[name]: file.tensor(name) for name in file.model_names() if name in raw}
     if meta:  # torch then takes the tensors as they are
-        state = {k: v.to(here[k].dtype) if k in here else v for k, v in state.items()}
+        state = {k: v if k not in here or is_index(k) else v.to(here[k].dtype) for k, v in state.items()}
     state |= {raw[name]: value for name, value in file.decoded("model").items() if name in raw}
     model.load_state_dict(state, strict, assign=meta)
 
 
-def _mask_of(crow_indices: str) -> str:
-    return crow_indices.removesuffix("crow_indices") + "element_mask"
+def _beside(crow_indices: str, key: str) -> str:
+    return crow_indices.removesuffix("crow_indices") + key
 
 
 def _copy_of(model: nn.Module) -> Callable[[], Any]:
     """Copies what ``model`` holds; returns what puts it back."""
     here = model.state_dict(keep_vars=True)
     copies = {k: v.detach().clone() if isinstance(v, Tensor) and not v.is_meta else v for k, v in here.items()}
-    masks = {layer.topology: layer.element_mask for layer in sparse_layers(model).values()}
+    topologies = [layer.topology for layer in sparse_layers(model).values()]
+    masks = [(topology, topology.mask_bits, topology.elements) for topology in topologies]
 
     def back() -> None:
-        for topology, mask in masks.items():
-            topology.element_mask = mask
+        for topology, bits, elements in masks:
+            topology.mask_bits, topology.elements = bits, elements
         model.load_state_dict(copies, assign=is_meta(here))
 
     return back

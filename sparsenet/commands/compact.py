@@ -90,7 +90,7 @@ def _build(contents: FileContents, builder: str | None) -> nn.Module:
     known = {
         f"{i}.{key}"
         for i in range(len(layers))
-        for key in ("values", "bias", "crow_indices", "col_indices", "element_mask")
+        for key in ("values", "bias", "crow_indices", "col_indices", "element_mask", "element_rule")
     }
     others = {name for name in contents.tensors if not name.startswith("@")} - known
     if not chain or others or any(a["out_features"] != b["in_features"] for a, b in ends):

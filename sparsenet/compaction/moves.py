@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,8 @@ from sparsenet.compaction.graph import CompactionError, Stage, UnitGraph
 from sparsenet.compaction.modules import CompactLayerNorm
 from sparsenet.compaction.orders import UnitOrders
 from sparsenet.compaction.weights import BlockWeights
+from sparsenet.elements import NM
+from sparsenet.elements.masks import elements_inside
 from sparsenet.layers import SparseLinear
 from sparsenet.topology import replace_data
 
@@ -217,12 +220,7 @@ def _prepare_unitwise(
 
 def _inactive(layer: SparseLinear) -> int:
     """Elements stored in blocks, inside the matrix, that a mask switches off."""
-    if layer.element_mask is None:
-        return 0
-    pattern, b = layer.pattern, layer.block_size
-    heights = (pattern.shape[0] - pattern.row_indices.long() * b).clamp(max=b)
-    widths = (pattern.shape[1] - pattern.col_indices.long() * b).clamp(max=b)
-    return int((heights * widths).sum()) - int(layer.element_mask.sum())
+    return 0 if layer.topology.mask_bits is None else elements_inside(layer.pattern) - layer.num_active
 
 
 def _prepare_blocks(
@@ -250,13 +248,29 @@ def _prepare_blocks(
     new_mask = gathered[-1] if mask is not None else None
     new_states = [(o, after[id(o)]) for o in optimizers if after[id(o)]]
     old_states = [(o, {key: o.state[layer.values][key] for key in state}) for o, state in new_states]
-    back = partial(put_blocks, layer, old, values, layer.element_mask, layer.values.grad, old_states)
-    moves.puts.append((partial(put_blocks, layer, new, data, new_mask, grad, new_states), back))
+    back = partial(put_blocks, layer, old, values, layer.element_mask, layer.values.grad, old_states, layer.elements)
+    rule = rule_of(layer, new_mask)
+    moves.puts.append((partial(put_blocks, layer, new, data, new_mask, grad, new_states, rule), back))
 
 
-def put_blocks(layer: SparseLinear, pattern, data: Tensor, mask: Tensor | None, grad: Tensor | None, states) -> None:
+def rule_of(layer: SparseLinear, mask: Tensor | None) -> NM | None:
+    """The layer's N:M rule, where ``mask``, with other inputs beside each other or new elements, still keeps it."""
+    rule = layer.elements
+    if rule is None or (mask is not None and rule.holds(mask)):
+        return rule
+    warnings.warn(
+        f"SparseLinear: inputs came to stand beside others, and the elements no longer keep {rule}: the mask stays as an "
+        "unstructured one; set_element_mask makes it one by the rule again",
+        stacklevel=2,
+    )
+    return None
+
+
+def put_blocks(
+    layer: SparseLinear, pattern, data: Tensor, mask: Tensor | None, grad: Tensor | None, states, rule: NM | None
+) -> None:
     """Gives a block-sparse layer another pattern, with all that goes with it, and its sizes."""
-    layer._install(pattern.copy(), data, mask)
+    layer._install(pattern.copy(), data, mask, rule)
     layer.out_features, layer.in_features = pattern.shape
     layer.values.grad = grad
     for optimizer, state in states:
@@ -305,5 +319,5 @@ def model_bytes(model: nn.Module, optimizers: Sequence) -> tuple[int, int, int]:
         if isinstance(layer, SparseLinear):
             blocks += layer.pattern.num_blocks
             total += 8 * layer.pattern.num_blocks + 4 * (layer.pattern.block_rows + 1)
-            total += 0 if layer.element_mask is None else layer.element_mask.numel()
+            total += 0 if (bits := layer.topology.mask_bits) is None else bits.numel()
     return elements, total, blocks

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsenet import functional
 from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.compaction.reblocking import Reblocked, fullest_order, reblock
 from sparsenet.compaction.rules import Axis
@@ -254,8 +255,9 @@ class UnitOrders:
             share = math.prod(len(o) / max(n, 1) for o, n in zip(axes, ends, strict=True))
             return round(weight.numel() * per_element * share)
         after = self._reblocked(stage, choice)
-        per_element += layer.element_mask is not None or (self.masked and after.fill_in > 0)
-        return after.num_blocks * (layer.block_size**2 * per_element + 8) + 4 * after.shape[0] // layer.block_size
+        masked = layer.topology.mask_bits is not None or (self.masked and after.fill_in > 0)
+        beside = 8 + (functional.mask_bytes(layer.block_size) if masked else 0)
+        return after.num_blocks * (layer.block_size**2 * per_element + beside) + 4 * after.shape[0] // layer.block_size
 
     def _has_block_state(self, stage: Stage) -> bool:
         """Whether an optimizer keeps one number per block, which no re-blocking can divide."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsenet.functional import registry
+from sparsenet.functional.bits import unpack_mask, zero_masked_
 from sparsenet.functional.checks import check_linear, fits, refuse_onnx, refuse_tracing
 from sparsenet.functional.native import (
     ACTIVATIONS,
@@ -111,19 +112,21 @@ def backward(
 
 
 class _BlockSparseLinear(torch.autograd.Function):
-    """Eager door. ``values`` gets the gradient; ``rest`` is its memory, the pattern, topology or None, the activation.
+    """Eager door. ``values`` gets the gradient; ``rest`` is its memory, pattern, topology, activation and mask as bits.
 
-    These come in one tuple because autograd looks at every argument.
+    These come in one tuple because autograd looks at every argument. Topology and mask may be None. The memory may hold
+    anything where the mask is off, whoever wrote it there: what the kernels read is a copy without it, made for each
+    pass and not kept between them.
     """
 
     @staticmethod
     def forward(ctx, x, values, bias, rest):
         """Y [..., out]."""
-        data, pattern, topology, activation = rest
+        data, pattern, topology, activation, bits = rest
         if topology is not None and topology.observer is not None:
             topology.expected_calls += 1
-        y, pre = forward(x, data, bias, pattern, activation, keep=True)
-        ctx.pattern, ctx.topology, ctx.activation = pattern, topology, activation
+        y, pre = forward(x, _without_masked(data, bits), bias, pattern, activation, keep=True)
+        ctx.pattern, ctx.topology, ctx.activation, ctx.bits = pattern, topology, activation, bits
         ctx.save_for_backward(x, data, y if activation == "relu" else pre)
         return y
 
@@ -138,15 +141,30 @@ class _BlockSparseLinear(torch.autograd.Function):
         x, data, saved = ctx.saved_tensors
         operands = (grad_y, saved, x, data, pattern, topology, ctx.activation, ctx.needs_input_grad)
         if not torch.is_grad_enabled():
-            return (*backward(*operands), None)
+            return (*_backward_within(ctx.bits, operands), None)
         with torch.no_grad():  # create_graph=True
-            grads = backward(*operands)
+            grads = _backward_within(ctx.bits, operands)
         return (*_refuse_second_derivatives(grads), None)
 
     @staticmethod
     def jvp(ctx, *_):
         """Always raises."""
         raise NotImplementedError(_NOT_FORWARD)
+
+
+def _without_masked(data: Tensor, bits: Tensor | None) -> Tensor:
+    """``data``, or where there is a mask a copy whose masked elements are zero."""
+    return data if bits is None else zero_masked_(data.clone(), bits)
+
+
+def _backward_within(bits: Tensor | None, operands: tuple) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`backward` of a layer whose mask is ``bits``: neither reads nor gives anything where it is off."""
+    if bits is not None and operands[-1][0]:  # only the gradient of x reads the values
+        operands = (*operands[:3], _without_masked(operands[3], bits), *operands[4:])
+    grads = backward(*operands)
+    if bits is not None and grads[1] is not None:
+        zero_masked_(grads[1], bits)
+    return grads
 
 
 # Function.apply looks for functorch transforms and dead functorch wrappers first; here both are known to be absent, and
@@ -304,33 +322,37 @@ def layer_linear(x: Tensor, values: Tensor, topology, bias: Tensor | None, activ
         True
     """
     if torch.compiler.is_compiling():
-        values = values if topology.element_mask is None else values * topology.element_mask
+        values = _masked(values, topology.mask_bits, topology.pattern)
         return _traced(*_autocast(x, values, bias), topology.pattern, activation)
     autocast = _may_autocast()
     with storage_lock:
-        pattern, mask = topology.pattern, topology.element_mask
+        pattern, bits = topology.pattern, topology.mask_bits
         data = values.detach()
-        if mask is not None or autocast:
+        if autocast:
             values = values.view_as(values)
-    if mask is not None:
-        values = values * mask
-        data = values.detach()
-    return _eager(x, values, bias, data, pattern, topology, activation, autocast)
+    return _eager(x, values, bias, data, pattern, topology, activation, autocast, bits)
 
 
-def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str, autocast: bool) -> Tensor:
+def _masked(values: Tensor, bits: Tensor | None, pattern) -> Tensor:
+    """``values`` with zeros where the mask is off, for whoever records the calls of torch."""
+    if bits is None:
+        return values
+    return torch.where(unpack_mask(bits, pattern.block_size).to(values.device), values, 0)
+
+
+def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str, autocast: bool, bits=None) -> Tensor:
     """Straight to the kernels where plain tensors allow it, else as a traced call."""
     if autocast:
         plain = values
         x, values, bias = _autocast(x, values, bias)
         data = data if values is plain else values.detach()
     if not _is_eager(x, values):
-        return _traced(x, values, bias, pattern, activation)
+        return _traced(x, _masked(values, bits, pattern), bias, pattern, activation)
     if not fits(x, data, pattern, bias, activation):
         check_linear(x, data, pattern, bias, activation)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return forward(x, data, bias, pattern, activation, keep=False)[0]
-    return _apply(x, values, bias, (data, pattern, topology, activation))
+        return forward(x, _without_masked(data, bits), bias, pattern, activation, keep=False)[0]
+    return _apply(x, values, bias, (data, pattern, topology, activation, bits))
 
 
 def _traced(x, values, bias, pattern, activation: str) -> Tensor:

@@ -150,3 +150,12 @@ def dense_blocks(weight: Tensor, pattern) -> Tensor:
     padded = torch.nn.functional.pad(weight.detach(), (0, -weight.shape[1] % b, 0, -weight.shape[0] % b))
     tiles = padded.reshape(pattern.block_rows, b, pattern.block_cols, b).permute(0, 2, 1, 3)
     return tiles[pattern.row_indices.long(), pattern.col_indices.long()]
+
+
+def uniform_(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Fills with U(-1, 1), drawn where the generator is."""
+    if generator is None or generator.device.type == t.device.type:
+        return t.uniform_(-1.0, 1.0, generator=generator)
+    return t.copy_(
+        torch.empty(t.shape, dtype=t.dtype, device=generator.device).uniform_(-1.0, 1.0, generator=generator)
+    )

@@ -51,6 +51,13 @@ def check_dense(name: str, argument: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: {argument} must be an ordinary dense tensor, got {type(tensor).__name__}")
 
 
+def check_activation(name: str, activation: str) -> str:
+    """Raises unless ``activation`` is one that the kernels fuse."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return activation
+
+
 def refuse_tracing(name: str) -> None:
     """Raises where a graph is being recorded that would hold the memory an operation fills, and not the operation."""
     modes = torch._C._TorchDispatchModeKey
@@ -127,8 +134,7 @@ def check_linear(x: Tensor, values: Tensor, pattern, bias: Tensor | None, activa
             raise TypeError(f"{name}: bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
         if bias.device != x.device:
             raise ValueError(f"{name}: bias must be on the device of x, {x.device}, got {bias.device}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_activation(name, activation)
 
 
 def check_gradient_operands(name: str, x: Tensor, grad_output: Tensor, block_size: int) -> tuple[Tensor, Tensor, int]:

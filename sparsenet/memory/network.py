@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsenet import functional
+from sparsenet.functional.bits import UNPACKED_AT_ONCE
 from sparsenet.layers import SparseLinear
 from sparsenet.limits import SavedBytes
 from sparsenet.optimizer_state import as_optimizers, scratch_twin, state_bytes, with_inner_optimizers
@@ -123,7 +124,7 @@ def step_bytes(
         ),
         "buffers": _bytes_of(model.buffers()),
         "indices": sum(
-            layer.pattern.num_blocks * INDEX_BYTES + (0 if (mask := layer.element_mask) is None else mask.nbytes)
+            layer.pattern.num_blocks * INDEX_BYTES + (0 if (bits := layer.topology.mask_bits) is None else bits.nbytes)
             for layer in layers
         ),
         "activations": saved.bytes,
@@ -242,14 +243,19 @@ def _bytes_of(tensors) -> int:
 
 
 def _workspace_bytes(model: nn.Module, out_bytes: Mapping[str, int]) -> int:
-    """Scratch memory that the CPU kernels of the block-sparse layers keep, by dry runs of their calls."""
+    """Scratch memory that the CPU kernels of the block-sparse layers keep, by dry runs of their calls.
+
+    A pass through a layer with a mask takes, for itself, a copy of the values and some of the mask unpacked.
+    """
     sizes = []
     for name, layer in model.named_modules():
         if isinstance(layer, SparseLinear) and layer.values.device.type == "cpu" and out_bytes.get(name):
             batch = out_bytes[name] // (layer.pattern.shape[0] * layer.values.element_size())
             call = (layer.values.dtype, layer.pattern.shape, layer.block_size, layer.pattern.num_blocks)
             sizes.append(functional.linear_workspace(*call, batch, torch.get_num_threads()))
-    return sum(max(buffer) for buffer in itertools.zip_longest(*sizes, fillvalue=0))
+    masked = [m.values for m in model.modules() if isinstance(m, SparseLinear) and m.topology.mask_bits is not None]
+    copied = max((values.nbytes + min(values.numel(), UNPACKED_AT_ONCE) for values in masked), default=0)
+    return copied + sum(max(buffer) for buffer in itertools.zip_longest(*sizes, fillvalue=0))
 
 
 # --- the optimizer's temporary tensors ------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ class Holding:
 
 
 def _index_bytes(layer: SparseLinear) -> int:
-    return INDEX_BYTES + (0 if layer.element_mask is None else layer.block_size**2)
+    return INDEX_BYTES + (0 if layer.topology.mask_bits is None else functional.mask_bytes(layer.block_size))
 
 
 def _take_away(layer: SparseLinear, optimizers: Sequence[Optimizer], pattern: BlockPattern) -> None:

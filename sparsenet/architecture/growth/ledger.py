@@ -293,7 +293,7 @@ class Ledger:
         """Beside its values: of its indices, of the row index that grows with rows of blocks, and of its mask."""
         if not isinstance(layer, SparseLinear):
             return 0.0
-        return 12.0 + (0 if layer.element_mask is None else layer.block_size**2)
+        return 12.0 + (0 if layer.topology.mask_bits is None else functional.mask_bytes(layer.block_size))
 
     def _bytes_per_element(self, parameter: nn.Parameter) -> float:
         """Of the parameter, its gradient and its state."""

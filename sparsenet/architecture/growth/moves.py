@@ -24,6 +24,7 @@ from sparsenet.compaction.moves import (
     module_of,
     put_blocks,
     put_parameter,
+    rule_of,
     set_sizes,
 )
 from sparsenet.compaction.weights import BlockWeights
@@ -178,8 +179,11 @@ class GrowthMoves:
             if after:
                 states.append((optimizer, after))
         was = [(o, {key: o.state[layer.values][key] for key in state}) for o, state in states]
-        back = partial(put_blocks, layer, old, layer.values.detach(), layer.element_mask, layer.values.grad, was)
-        moves.puts.append((partial(put_blocks, layer, grown.pattern, data, mask, grad, states), back))
+        back = partial(
+            put_blocks, layer, old, layer.values.detach(), layer.element_mask, layer.values.grad, was, layer.elements
+        )
+        rule = rule_of(layer, mask)
+        moves.puts.append((partial(put_blocks, layer, grown.pattern, data, mask, grad, states, rule), back))
 
 
 def _filled(t: Tensor, new: Mapping[int, Tensor], value: float) -> Tensor:

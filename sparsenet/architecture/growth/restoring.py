@@ -64,7 +64,7 @@ def _structure_of(model: nn.Module, optimizer) -> Callable[[], None]:
     for module in model.modules():
         plain = {key: value for key, value in vars(module).items() if isinstance(value, int)}
         parameters = [(p, p.data, p.grad) for p in module._parameters.values() if p is not None]
-        sparse = (module.pattern, module.element_mask) if isinstance(module, SparseLinear) else None
+        sparse = (module.pattern, module.element_mask, module.elements) if isinstance(module, SparseLinear) else None
         modules.append((module, dict(module._modules), dict(module._buffers), plain, parameters, sparse))
 
     def undo() -> None:
@@ -78,7 +78,7 @@ def _structure_of(model: nn.Module, optimizer) -> Callable[[], None]:
             for parameter, data, grad in parameters:
                 parameter.grad = None
                 if sparse is not None and parameter is module.values:
-                    module._install(sparse[0].copy(), data, sparse[1])
+                    module._install(sparse[0].copy(), data, *sparse[1:])
                 else:
                     replace_data(parameter, data)
                 parameter.grad = grad

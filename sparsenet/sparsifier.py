@@ -76,8 +76,8 @@ class Sparsifier:
             that gained nothing: docs/training.md).
         elements: whether layers with an element mask are rewired element by element inside their stored blocks, the
             density then being that of elements; a block whose last element leaves is stored no longer, and N:M masks
-            exchange elements inside their groups. False: block by block; a block that grows gets N of every M elements,
-            or so many that the share of active elements in stored blocks stays.
+            exchange elements inside their groups. Default: block by block; a block that grows gets N of every M
+            elements, or so many that the share of active elements in stored blocks stays.
         sparsity: alias, ``1 - density``.
         budget: bytes of a training step that the blocks keep within, as ``"512MiB"``; None: no limit. It counts values,
             gradients, optimizer state, indices, other parameters, buffers, followers, the room of a rewire, and, once a
@@ -132,7 +132,7 @@ class Sparsifier:
         sparsity: float | Callable[[int], float] | None = None,
         budget: str | int | MemoryBudget | None = None,
         grace: int | None = None,
-        elements: bool = True,
+        elements: bool = False,
     ):
         if not isinstance(policy, Policy):
             raise TypeError(f"Sparsifier: policy must be a sparsenet Policy, got {policy!r}")
@@ -517,7 +517,7 @@ class Sparsifier:
         if self.density is not None and not isinstance(self.density, Constant) and len(fixed) == len(self.layers):
             raise ValueError(
                 "Sparsifier: density must be constant where every layer has an N:M mask, whose elements keep their "
-                "number; elements=False rewires its blocks"
+                "number; without elements=True their blocks are rewired"
             )
 
     # --- saving ---

@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsenet as sn
 from sparsenet import functional
-from sparsenet.policies.exchange import Quota
+from sparsenet.policies.exchange import Quota, Units
 from sparsenet.policies.places import best_places, hash_uniform, layer_key
 from sparsenet.policies.policy import Policy, block_squared_norms
 
@@ -222,7 +222,7 @@ def test_quota(blocks, target, fraction, expected):
     """16 places; drop, grow, clamped worked by hand."""
     places = torch.arange(blocks)
     pattern = sn.BlockPattern.from_places(places // 4, places % 4, (16, 16), 4)
-    quota = Quota.of(pattern, target, fraction)
+    quota = Quota.of(Units.of_blocks(pattern), target, fraction)
     assert (quota.drop, quota.grow, quota.clamped) == expected
     assert blocks - quota.drop + quota.grow == target
 

@@ -95,7 +95,7 @@ def test_row71_above_the_limit_drawn_candidates_are_summed(monkeypatch):
     sparsifier = sn.Sparsifier(model, None, sn.RigL(0.1), every=1, seed=3)
     view = sparsifier._growth["layer"].view
     count = sparsifier._quotas["layer"].grow
-    candidates = view.random_places(8 * count)
+    candidates = view.random_places(3 * count)
     weight = twin.layer.weight_dense().detach().double().requires_grad_()
     h = x.double()
     for _ in range(4):

@@ -163,7 +163,7 @@ class Named(sn.Policy):
 
 def test_a_policy_may_name_the_places_that_grow():
     layer = sn.SparseLinear(16, 16, pattern=sn.BlockPattern.from_linear_places(torch.arange(8), (16, 16), 4))
-    assert Named.grows()
+    assert Named().grows()
     update = sn.Sparsifier(layer, None, Named(0.25, torch.tensor([9, 13])), every=1).step().layers[""]
     assert update.grown_places.tolist() == [9, 13] and update.dropped == 2 and layer.pattern.num_blocks == 8
 

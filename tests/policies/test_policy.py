@@ -76,9 +76,16 @@ def test_a_drop_fraction_outside_0_1_is_refused(value):
 def test_policies_are_found_by_name():
     assert {name: cls.__name__ for name, cls in POLICIES.items()} == {
         "static": "Static",
+        "random": "Random",
         "set": "SET",
         "rigl": "RigL",
+        "snfs": "SNFS",
+        "mest": "MEST",
+        "topkast": "TopKAST",
         "gmp": "GMP",
+        "movement": "Movement",
+        "granet": "GraNet",
+        "acdc": "ACDC",
         "taylor": "Taylor",
         "obd": "OBD",
         "fisher": "Fisher",
@@ -92,15 +99,22 @@ def test_policies_are_found_by_name():
     [
         ("static", False, False, False, False, 0.0),
         ("set", True, False, True, False, 0.3),
+        ("random", True, False, True, False, 0.3),
         ("rigl", True, False, True, True, 0.3),
+        ("snfs", True, False, True, True, 0.3),
+        ("mest", True, False, True, False, 0.3),
+        ("topkast", True, False, True, False, 0.3),
         ("gmp", False, True, False, False, 0.05),
+        ("movement", False, True, False, False, 0.05),
+        ("granet", True, True, True, True, 0.3),
+        ("acdc", False, True, True, True, 0.5),
         ("obd", True, False, True, True, 0.3),
         ("woodfisher", True, False, True, True, 0.3),
         ("cascade", True, False, True, True, 0.3),
     ],
 )
 def test_what_trainer_and_planner_ask(name, exchanges, follows_density, grows, scores_places, largest_share):
-    policy = POLICIES[name]
+    policy = POLICIES[name]()
     assert (policy.exchanges, policy.follows_density, policy.grows()) == (exchanges, follows_density, grows)
     assert policy.scores_places() == scores_places
     assert policy.largest_share(0.3) == largest_share

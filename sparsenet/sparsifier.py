@@ -493,7 +493,8 @@ class Sparsifier:
         policy, density = self.policy, self.density
         fixed = density is None and not policy.exchanges
         if policy.follows_density and density is None:
-            said = f"{type(policy).__name__} needs a density schedule: without one it changes nothing"
+            rest = "only exchanges" if policy.exchanges else "changes nothing"
+            said = f"{type(policy).__name__} needs a density schedule: without one it {rest}"
         elif fixed or (density is None and policy.drop_fraction == 0.0):
             return  # nothing is meant to change
         elif self.end is not None and self.begin + self.every > self.end:

@@ -124,7 +124,9 @@ class Policy:
         object.__setattr__(self, "drop_fraction", schedule(0))
 
     def drop_fraction_at(self, step: int) -> float:
-        """The drop fraction at ``step``, checked."""
+        """The drop fraction at ``step``, checked; 0 for a policy that exchanges nothing."""
+        if not self.exchanges:
+            return 0.0
         fraction = float(as_schedule(self.drop_fraction)(step))
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"{type(self).__name__}: drop_fraction must lie in [0, 1], got {fraction} at step {step}")

@@ -119,7 +119,7 @@ def test_one_shot_by_hand():
 
 
 def test_periodic_is_acdc_by_hand():
-    """Peste et al. 2021, figure 1: dense to epoch 10, then 5 epochs compressed and 5 dense, at the end compressed."""
+    """Dense to epoch 10, then 5 epochs compressed and 5 dense in turn, compressed to the end (Peste et al. 2021)."""
     density = Periodic(before=1.0, after=0.1, period=10, after_steps=5, begin=10, end=32)
     expected = [1.0] * 10 + [0.1] * 5 + [1.0] * 5 + [0.1] * 5 + [1.0] * 5 + [0.1] * 10
     assert [density(epoch) for epoch in range(40)] == expected

@@ -253,18 +253,11 @@ def sensitivity(
         >>> found["1"], 0.1 <= found["0"] < 1.0   # a weight of the small last layer is worth more
         (1.0, True)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"sensitivity: model must be a module, got {type(model).__name__}")
     density = as_number("sensitivity", "density", density, within=(0, 1))
     if density == 1:
         raise ValueError("sensitivity: density must be below 1, so that a layer loses blocks, got 1")
     least = as_number("sensitivity", "least", least, within=(0, 1))
-    layers = sparse_layers(unwrap(model))
-    if not layers:
-        raise ValueError("sensitivity: model must hold at least one SparseLinear; see sparsify_")
-    for name, layer in layers.items():
-        if "values" not in layer._parameters:
-            raise ValueError(f"sensitivity: layer {name!r} must hold its values itself, got computed ones")
+    layers = _layers_to_measure(model)
     calls = _calls(batches)
     whole = _mean_loss(model, calls, loss)
     slopes = {}
@@ -277,6 +270,18 @@ def sensitivity(
             slopes[name] = max(0.0, rise) / (lost * layer.block_size**2)
     largest = max(slopes.values(), default=0.0)
     return {name: max(least, slopes.get(name, largest) / largest) if largest else 1.0 for name in layers}
+
+
+def _layers_to_measure(model: nn.Module) -> dict[str, SparseLinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sensitivity: model must be a module, got {type(model).__name__}")
+    layers = sparse_layers(unwrap(model))
+    if not layers:
+        raise ValueError("sensitivity: model must hold at least one SparseLinear; see sparsify_")
+    for name, layer in layers.items():
+        if "values" not in layer._parameters:
+            raise ValueError(f"sensitivity: layer {name!r} must hold its values itself, got computed ones")
+    return layers
 
 
 @contextmanager

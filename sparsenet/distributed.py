@@ -7,6 +7,7 @@ bounded memory. Every rank then decides alike; fingerprints are compared, and a 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from sparsenet import functional
-from sparsenet.layers import plain_name, sparse_layers
+from sparsenet.elements import NM
+from sparsenet.layers import SparseLinear, plain_name, sparse_layers
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["DataParallel", "assert_same_topology", "synchronize"]
@@ -110,7 +112,7 @@ def rebuild(model: nn.Module) -> None:
 
 
 def synchronize(model: nn.Module) -> None:
-    """Gives every rank the topology and parameters of rank 0. A no-op with a single rank.
+    """Gives every rank the topology, element masks and parameters of rank 0. A no-op with a single rank.
 
     Example:
         >>> import sparsenet as sn
@@ -129,12 +131,27 @@ def synchronize(model: nn.Module) -> None:
         pattern = BlockPattern(crow, col, layer.pattern.shape, layer.block_size)
         if pattern.fingerprint != layer.pattern.fingerprint:
             layer.set_pattern(pattern)
+        _synchronize_mask(layer)
     for tensor in [*model.parameters(), *model.buffers()]:
         dist.broadcast(tensor.detach(), 0)
 
 
+def _synchronize_mask(layer: SparseLinear) -> None:
+    """Gives a layer whose pattern is that of rank 0 the element mask and the rule of rank 0 as well."""
+    mask, rule = layer.element_mask, layer.elements
+    told = torch.tensor([mask is not None, rule.n if rule else 0, rule.m if rule else 0], device=layer.pattern.device)
+    dist.broadcast(told, 0)
+    masked, n, m = told.tolist()
+    if masked:
+        mask = torch.ones_like(layer.values, dtype=torch.bool) if mask is None else mask
+        dist.broadcast(mask.view(torch.uint8), 0)
+    if dist.get_rank() and (masked or mask is not None):
+        rule = NM(n, m) if n else None
+        layer._install(layer.pattern.copy(), layer.values.detach(), mask if masked else None, rule)
+
+
 def assert_same_topology(model: nn.Module) -> None:
-    """Stops every rank, with the layer's name, when patterns differ between ranks.
+    """Stops every rank, with the layer's name, when patterns or element masks differ between ranks.
 
     Example:
         >>> import sparsenet as sn
@@ -142,7 +159,13 @@ def assert_same_topology(model: nn.Module) -> None:
         >>> sn.distributed.assert_same_topology(model)   # a single rank always agrees with itself
     """
     for name, layer in sparse_layers(unwrap(model)).items():
-        assert_same(f"the topology of layer {name}", int(layer.pattern.fingerprint[:15], 16))
+        assert_same(f"the topology of layer {name}", int(layer.pattern.fingerprint[:15], 16) ^ _mask_number(layer))
+
+
+def _mask_number(layer: SparseLinear) -> int:
+    """Below 2^60; equal masks have equal numbers, and no mask has 0."""
+    bits = layer.topology.mask_bits
+    return 0 if bits is None else int(hashlib.sha256(bits.numpy(force=True).tobytes()).hexdigest()[:15], 16)
 
 
 def assert_same(what: str, number: int) -> None:

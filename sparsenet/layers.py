@@ -11,7 +11,7 @@ from sparsenet.after_step import after_every_step
 from sparsenet.densities import choose_block_size
 from sparsenet.elements import NM, to_semi_structured
 from sparsenet.elements.masks import carried_mask, checked_mask, chosen_mask
-from sparsenet.functional import pack_mask, zero_masked_
+from sparsenet.functional.bits import pack_mask, zero_masked_
 from sparsenet.functional.blocks import dense_blocks, take_blocks, uniform_, zero_outside
 from sparsenet.functional.checks import check_activation
 from sparsenet.pattern import BlockPattern, carried_from, warn_unreached

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparsenet.elements import NM
 from sparsenet.elements.masks import read_mask
-from sparsenet.functional import native, pack_mask, registry, unpack_mask
+from sparsenet.functional import native, registry
+from sparsenet.functional.bits import pack_mask, unpack_mask
 from sparsenet.pattern import BlockPattern
 
 __all__ = ["DenseWeight", "LayerState", "Topology", "read_state", "replace_data"]
@@ -26,8 +27,8 @@ class Topology:
     Attributes:
         pattern: the active blocks; :meth:`replace` exchanges it, nothing changes it.
         mask_bits: uint8 [num_blocks, ceil(b*b/8)] on the pattern's device, which elements of the blocks are there
-            (:func:`sparsenet.functional.pack_mask`); None: all of them. Replaced, never written to.
-        elements: the N:M rule that the mask keeps, or None: the mask was asked for element by element, or there is none.
+            (:func:`sparsenet.functional.bits.pack_mask`); None: all of them. Replaced, never written to.
+        elements: the N:M rule that the mask keeps, or None: the mask follows none, or there is no mask.
         label: how errors name the layer.
         expected_calls: calls of the layer in eager forward passes since the observer began to watch, whose backward it
             has not seen; 0 where they were not counted.

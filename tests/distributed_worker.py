@@ -94,13 +94,19 @@ def run(case, rank, world, checkpoint):
         return train_with_checkpoints(kind, rank, world, checkpoint)
     if kind == "diverged":
         model = make()
-        if rank == 1:
+        if rank == 1 and name == "mask":
+            model[1].set_element_mask(0.5)
+        elif rank == 1:
             model[1].set_pattern(sn.BlockPattern.random((64, 64), 0.4, 8))
         sn.distributed.assert_same_topology(model)
         return model
     if kind == "alike":
         model = make(seed=rank)
+        if name != "x":
+            model[1].set_element_mask([name, 0.3][rank])
+            model[2].set_element_mask([None, "1:2"][rank])
         sn.distributed.synchronize(model)
+        sn.distributed.assert_same_topology(model)
         return model
     if kind == "decision":
         model = make()

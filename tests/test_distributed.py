@@ -62,8 +62,18 @@ def test_synchronize_gives_every_rank_the_network_of_rank_0(tmp_path):
         assert torch.equal(first[key], expected[key]) and torch.equal(second[key], expected[key]), key
 
 
-def test_a_diverged_topology_is_stopped_by_layer_name(tmp_path):
-    codes, errors, _ = launch("diverged-x", 2, tmp_path)
+def test_synchronize_gives_every_rank_the_masks_of_rank_0(tmp_path):
+    codes, errors, (first, second) = launch("alike-2:4", 2, tmp_path)
+    assert codes == [0, 0], errors
+    assert first["1.element_rule"].tolist() == [2, 4] and "2.element_mask" not in first
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize("what", ["x", "mask"])
+def test_a_diverged_topology_is_stopped_by_layer_name(tmp_path, what):
+    codes, errors, _ = launch(f"diverged-{what}", 2, tmp_path)
     assert all(codes)
     for text in errors:
         assert "the topology of layer 1 must be the same on every rank, rank 1 differs from rank 0" in text

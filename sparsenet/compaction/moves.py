@@ -259,8 +259,8 @@ def rule_of(layer: SparseLinear, mask: Tensor | None) -> NM | None:
     if rule is None or (mask is not None and rule.holds(mask)):
         return rule
     warnings.warn(
-        f"SparseLinear: inputs came to stand beside others, and the elements no longer keep {rule}: the mask stays as an "
-        "unstructured one; set_element_mask makes it one by the rule again",
+        f"SparseLinear: the elements no longer keep {rule}, as other inputs stand side by side: the mask stays as "
+        "an unstructured one; set_element_mask makes it one by the rule again",
         stacklevel=2,
     )
     return None

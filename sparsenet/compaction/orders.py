@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsenet import functional
 from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.compaction.reblocking import Reblocked, fullest_order, reblock
 from sparsenet.compaction.rules import Axis
 from sparsenet.compaction.weights import BlockWeights
+from sparsenet.functional.bits import mask_bytes
 from sparsenet.optimizer_state import state_by_block
 
 __all__ = ["UnitOrders"]
@@ -256,7 +256,7 @@ class UnitOrders:
             return round(weight.numel() * per_element * share)
         after = self._reblocked(stage, choice)
         masked = layer.topology.mask_bits is not None or (self.masked and after.fill_in > 0)
-        beside = 8 + (functional.mask_bytes(layer.block_size) if masked else 0)
+        beside = 8 + (mask_bytes(layer.block_size) if masked else 0)
         return after.num_blocks * (layer.block_size**2 * per_element + beside) + 4 * after.shape[0] // layer.block_size
 
     def _has_block_state(self, stage: Stage) -> bool:

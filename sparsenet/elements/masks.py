@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsenet.elements.rules import NM
-from sparsenet.functional import draw_free_places, mask_bytes, select_extreme, unpack_mask
+from sparsenet.functional import draw_free_places, select_extreme
+from sparsenet.functional.bits import mask_bytes, unpack_mask
 from sparsenet.functional.blocks import take_blocks, zero_outside
 from sparsenet.functional.checks import as_tensor
 from sparsenet.pattern import BlockPattern
@@ -201,8 +202,8 @@ def read_mask(mask: Tensor | None, rule: Tensor | None, pattern: BlockPattern) -
     """Mask and rule of a state dict for ``pattern``, checked.
 
     Args:
-        mask: uint8 [num_blocks, ceil(b*b/8)] of :func:`sparsenet.functional.pack_mask`; bool [num_blocks, b, b], as
-            states had it before masks were packed; or None.
+        mask: uint8 [num_blocks, ceil(b*b/8)] of :func:`~sparsenet.functional.bits.pack_mask`; bool [num_blocks, b, b],
+            as states had it before masks were packed; or None.
         rule: uint8 [2] of :meth:`NM.as_tensor`; None: the mask follows none.
 
     Raises:
@@ -223,9 +224,7 @@ def read_mask(mask: Tensor | None, rule: Tensor | None, pattern: BlockPattern) -
 
 def _read_rule(rule: Tensor, mask: Tensor | None, pattern: BlockPattern) -> NM:
     if rule.dtype != torch.uint8 or list(rule.shape) != [2] or rule.is_meta:
-        raise ValueError(
-            f"SparseLinear: element_rule must be n and m in uint8 [2], got {rule.dtype} {list(rule.shape)}"
-        )
+        raise ValueError(f"SparseLinear: element_rule must be n, m in uint8 [2], got {rule.dtype} {list(rule.shape)}")
     elements = NM(*rule.tolist())
     elements.check(pattern)
     if mask is None:

@@ -2,7 +2,6 @@
 
 from sparsenet.functional import library
 from sparsenet.functional.autograd import block_sparse_linear, layer_linear
-from sparsenet.functional.bits import mask_bytes, pack_mask, unpack_mask, zero_masked_
 from sparsenet.functional.blocks import compact_blocks, draw_free_places, select_extreme
 from sparsenet.functional.checks import BLOCK_SIZES
 from sparsenet.functional.coverage import largest_reaching_all, lowest_to_spare
@@ -31,13 +30,9 @@ __all__ = [
     "library",
     "linear_workspace",
     "lowest_to_spare",
-    "mask_bytes",
     "native_build_info",
     "norms_workspace",
-    "pack_mask",
     "select_extreme",
     "trim_workspace",
-    "unpack_mask",
     "workspace_bytes",
-    "zero_masked_",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["mask_bytes", "pack_mask", "unpack_mask", "zero_masked_"]
+__all__ = ["UNPACKED_AT_ONCE", "mask_bytes", "pack_mask", "unpack_mask", "zero_masked_"]
 
 UNPACKED_AT_ONCE = 1 << 21  # elements unpacked at a time: a byte each, so 2 MiB
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -17,7 +17,7 @@ def mask_bytes(block_size: int) -> int:
     """Bytes of one block's mask.
 
     Example:
-        >>> from sparsenet.functional import mask_bytes
+        >>> from sparsenet.functional.bits import mask_bytes
         >>> mask_bytes(16), mask_bytes(1)
         (32, 1)
     """
@@ -36,7 +36,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from sparsenet.functional import pack_mask
+        >>> from sparsenet.functional.bits import pack_mask
         >>> mask = torch.zeros(1, 4, 4, dtype=torch.bool)
         >>> mask[0, 0, 0] = mask[0, 0, 1] = mask[0, 3, 3] = True
         >>> pack_mask(mask)
@@ -58,7 +58,7 @@ def unpack_mask(bits: Tensor, block_size: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from sparsenet.functional import pack_mask, unpack_mask
+        >>> from sparsenet.functional.bits import pack_mask, unpack_mask
         >>> mask = torch.rand(5, 8, 8) < 0.5
         >>> torch.equal(unpack_mask(pack_mask(mask), 8), mask)
         True
@@ -84,7 +84,7 @@ def zero_masked_(blocks: Tensor, bits: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from sparsenet.functional import pack_mask, zero_masked_
+        >>> from sparsenet.functional.bits import pack_mask, zero_masked_
         >>> mask = torch.tensor([[[True, False], [False, True]]])
         >>> zero_masked_(torch.tensor([[[1.0, torch.nan], [-2.0, 3.0]]]), pack_mask(mask))
         tensor([[[1., 0.],

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from sparsenet import distributed, functional
 from sparsenet.densities import apportion
+from sparsenet.functional.bits import mask_bytes
 from sparsenet.layers import SparseLinear
 from sparsenet.limits import Limit, MemoryBudget, SavedBytes, format_bytes, process_limit, release_heap
 from sparsenet.optimizer_state import state_by_block, state_bytes
@@ -302,7 +303,7 @@ class Holding:
 
 
 def _index_bytes(layer: SparseLinear) -> int:
-    return INDEX_BYTES + (0 if layer.topology.mask_bits is None else functional.mask_bytes(layer.block_size))
+    return INDEX_BYTES + (0 if layer.topology.mask_bits is None else mask_bytes(layer.block_size))
 
 
 def _take_away(layer: SparseLinear, optimizers: Sequence[Optimizer], pattern: BlockPattern) -> None:

@@ -16,6 +16,7 @@ from sparsenet import functional
 from sparsenet.compaction.graph import Stage, UnitGraph
 from sparsenet.compaction.moves import model_bytes
 from sparsenet.compaction.weights import BlockWeights, unit_weights
+from sparsenet.functional.bits import mask_bytes
 from sparsenet.layers import SparseLinear
 from sparsenet.memory.costs import LayerCost
 from sparsenet.memory.step_time import StepTimeModel
@@ -293,7 +294,7 @@ class Ledger:
         """Beside its values: of its indices, of the row index that grows with rows of blocks, and of its mask."""
         if not isinstance(layer, SparseLinear):
             return 0.0
-        return 12.0 + (0 if layer.topology.mask_bits is None else functional.mask_bytes(layer.block_size))
+        return 12.0 + (0 if layer.topology.mask_bits is None else mask_bytes(layer.block_size))
 
     def _bytes_per_element(self, parameter: nn.Parameter) -> float:
         """Of the parameter, its gradient and its state."""

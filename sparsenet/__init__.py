@@ -15,8 +15,26 @@ from sparsenet.functional.build import build_info
 from sparsenet.layers import SparseLinear
 from sparsenet.models import SparseMLP, densify_, sparsify_
 from sparsenet.pattern import BlockPattern
-from sparsenet.policies import GMP, OBD, SET, Cascade, Fisher, Policy, RigL, Static, Taylor, WoodFisher
-from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
+from sparsenet.policies import (
+    ACDC,
+    GMP,
+    MEST,
+    OBD,
+    SET,
+    SNFS,
+    Cascade,
+    Fisher,
+    GraNet,
+    Movement,
+    Policy,
+    Random,
+    RigL,
+    Static,
+    Taylor,
+    TopKAST,
+    WoodFisher,
+)
+from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, OneShot, Periodic, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
 from sparsenet.swapping import SparsifyReport
 
@@ -50,10 +68,13 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ACDC",
     "GMP",
+    "MEST",
     "NM",
     "OBD",
     "SET",
+    "SNFS",
     "BlockPattern",
     "BudgetError",
     "Cascade",
@@ -69,14 +90,19 @@ __all__ = [
     "Exponential",
     "Fisher",
     "FitResult",
+    "GraNet",
     "Grower",
     "LayerUpdate",
     "Linear",
     "MemoryBudget",
     "MemoryPlan",
+    "Movement",
+    "OneShot",
+    "Periodic",
     "Piecewise",
     "Policy",
     "Polynomial",
+    "Random",
     "RigL",
     "SparseLinear",
     "SparseMLP",
@@ -84,6 +110,7 @@ __all__ = [
     "SparsifyReport",
     "Static",
     "Taylor",
+    "TopKAST",
     "TrainConfig",
     "Trainer",
     "TriStateReLU",

@@ -528,8 +528,8 @@ class Sparsifier:
         state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._census.proportions)}
         if young := self._newborn.state():
             state["young"] = young
-        if policy := self._policy_state.state():
-            state["policy"] = policy
+        if self.policy.every_step:
+            state["policy"] = self._policy_state.state(self._view(name, self.steps) for name in self.layers)
         if watched := {name: seen for name, growth in self._growth.items() if (seen := growth.state())}:
             state["watched"] = watched
         if self._holding is not None:

@@ -65,9 +65,12 @@ def unpack_mask(bits: Tensor, block_size: int) -> Tensor:
     """
     if _by_numpy(bits):
         return torch.from_numpy(_unpacked(bits, block_size)).view(torch.bool)
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    each = ((bits.unsqueeze(2) >> shifts) & 1).bool().reshape(bits.shape[0], bits.shape[1] * 8)
-    return each[:, : block_size * block_size].reshape(bits.shape[0], block_size, block_size)
+    if _is_recorded(bits):
+        return _unpacked_by_torch(bits, block_size)
+    mask = torch.empty(len(bits), block_size, block_size, dtype=torch.bool, device=bits.device)
+    for some in _chunks(len(bits), block_size):
+        mask[some] = _unpacked_by_torch(bits[some], block_size)
+    return mask
 
 
 @torch.no_grad()
@@ -90,7 +93,7 @@ def zero_masked_(blocks: Tensor, bits: Tensor) -> Tensor:
         tensor([[[1., 0.],
                  [0., 3.]]])
     """
-    data, b = blocks.detach(), blocks.shape[1]
+    data, b = blocks.data, blocks.shape[1]  # not detach(), which counts the change as one
     for some in _chunks(len(data), b):
         if _by_numpy(bits) and type(data) in _PLAIN:
             kept = _unpacked(bits[some], b).view(np.int8)
@@ -108,6 +111,12 @@ def _unpacked(bits: Tensor, b: int) -> np.ndarray:
     return each.reshape(len(bits), b, b)
 
 
+def _unpacked_by_torch(bits: Tensor, b: int) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    each = ((bits.unsqueeze(2) >> shifts) & 1).bool().reshape(bits.shape[0], bits.shape[1] * 8)
+    return each[:, : b * b].reshape(bits.shape[0], b, b)
+
+
 def _chunks(num_blocks: int, b: int) -> list[slice]:
     step = max(1, UNPACKED_AT_ONCE // (b * b))
     return [slice(begin, begin + step) for begin in range(0, num_blocks, step)]
@@ -115,11 +124,14 @@ def _chunks(num_blocks: int, b: int) -> list[slice]:
 
 def _by_numpy(t: Tensor) -> bool:
     """Whether numpy may read the memory: on the CPU, and nobody records the calls of torch."""
+    return not _is_recorded(t) and t.device.type == "cpu"
+
+
+def _is_recorded(t: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and type(t) in _PLAIN
-        and t.device.type == "cpu"
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
+        torch.compiler.is_compiling()
+        or type(t) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
     )

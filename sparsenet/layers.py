@@ -11,7 +11,7 @@ from sparsenet.after_step import after_every_step
 from sparsenet.densities import choose_block_size
 from sparsenet.elements import NM, to_semi_structured
 from sparsenet.elements.masks import carried_mask, checked_mask, chosen_mask
-from sparsenet.functional.bits import pack_mask, zero_masked_
+from sparsenet.functional.bits import pack_mask, without_masked, zero_masked_
 from sparsenet.functional.blocks import dense_blocks, take_blocks, uniform_, zero_outside
 from sparsenet.functional.checks import check_activation
 from sparsenet.pattern import BlockPattern, carried_from, warn_unreached
@@ -311,7 +311,7 @@ class SparseLinear(nn.Module):
         """
         bits = None if element_mask is None else pack_mask(checked_mask(element_mask, pattern))
         if not values.is_meta:
-            values = values if bits is None else zero_masked_(values.clone(), bits)
+            values = values if bits is None else without_masked(values, bits)
             zero_outside(values, pattern)
         self.topology.replace(pattern, bits, self.values, values, elements)
         if self.topology.written >= 0:

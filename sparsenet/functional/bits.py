@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["UNPACKED_AT_ONCE", "mask_bytes", "pack_mask", "unpack_mask", "zero_masked_"]
+__all__ = ["UNPACKED_AT_ONCE", "mask_bytes", "pack_mask", "unpack_mask", "without_masked", "zero_masked_"]
 
 UNPACKED_AT_ONCE = 1 << 21  # elements unpacked at a time: a byte each, so 2 MiB
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -93,16 +93,39 @@ def zero_masked_(blocks: Tensor, bits: Tensor) -> Tensor:
         tensor([[[1., 0.],
                  [0., 3.]]])
     """
-    data, b = blocks.data, blocks.shape[1]  # not detach(), which counts the change as one
-    for some in _chunks(len(data), b):
-        if _by_numpy(bits) and type(data) in _PLAIN:
+    _keep(blocks.data, blocks.data, bits)  # not detach(), which counts the change as one
+    return blocks
+
+
+@torch.no_grad()
+def without_masked(blocks: Tensor, bits: Tensor) -> Tensor:
+    """A copy of ``blocks`` as :func:`zero_masked_` would leave them, in one pass.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.functional.bits import pack_mask, without_masked
+        >>> mask = torch.tensor([[[True, False], [False, True]]])
+        >>> without_masked(torch.ones(1, 2, 2), pack_mask(mask))
+        tensor([[[1., 0.],
+                 [0., 1.]]])
+    """
+    copy = torch.empty_like(blocks)
+    _keep(blocks.detach(), copy, bits)
+    return copy
+
+
+def _keep(source: Tensor, target: Tensor, bits: Tensor) -> None:
+    """Writes ``source`` to ``target``, which may be the same memory, with zeros where the mask is off."""
+    b = source.shape[1]
+    by_numpy = _by_numpy(bits) and _by_numpy(source)
+    for some in _chunks(len(source), b):
+        if by_numpy:
             kept = _unpacked(bits[some], b).view(np.int8)
             np.negative(kept, out=kept)  # 0 or -1, which is all ones in every integer type
-            integers = data[some].view(_INTEGERS[data.element_size()]).numpy()
-            np.bitwise_and(integers, kept, out=integers)  # a twelfth of the time of masked_fill_
-        else:
-            data[some].masked_fill_(unpack_mask(~bits[some], b), 0)
-    return blocks
+            integer = _INTEGERS[source.element_size()]
+            np.bitwise_and(source[some].view(integer).numpy(), kept, out=target[some].view(integer).numpy())
+        else:  # twelve times as slow on the CPU
+            target[some] = torch.where(unpack_mask(bits[some], b), source[some], 0)
 
 
 def _unpacked(bits: Tensor, b: int) -> np.ndarray:

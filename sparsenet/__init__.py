@@ -8,7 +8,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a synt
 
 import torch  # noqa: F401 - first: its OpenMP runtime is the one the kernels share
 
-from sparsenet import distributed, functional, reference
+from sparsenet import distributed, elements, functional, reference
 from sparsenet.elements import NM
 from sparsenet.functional import library
 from sparsenet.functional.build import build_info
@@ -123,6 +123,7 @@ __all__ = [
     "data",
     "densify_",
     "distributed",
+    "elements",
     "fold_depth",
     "functional",
     "library",

@@ -15,7 +15,21 @@ from sparsenet.functional.build import build_info
 from sparsenet.layers import SparseLinear
 from sparsenet.models import SparseMLP, densify_, sparsify_
 from sparsenet.pattern import BlockPattern
-from sparsenet.policies import GMP, OBD, SET, Cascade, Fisher, Policy, RigL, Static, Taylor, WoodFisher
+from sparsenet.policies import (
+    GMP,
+    OBD,
+    SET,
+    SNIP,
+    Cascade,
+    Fisher,
+    GraSP,
+    Policy,
+    RigL,
+    Static,
+    SynFlow,
+    Taylor,
+    WoodFisher,
+)
 from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
 from sparsenet.swapping import SparsifyReport
@@ -30,7 +44,7 @@ _NAMES_OF = {  # modules that are loaded when one of their names is first used
     "sparsenet.checkpoint": ("Checkpoint", "load", "save"),
     "sparsenet.compaction": ("CompactionError", "CompactionReport", "compact", "resize_to"),
     "sparsenet.memory": ("BudgetError", "MemoryBudget", "MemoryPlan", "measure_peak", "plan"),
-    "sparsenet.training": ("Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer"),
+    "sparsenet.training": ("Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer", "prune_at_initialization"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 _PACKAGES = ("architecture", "checkpoint", "compaction", "data", "memory", "training")  # likewise
@@ -54,6 +68,7 @@ __all__ = [
     "NM",
     "OBD",
     "SET",
+    "SNIP",
     "BlockPattern",
     "BudgetError",
     "Cascade",
@@ -69,6 +84,7 @@ __all__ = [
     "Exponential",
     "Fisher",
     "FitResult",
+    "GraSP",
     "Grower",
     "LayerUpdate",
     "Linear",
@@ -83,6 +99,7 @@ __all__ = [
     "Sparsifier",
     "SparsifyReport",
     "Static",
+    "SynFlow",
     "Taylor",
     "TrainConfig",
     "Trainer",
@@ -102,6 +119,7 @@ __all__ = [
     "load",
     "measure_peak",
     "plan",
+    "prune_at_initialization",
     "reference",
     "resize_to",
     "save",

@@ -7,7 +7,8 @@ run the model in eval mode and leave no trace in it, bit for bit: values, gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenet import distributed, saliency
+from sparsenet import distributed, functional, saliency
 from sparsenet.layers import SparseLinear, sparse_layers
 from sparsenet.limits import is_out_of_memory
 from sparsenet.policies.curvature import informative
@@ -35,10 +36,14 @@ class _AtStart(Falling):
 
     Attributes:
         rounds_at_start: in how many stages a network is pruned at initialization.
+        pass_copies: how many float32 copies of all values a pass of its own holds.
+        pass_activations: how many times a training step's activations.
     """
 
     drop_fraction: float | Schedule = field(default=0.0, kw_only=True)
     rounds_at_start: ClassVar[int] = 1
+    pass_copies: ClassVar[int] = 0
+    pass_activations: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,18 @@ class _OfBatches(_AtStart):
             kind = type(self.batches).__name__
             raise ValueError(f"{name}: batches must be readable more than once, as a list is, got {kind}")
 
+    @property
+    def observes(self) -> bool:
+        """Whether it watches the training's backward, where ``.grad`` may be gone at the rewire."""
+        return self.batches is None
+
+    def observe(self, layer: LayerView, x: Tensor, grad_output: Tensor) -> None:
+        """Adds the gradient of one call; in the dtype of sums."""
+        where = layer.pattern.row_indices, layer.pattern.col_indices
+        more = functional.candidate_gradients(x, grad_output, *where, layer.pattern.block_size)
+        more = more.to(_wide(more))
+        layer.measured["gradient"] = layer.measured["gradient"].add_(more) if "gradient" in layer.measured else more
+
     def mean_over_batches(
         self, model: nn.Module, layers: list[SparseLinear], vectors: list[Tensor] | None = None
     ) -> list[Tensor]:
@@ -74,8 +91,8 @@ class SNIP(_OfBatches):
 
     Args:
         batches: (input, target) pairs, readable more than once; the input may be a :class:`sparsenet.saliency.Call`.
-            Batches count by their rows. None: ``.grad``, as the training's last backward passes have left it, all
-            accumulated ones of a step together. So call :meth:`Sparsifier.step` before ``zero_grad``.
+            Batches count by their rows. None: ``.grad``, as the training has left it, all accumulated passes of a step
+            together; where it is gone (``zero_grad``), the gradient of the last backward pass, which is watched.
         loss: ``loss(output, target)``, a mean over examples, for ``batches``.
 
     Under DDP the mean over all ranks' gradients counts. A layer without a gradient keeps its topology and says so.
@@ -126,9 +143,9 @@ class GraSP(_OfBatches):
     that of a training step. Theirs divides the outputs by a temperature of 200; do it in ``loss``.
 
     Args:
-        batches, loss: as of :class:`SNIP`; both passes run over all of them. None: g is ``.grad``, of the training's
-            last step, and H the Gauss-Newton matrix of a softmax cross-entropy over the inputs of the last forward,
-            which needs no targets and leaves out the part of H that has the curvature of the network: an
+        batches, loss: as of :class:`SNIP`; both passes run over all of them. None: g is the training's last gradient,
+            as :class:`SNIP` takes it, and H the Gauss-Newton matrix of a softmax cross-entropy over the inputs of the
+            last forward, which needs no targets and leaves out the part of H that has the curvature of the network: an
             approximation, which suits no other loss. The model's outputs have to be logits [..., classes].
 
     Raises:
@@ -145,23 +162,22 @@ class GraSP(_OfBatches):
     """
 
     measures = True
+    pass_copies = 6
+    pass_activations = 3
 
     def measure(self, model: nn.Module, call: saliency.Call | None, layers: Layers, seed: int) -> None:
         """The Hessian times the gradient, of all sparse layers of the model together."""
-        for view in layers.values():
-            view.measured = {}
         trained = [layer for layer in sparse_layers(model).values() if layer.values.requires_grad]
         if self.batches is not None:
             gradients = self.mean_over_batches(model, trained)
             products = self.mean_over_batches(model, trained, gradients)
+        elif distributed.any_rank(call is None):
+            return
         else:
-            gradients = [layer.values.grad for layer in trained]
-            if distributed.any_rank(call is None or all(g is None for g in gradients)):
+            known = {id(view.layer): view.whole(gradient) for view, gradient in _last_gradients(layers.values())}
+            if not known:
                 return
-            gradients = [
-                distributed.averaged(torch.zeros_like(layer.values) if g is None else g).detach()
-                for layer, g in zip(trained, gradients, strict=True)
-            ]
+            gradients = [known.get(id(layer), torch.zeros_like(layer.values)) for layer in trained]
             products = _mean(model, trained, [(call, ())], _own_prediction, gradients, "GraSP")
         found = {id(layer): product for layer, product in zip(trained, products, strict=True)}
         for view in layers.values():
@@ -201,6 +217,7 @@ class SynFlow(_AtStart):
     inputs: Tensor | saliency.Call | None = field(default=None, compare=False, repr=False)
     measures = True
     rounds_at_start = 100
+    pass_copies = 5
 
     def __post_init__(self):
         super().__post_init__()
@@ -217,7 +234,7 @@ class SynFlow(_AtStart):
         views = list(layers.values())
         flows = saliency.synaptic_flow(model, [view.layer for view in views], call, type(self).__name__)
         for view, flow in zip(views, flows, strict=True):
-            view.measured = {"flow": _of_units(view, flow)}
+            view.measured = {"flow": _of_units(view, flow.float())}
 
     def share(self, layer: LayerView) -> None:
         """One for all ranks, whatever their last bits were."""
@@ -270,18 +287,28 @@ def _measured(layer: LayerView, name: str) -> Tensor:
 
 
 def _last_gradient(layer: LayerView) -> Tensor:
-    """The mean over ranks of the gradient that is at hand; BadScores on every rank where one of them has none."""
-    gradient, error = None, BadScores("its values have no gradient on another rank")
-    try:
+    """The mean over ranks of ``.grad``, or else of what was watched; BadScores on every rank if one has neither."""
+    gradient = None
+    with suppress(BadScores):
         gradient = layer.gradient
-    except BadScores as missing:
-        error = missing
-    if distributed.any_rank(gradient is None):
-        raise error
+    if distributed.any_rank(gradient is None or not bool(gradient.any())):
+        gradient = layer.measured.get("gradient")
+        if distributed.any_rank(gradient is None):
+            raise BadScores("its values have no gradient, and no backward pass through it was seen before this step")
     return distributed.averaged(gradient)
+
+
+def _last_gradients(layers: Iterable[LayerView]) -> Iterator[tuple[LayerView, Tensor]]:
+    """Of the layers that have one."""
+    for layer in layers:
+        with suppress(BadScores):
+            yield layer, _last_gradient(layer)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _products(layer: LayerView, factor: Tensor) -> Tensor:
     """[num_blocks, b, b]: the values times ``factor``, float32 or float64."""
-    wide = torch.float64 if factor.dtype == torch.float64 else torch.float32
-    return layer.values.detach().to(wide) * factor.to(wide)
+    return layer.values.detach().to(_wide(factor)) * factor.to(_wide(factor))

@@ -159,13 +159,15 @@ def synaptic_flow(model: nn.Module, layers: Sequence[SparseLinear], call: Call, 
             f"{owner}: model must be a sum of products of its weights, got one whose output is not linear in its input "
             "when torch's activations and norms are left out"
         )
-    found = [torch.zeros_like(w) if f is None else w.detach() * f.abs() for w, f in zip(weights, flows, strict=True)]
+    found = [
+        torch.zeros_like(w) if f is None else f.abs_().mul_(w.detach()) for w, f in zip(weights, flows, strict=True)
+    ]
     largest = max((float(f.max()) for f in found if f.numel()), default=0.0)
-    return [f / largest if largest else f for f in found]
+    return [f.div_(largest) if largest else f for f in found]
 
 
 def _size_of(t: Tensor) -> Tensor:
-    return t.detach().abs().double() if t.is_floating_point() else t
+    return t.detach().to(torch.float64, copy=True).abs_() if t.is_floating_point() else t
 
 
 def _ones(call: Call, scale: float) -> Call:

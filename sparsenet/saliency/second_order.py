@@ -27,6 +27,8 @@ __all__ = ["batch_derivatives", "differentiable_layer", "replaced_forwards"]
 
 Forward = Callable[..., Tensor]
 
+_UNDIFFERENTIABLE = ("torch::autograd::Error", "torch::autograd::NotImplemented")
+
 
 # --- the three products -----------------------------------------------------------------------------------------------
 
@@ -167,6 +169,7 @@ def batch_derivatives(
 
     Raises:
         ValueError: no batch, an empty one, a loss that does not serve.
+        RuntimeError: a second derivative that does not exist.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -221,7 +224,25 @@ def _along(gradients: Sequence[Tensor | None], values: Sequence[Tensor], vectors
     products = [(g * v.to(g)).sum() for g, v in pairs if g is not None and g.requires_grad]
     if not products:
         return [None] * len(values)  # the loss is linear in the values
-    return torch.autograd.grad(sum(products), values, allow_unused=True)
+    total = sum(products)
+    _refuse_missing(total)
+    return torch.autograd.grad(total, values, allow_unused=True)
+
+
+def _refuse_missing(total: Tensor) -> None:
+    """Looks for gradients that cannot be differentiated.
+
+    Autograd takes them for constants where the derivative by chosen tensors is asked for, and raises nothing.
+    """
+    seen, waiting = set(), [total.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _UNDIFFERENTIABLE:
+            raise RuntimeError("batch_derivatives: something in the model or the loss can be differentiated only once")
+        waiting += [following for following, _ in node.next_functions]
 
 
 def _rows(call: Call) -> int:

@@ -115,18 +115,21 @@ def _layers(model: nn.Module) -> dict[str, SparseLinear]:
 def _run(sparsifier: Sparsifier, rounds: int) -> dict[str, str]:
     """All rounds; why layers kept their blocks at the last."""
     skipped: dict[str, str] = {}
-    for number in range(rounds):
+    changed = False
+    for number in range(1, rounds + 1):
         update = sparsifier.step()
+        changed |= update.dropped > 0
         skipped = {name: u.skipped for name, u in update.layers.items() if u.skipped}
         if skipped and not update.dropped:
             name, reason = next(iter(skipped.items()))
-            kind = ValueError if not number else RuntimeError
             when = (
-                f"in round {number + 1} of {rounds}, with density {_density(sparsifier.layers):.4g} left, "
-                if number
+                f" in round {number} of {rounds}, density {_density(sparsifier.layers):.4g} being left"
+                if changed
                 else ""
             )
-            raise kind(f"{_OWNER}: policy must score the layers as they are, got {when}of {name!r}: {reason}")
+            raise (RuntimeError if changed else ValueError)(
+                f"{_OWNER}: policy must score the layers as they are, got no scores of {name!r}{when}: {reason}"
+            )
     return skipped
 
 

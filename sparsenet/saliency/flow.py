@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsenet.layers import SparseLinear
 from sparsenet.saliency.measuring import Call, untouched
-from sparsenet.saliency.second_order import differentiable_layer, replaced_forwards
+from sparsenet.saliency.second_order import computes_as_ever, differentiable_layer, replaced_forwards
 
 __all__ = ["synaptic_flow"]
 
@@ -133,7 +133,7 @@ def synaptic_flow(model: nn.Module, layers: Sequence[SparseLinear], call: Call, 
     def straight(module: nn.Module) -> Callable[..., Tensor] | None:
         if isinstance(module, nn.MultiheadAttention):
             raise _Bends("an attention")
-        return partial(differentiable_layer, module, activation="none") if isinstance(module, SparseLinear) else None
+        return partial(differentiable_layer, module, activation="none") if computes_as_ever(module) else None
 
     def output(scale: float) -> Tensor:
         ones = _ones(call, scale)
@@ -153,7 +153,9 @@ def synaptic_flow(model: nn.Module, layers: Sequence[SparseLinear], call: Call, 
         except (RuntimeError, TypeError, ValueError) as error:
             if str(error).startswith(f"{owner}:"):
                 raise
-            raise ValueError(f"{owner}: model must run on ones {_shapes(call)}, got: {_line(error)}") from error
+            raise ValueError(
+                f"{owner}: model must run on ones of its inputs' shape, here {_shapes(call)}, got: {_line(error)}"
+            ) from error
     if bends:
         raise ValueError(
             f"{owner}: model must be a sum of products of its weights, got one whose output is not linear in its input "

@@ -113,6 +113,20 @@ def differentiable_layer(layer: SparseLinear, x: Tensor, activation: str | None 
     return ACTIVATIONS[activation or layer.activation](y).view(*x.shape[:-1], pattern.shape[0])
 
 
+def computes_as_ever(module: nn.Module) -> bool:
+    """Whether it is a SparseLinear whose forward nobody has replaced by one of his own.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> from sparsenet.saliency.second_order import computes_as_ever
+        >>> layer = sn.SparseLinear(64, 32, density=0.5, block_size=8)
+        >>> before, layer.forward = computes_as_ever(layer), lambda x: x
+        >>> before, computes_as_ever(layer)
+        (True, False)
+    """
+    return getattr(type(module), "forward", None) is SparseLinear.forward and "forward" not in module.__dict__
+
+
 @contextmanager
 def replaced_forwards(model: nn.Module, replacement: Callable[[nn.Module], Forward | None]) -> Iterator[None]:
     """Has modules of ``model`` computed by something else: whatever ``replacement`` returns for them, or as ever.
@@ -206,7 +220,7 @@ def _running(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, every layer and attention of it differentiable twice."""
 
     def twice(module: nn.Module) -> Forward | None:
-        return partial(differentiable_layer, module) if isinstance(module, SparseLinear) else None
+        return partial(differentiable_layer, module) if computes_as_ever(module) else None
 
     with (
         untouched(model),

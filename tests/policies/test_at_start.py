@@ -274,6 +274,17 @@ def test_elements_have_the_scores_of_single_weights():
 
 
 @pytest.mark.parametrize("kind", [SNIP, GraSP, SynFlow])
+def test_bfloat16_ranks_as_float32_does(kind):
+    scores = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = small_model(dtype=torch.bfloat16).to(dtype)  # the same numbers
+        policy, views = given(kind, [data(dtype=dtype)]), views_of(model)
+        policy.measure(model, None, views, 0)
+        scores.append(torch.cat([policy.drop_scores(view).float() for view in views.values()]))
+    assert torch.corrcoef(torch.stack(scores))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("kind", [SNIP, GraSP, SynFlow])
 def test_elements_are_pruned_to_the_number_that_is_asked_for(kind):
     model = small_model(density=1.0)
     for layer in model:

@@ -142,7 +142,7 @@ LINEAR = "got one whose output is not linear in its input when torch's activatio
         (lambda y: (y, y), "model must return one floating-point tensor, got tuple"),
         (lambda y: y.argmax(-1), "model must return one floating-point tensor, got torch.int64"),
         (lambda y: y.detach(), "model must return what its sparse layers computed, got an output without a graph"),
-        (lambda y: y @ torch.ones(3, 3), r"model must run on ones \[1, 8\], got: "),
+        (lambda y: y @ torch.ones(3, 3), r"model must run on ones of its inputs' shape, here \[1, 8\], got: "),
     ],
 )
 def test_models_that_the_formula_does_not_describe(after, message):

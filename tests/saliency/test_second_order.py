@@ -66,21 +66,17 @@ def dense_of(layer, values):
     ]
 
 
-def test_third_derivatives_by_numbers():
-    """The three products are each other's derivatives: gradgradcheck goes through all of them."""
+def test_second_derivatives_by_finite_differences():
+    """Of each of the three products, by both of its operands."""
     torch.manual_seed(0)
     layer = sn.SparseLinear(6, 5, density=0.7, block_size=4, dtype=torch.float64, activation="silu")
-    values = layer.values.detach().clone()
+    inside = (layer.values.detach() != 0).double()  # of the matrix
 
     def run(x, values):
-        return torch.func.functional_call(Wrapped(layer), {"layer.values": values}, (x,))
+        return torch.func.functional_call(Wrapped(layer), {"layer.values": values * inside}, (x,))
 
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    inside = torch.zeros_like(values)
-    inside[...] = values
-    assert torch.autograd.gradgradcheck(
-        lambda x, s: run(x, inside * s), (x, torch.ones(1, 1, 1, dtype=torch.float64, requires_grad=True))
-    )
+    assert torch.autograd.gradgradcheck(run, (x, layer.values.detach().clone().requires_grad_()))
 
 
 class Wrapped(nn.Module):
@@ -90,6 +86,22 @@ class Wrapped(nn.Module):
 
     def forward(self, x):
         return differentiable_layer(self.layer, x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_computed_by_another():
+    """Its own kernels have no second derivative, which is said, and a first, which is right."""
+
+    class Doubled(sn.SparseLinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = Doubled(8, 4, bias=False, density=1.0, block_size=4, dtype=torch.float64)
+    batch = (torch.randn(3, 8, dtype=torch.float64), torch.zeros(3))
+    (gradient,), rows = batch_derivatives(layer, [layer], [batch], lambda y, _: y.square().sum())
+    layer(batch[0]).square().sum().backward()
+    torch.testing.assert_close(gradient / rows, layer.values.grad)
+    with pytest.raises(RuntimeError, match="batch_derivatives: something in the model or the loss .* only once"):
+        batch_derivatives(layer, [layer], [batch], lambda y, _: y.square().sum(), [gradient])
 
 
 def test_a_loss_that_is_linear_in_the_values_has_no_hessian():

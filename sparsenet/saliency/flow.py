@@ -126,46 +126,61 @@ def synaptic_flow(model: nn.Module, layers: Sequence[SparseLinear], call: Call, 
         >>> [8 * f.flatten() for f in flow]
         [tensor([6., 2.], dtype=torch.float64), tensor([8.], dtype=torch.float64)]
     """
-    names = {id(layer): f"{name}.values" if name else "values" for name, layer in model.named_modules()}
-    tensors = {name: _size_of(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    weights = [tensors[names[id(layer)]].requires_grad_() for layer in layers]
 
     def straight(module: nn.Module) -> Callable[..., Tensor] | None:
         if isinstance(module, nn.MultiheadAttention):
             raise _Bends("an attention")
         return partial(differentiable_layer, module, activation="none") if computes_as_ever(module) else None
 
-    def output(scale: float) -> Tensor:
-        ones = _ones(call, scale)
-        return functional_call(model, tensors, ones.args, ones.kwargs)
-
+    measurement = _Measurement(model, layers, owner)
     with untouched(model), torch.inference_mode(False):
+        named = [*measurement.named_parameters(), *measurement.named_buffers()]
+        positive = {name: _size_of(t) for name, t in named}
         try:
             with replaced_forwards(model, straight), _Straight():
-                with torch.enable_grad():
-                    first = output(1.0)
-                    _check_output(first, owner)
-                    flows = torch.autograd.grad(first.sum(), weights, allow_unused=True)
-                with torch.no_grad():
-                    bends = _bends(first.detach(), output(2.0), output(3.0))
+                flows, bends = functional_call(measurement, positive, (call,))
         except _Bends as what:
             raise ValueError(f"{owner}: model must be a sum of products of its weights, got {what} in it") from None
         except (RuntimeError, TypeError, ValueError) as error:
             if str(error).startswith(f"{owner}:"):
                 raise
+            given, line = _shapes(call), str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"{owner}: model must run on ones of its inputs' shape, here {_shapes(call)}, got: {_line(error)}"
+                f"{owner}: model must run on ones of its inputs' shape, here {given}, got: {line}"
             ) from error
     if bends:
         raise ValueError(
             f"{owner}: model must be a sum of products of its weights, got one whose output is not linear in its input "
             "when torch's activations and norms are left out"
         )
-    found = [
-        torch.zeros_like(w) if f is None else f.abs_().mul_(w.detach()) for w, f in zip(weights, flows, strict=True)
-    ]
-    largest = max((float(f.max()) for f in found if f.numel()), default=0.0)
-    return [f.div_(largest) if largest else f for f in found]
+    largest = max((float(f.max()) for f in flows if f.numel()), default=0.0)
+    return [f.div_(largest) if largest else f for f in flows]
+
+
+class _Measurement(nn.Module):
+    """Forward and backward in one, so that what backward computes anew has the same parameters."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[SparseLinear], owner: str):
+        super().__init__()
+        self.model, self.owner = model, owner
+        self.layers = tuple(layers)
+
+    def forward(self, call: Call) -> tuple[list[Tensor], bool]:
+        """The flows, and whether the model is no sum of products."""
+        weights = [layer.values.requires_grad_() for layer in self.layers]
+        with torch.enable_grad():
+            first = self.output(call, 1.0)
+            _check_output(first, self.owner)
+            gradients = torch.autograd.grad(first.sum(), weights, allow_unused=True)
+        with torch.no_grad():
+            bends = _bends(first.detach(), self.output(call, 2.0), self.output(call, 3.0))
+            pairs = zip(weights, gradients, strict=True)
+            return [torch.zeros_like(w) if g is None else g.abs_().mul_(w.detach()) for w, g in pairs], bends
+
+    def output(self, call: Call, scale: float) -> Tensor:
+        """What the model makes of one example of ``scale`` everywhere."""
+        ones = _ones(call, scale)
+        return self.model(*ones.args, **ones.kwargs)
 
 
 def _size_of(t: Tensor) -> Tensor:
@@ -187,10 +202,6 @@ def _ones(call: Call, scale: float) -> Call:
 def _shapes(call: Call) -> str:
     given = _ones(call, 1.0)
     return ", ".join(str(list(a.shape)) for a in (*given.args, *given.kwargs.values()) if isinstance(a, Tensor))
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _check_output(output, owner: str) -> None:

@@ -278,7 +278,8 @@ def test_bfloat16_ranks_as_float32_does(kind):
     scores = []
     for dtype in (torch.bfloat16, torch.float32):
         model = small_model(dtype=torch.bfloat16).to(dtype)  # the same numbers
-        policy, views = given(kind, [data(dtype=dtype)]), views_of(model)
+        x, target = data(dtype=torch.bfloat16)
+        policy, views = given(kind, [(x.to(dtype), target)]), views_of(model)
         policy.measure(model, None, views, 0)
         scores.append(torch.cat([policy.drop_scores(view).float() for view in views.values()]))
     assert torch.corrcoef(torch.stack(scores))[0, 1] > 0.99

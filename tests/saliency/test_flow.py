@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sparsenet as sn
 from sparsenet.saliency import Call, synaptic_flow
@@ -91,6 +92,24 @@ def test_a_convolutional_residual_model():
     model = Convolutional()
     flow = synaptic_flow(model, [model.one, model.last], Call((torch.randn(3, 1, 8, 8),), {"scale": 2.0}))
     assert [int((f > 0).sum()) for f in flow] == [model.one.num_active, model.last.num_active]
+
+
+class Checkpointed(nn.Module):
+    """Its backward pass computes forward anew."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+def test_what_backward_computes_anew_is_positive_as_well():
+    torch.manual_seed(0)
+    model = sn.SparseMLP([16, 16, 16, 8], density=1.0, block_size=4, dtype=torch.float64)
+    flows = [synaptic_flow(m, list(model), call(1, 16)) for m in (model, Checkpointed(model))]
+    assert all(torch.equal(one, other) for one, other in zip(*flows, strict=True))
 
 
 def test_deep_networks_do_not_overflow_the_scores():

@@ -196,9 +196,11 @@ def batch_derivatives(
     """
     values = [layer.values for layer in layers]
     wide = [torch.float64 if v.dtype == torch.float64 else torch.float32 for v in values]
-    sums = [torch.zeros_like(v, dtype=d, requires_grad=False) for v, d in zip(values, wide, strict=True)]
     total = 0
     with _running(model):
+        sums = [torch.zeros_like(v, dtype=d, requires_grad=False) for v, d in zip(values, wide, strict=True)]
+        if vectors is not None:
+            vectors = [v.clone() if v.is_inference() else v for v in vectors]
         for batch in batches:
             call, target = call_and_target(batch, needs_target=True, owner=owner)
             rows = _rows(call)

@@ -86,6 +86,17 @@ def test_rounds_measure_anew():
     assert sum(blocks(one)) == sum(blocks(many)) and one[1].pattern != many[1].pattern
 
 
+@pytest.mark.parametrize("name", ["snip", "grasp", "synflow"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_not_recorded_outside_is_recorded_inside(name, mode):
+    one, other = dense_mlp(), dense_mlp()
+    sn.prune_at_initialization(one, CRITERIA[name](), 0.3, rounds=1)
+    given = CRITERIA[name]()
+    with mode():
+        sn.prune_at_initialization(other, given, 0.3, rounds=1)
+    assert all(a.pattern == b.pattern for a, b in zip(one, other, strict=True))
+
+
 def test_an_optimizer_follows():
     model = dense_mlp()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -16,21 +16,28 @@ from sparsenet.layers import SparseLinear
 from sparsenet.models import SparseMLP, densify_, sparsify_
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies import (
+    ACDC,
     GMP,
+    MEST,
     OBD,
     SET,
+    SNFS,
     SNIP,
     Cascade,
     Fisher,
+    GraNet,
     GraSP,
+    Movement,
     Policy,
+    Random,
     RigL,
     Static,
     SynFlow,
     Taylor,
+    TopKAST,
     WoodFisher,
 )
-from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
+from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, OneShot, Periodic, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
 from sparsenet.swapping import SparsifyReport
 
@@ -64,10 +71,13 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ACDC",
     "GMP",
+    "MEST",
     "NM",
     "OBD",
     "SET",
+    "SNFS",
     "SNIP",
     "BlockPattern",
     "BudgetError",
@@ -84,15 +94,20 @@ __all__ = [
     "Exponential",
     "Fisher",
     "FitResult",
+    "GraNet",
     "GraSP",
     "Grower",
     "LayerUpdate",
     "Linear",
     "MemoryBudget",
     "MemoryPlan",
+    "Movement",
+    "OneShot",
+    "Periodic",
     "Piecewise",
     "Policy",
     "Polynomial",
+    "Random",
     "RigL",
     "SparseLinear",
     "SparseMLP",
@@ -101,6 +116,7 @@ __all__ = [
     "Static",
     "SynFlow",
     "Taylor",
+    "TopKAST",
     "TrainConfig",
     "Trainer",
     "TriStateReLU",

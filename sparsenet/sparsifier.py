@@ -139,8 +139,6 @@ class Sparsifier:
         self.model = model
         self.optimizer = optimizer
         self.policy = policy
-        distribution = checked_distribution(distribution, "Sparsifier")
-        self._census = Census(_density_schedule(density, sparsity), distribution, bool(elements))
         self.every = as_integer("Sparsifier", "every", every, at_least=1)
         self.begin = as_integer("Sparsifier", "begin", begin, at_least=0)
         self.end = None if end is None else as_integer("Sparsifier", "end", end, at_least=0)
@@ -148,6 +146,8 @@ class Sparsifier:
         self.grown_state = check_grown_state(grown_state or {})
         self.optimizers = with_inner_optimizers(as_optimizers(optimizer))
         self.layers = distinct_layers(distributed.unwrap(model))
+        distribution = checked_distribution(distribution, "Sparsifier", self.layers)
+        self._census = Census(_density_schedule(density, sparsity), distribution, bool(elements))
         refuse_unheld(self.layers, self.optimizers)
         self.followers = (followers,) if isinstance(followers, nn.Module) else tuple(followers)
         self._follower_layers = follower_layers(self.followers, self.layers)
@@ -533,8 +533,8 @@ class Sparsifier:
         state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._census.proportions)}
         if young := self._newborn.state():
             state["young"] = young
-        if policy := self._policy_state.state():
-            state["policy"] = policy
+        if self.policy.every_step:
+            state["policy"] = self._policy_state.state(self._view(name, self.steps) for name in self.layers)
         if watched := {name: seen for name, growth in self._growth.items() if (seen := growth.state())}:
             state["watched"] = watched
         if self._holding is not None:

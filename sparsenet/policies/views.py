@@ -350,7 +350,7 @@ def likely_places(pattern: BlockPattern, count: int, operands: Operands, key: in
             at = torch.searchsorted(active, found).clamp_(max=len(active) - 1)
             found = found[active[at] != found]
     if len(found) > count:
-        found = found[functional.select_extreme(hash_uniform(found, key), count, largest=True)]
+        found = found[functional.select_extreme(hash_uniform(found, ~key), count, largest=True)]
     missing = count - len(found)
     if missing:
         taken = torch.cat([active, found]).sort().values

@@ -370,11 +370,17 @@ class Sparsifier:
         fixed = {} if self.density is None else {"density": self._density_at(step), "first": self.density(self.begin)}
         targets = self._census.targets(step, layers, self.policy, **fixed)
         fraction = self.policy.drop_fraction_at(step)
-        self._growth, self._quotas, self._armed_for = {}, {}, step
-        for name, layer in layers.items():
-            quota, count = self._census.quota_and_growth(layer, targets[name], fraction)
-            self._quotas[name] = quota
-            self._growth[name] = Growth(self._view(name, step, max(quota.drop, count)), self.policy, count)
+        found = {n: self._census.quota_and_growth(layer, targets[n], fraction) for n, layer in layers.items()}
+        self._quotas, self._armed_for = {name: quota for name, (quota, _) in found.items()}, step
+        least = int(self._pools())  # where scores of all layers are compared, each of them is measured
+        self._growth = {
+            name: Growth(self._view(name, step, max(quota.drop, count, least)), self.policy, count)
+            for name, (quota, count) in found.items()
+        }
+
+    def _pools(self) -> bool:
+        """Whether what leaves is found by comparing the scores of all layers."""
+        return self.distribution == GLOBAL and any(quota.must_drop for quota in self._quotas.values())
 
     def _density_at(self, step: int) -> float:
         """The density that a rewire at ``step`` moves to: the last one before the end moves to that of the end."""
@@ -445,8 +451,7 @@ class Sparsifier:
             return "it was frozen after the rewire was prepared"
         if not growth.is_current():
             return "its pattern was replaced after the rewire was prepared"
-        pooled = self.distribution == GLOBAL and any(quota.must_drop for quota in self._quotas.values())
-        if not quota.drop and not pooled:
+        if not quota.drop and not self._pools():
             return None
         try:
             return drop_scores(self.policy, growth)

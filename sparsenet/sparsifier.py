@@ -203,7 +203,8 @@ class Sparsifier:
         if budget is None or not self.layers:
             return None
         layers, model = self._rewired(), distributed.unwrap(self.model)
-        return Holding(model, layers, self.optimizers, self._follower_layers, self.followers, budget, seen)
+        followers = self._follower_layers, self.followers
+        return Holding(model, layers, self.optimizers, *followers, budget, seen, self.policy.kept_copies)
 
     @property
     def bytes(self) -> int | None:

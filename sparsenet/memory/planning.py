@@ -22,7 +22,9 @@ from sparsenet.memory.saliency import kept_bytes, measuring_bytes, pass_bytes, s
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import INDEX_BYTES
 from sparsenet.policies import POLICIES, Policy
+from sparsenet.policies.growth import is_sparing, rows_scored
 from sparsenet.policies.places import PLACES_AT_ONCE
+from sparsenet.policies.views import ELEMENTS_AT_ONCE, ROWS_AT_ONCE
 from sparsenet.schedules import as_integer, as_number, numbers_of
 
 __all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
@@ -35,6 +37,7 @@ _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # orders, masks). Per place scored at a time: int64 place, block row, float32 score and their selection. Other: Python
 # objects, small tensors, the heap's rounding.
 _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 31, 27, 31
+_CANDIDATE_BYTES = 120  # per candidate place: what it is drawn from, twice as many draws, its score
 _YOUNG_BYTES = 8  # per block that a rewire exchanges: its place, until it is old enough to leave
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
 
@@ -169,6 +172,18 @@ class _Training:
         """Bytes of one weight or activation."""
         return _DTYPE_BYTES[self.dtype]
 
+    def growing(self, layer: int, count: int) -> int:
+        """Blocks that grow at a rewire in a layer that has ``count``."""
+        return min(round(self.drop_fraction * count), self.layer_places[layer] - count)
+
+    def sparing(self, layer: int, count: int) -> bool:
+        """Whether growth in a layer of ``count`` blocks is scored at candidates only."""
+        inactive = self.layer_places[layer] - count
+        growing = self.growing(layer, count)
+        return self.grows_by_gradient and is_sparing(
+            self.policy, self.batch_size, self.shapes[layer], growing, inactive
+        )
+
     def rows_bytes(self, features: int) -> int:
         """Bytes of one [batch, features] tensor."""
         return self.batch_size * features * self.element_bytes
@@ -186,6 +201,7 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
         "weights": sum(weights),
         "optimizer state": sum(weights) * job.states,
         "indices": blocks * INDEX_BYTES + young * _YOUNG_BYTES,
+        "policy": sum(values) * job.policy.kept_copies + sum(_momentum_bytes(job, i, n) for i, n in enumerate(counts)),
         "kernel workspace": _workspace_bytes(job, counts),
         "batch": job.batch_size * first_in * (4 + job.input_bytes)
         + (job.rows_bytes(first_in) if job.element_bytes != 4 else 0),
@@ -208,12 +224,13 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
             yield f"measuring layer {layer}", moment | {"gradients": held, "saliency": saliency}
         if job.grows_by_gradient:
             before_activation = job.rows_bytes(out) if job.activation != "none" and layer != last else 0
-            scores = min(job.layer_places[layer], PLACES_AT_ONCE) * _SCORE_BYTES
+            scores = _scoring_bytes(job, layer, counts[layer])
             after = moment | {"gradients of activations": flowing + before_activation}
             during = after | {"gradients": gradients - weights[layer], "growth scores": scores}
             during["gradients of activations"] -= job.rows_bytes(inputs) if layer else 0
             yield f"scoring growth of layer {layer}", max(during, after, key=lambda items: sum(items.values()))
     yield "optimizer step", kept | {"gradients": gradients, "activations": logits}
+    kept = kept | {"gradients": gradients} if job.policy.reads_gradient else kept
     if own_pass := pass_bytes(job.policy, sum(blocks_of * b**2 * 4 for b, blocks_of in sizes), sum(hidden) + logits):
         yield "measuring before a rewire", kept | {"saliency": own_pass}
     left, states, planned = 0.0, 1 + job.states, 0
@@ -237,14 +254,37 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
     yield "evaluation", kept | {"activations": flowing + logits}
 
 
+def _scoring_bytes(job: _Training, layer: int, count: int) -> int:
+    """While a layer's growth is scored in backward: of all places, or of candidates and their gradients."""
+    if not job.sparing(layer, count):
+        return min(job.layer_places[layer], PLACES_AT_ONCE) * _SCORE_BYTES
+    candidates, b = job.policy.candidates * job.growing(layer, count), job.block_sizes[layer]
+    gradients = min(candidates * b**2, ELEMENTS_AT_ONCE) * job.element_bytes
+    return gradients + candidates * _CANDIDATE_BYTES + ROWS_AT_ONCE * max(job.shapes[layer]) * 8
+
+
+def _momentum_bytes(job: _Training, layer: int, count: int) -> int:
+    """Of a momentum of the gradient at candidate places."""
+    if not (job.grows_by_gradient and job.policy.momentum):
+        return 0
+    return (job.policy.candidates or 0) * job.growing(layer, count) * (job.block_sizes[layer] ** 2 * 4 + 8)
+
+
 def _workspace_bytes(job: _Training, counts: Sequence[int]) -> int:
     """Scratch memory the CPU kernels keep, by dry runs of the calls that training makes."""
     dtype = getattr(torch, job.dtype)
     sizes = []
-    for shape, b, count, places in zip(job.shapes, job.block_sizes, counts, job.layer_places, strict=True):
+    layers = zip(job.shapes, job.block_sizes, counts, job.layer_places, strict=True)
+    for layer, (shape, b, count, places) in enumerate(layers):
         call = (dtype, shape, b)
         sizes.append(functional.linear_workspace(*call, count, job.batch_size, job.threads))
-        if job.grows_by_gradient and count < places:
+        sparing = job.sparing(layer, count)
+        if sparing or (job.grows_by_gradient and places <= 2 * count < 2 * places):
+            listed = job.policy.candidates * job.growing(layer, count) if sparing else places - count
+            listed = max(1, min(ELEMENTS_AT_ONCE // b**2, listed))
+            rows = rows_scored(job.batch_size) if sparing else job.batch_size
+            sizes.append(functional.linear_workspace(*call, listed, rows, job.threads))
+        elif job.grows_by_gradient and count < places:
             columns = -(-shape[1] // b)
             rows = min(places // columns, max(1, PLACES_AT_ONCE // columns))
             sizes.append(functional.norms_workspace(*call, job.batch_size, rows, job.threads))

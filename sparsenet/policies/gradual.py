@@ -68,6 +68,7 @@ class Movement(Falling):
 
     drop_fraction: float | Schedule = 0.0
     every_step = True
+    reads_gradient = True
 
     def after_step(self, layer: LayerView) -> None:
         """Adds the step's movement."""

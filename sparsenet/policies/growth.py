@@ -21,7 +21,7 @@ from sparsenet.policies.places import BadScores, best_of, checked_places, checke
 from sparsenet.policies.policy import Policy
 from sparsenet.policies.views import Operands, View
 
-__all__ = ["KEPT_BYTES", "Growth", "steps_watched", "thinned"]
+__all__ = ["KEPT_BYTES", "Growth", "is_sparing", "rows_scored", "steps_watched", "thinned"]
 
 KEPT_BYTES = 256 << 20  # of the operands of several calls of one layer; above it only drawn candidates are scored
 _CANDIDATES = 8  # of several calls, for each place that grows
@@ -210,8 +210,7 @@ class Growth:
 
     def _is_sparing(self, rows: int) -> bool:
         """Whether candidates are scored, on some of the rows, because all places on all rows would cost too much."""
-        wanted, cost = self.policy.candidates, rows * math.prod(self.view.layer.pattern.shape)
-        return bool(wanted) and 2 * wanted * self.count < self.view.inactive and cost > _CHEAP
+        return is_sparing(self.policy, rows, self.view.layer.pattern.shape, self.count, self.view.inactive)
 
     def _parts(self, sparing: bool) -> Iterable[Tensor]:
         """The places that this rank scores, in ascending parts."""
@@ -242,16 +241,35 @@ class Growth:
             self.places, self.scores = places, scores
 
 
+def is_sparing(policy: Policy, rows: int, shape: tuple[int, int], count: int, inactive: int) -> bool:
+    """Whether growth of ``count`` of ``inactive`` places in a layer [out, in] is scored at candidates only.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> from sparsenet.policies.growth import is_sparing
+        >>> [is_sparing(sn.RigL(), 256, (n, n), count=n // 4, inactive=n * n // 64) for n in (128, 4096)]
+        [False, True]
+    """
+    wanted = policy.candidates
+    return bool(wanted) and 2 * wanted * count < inactive and rows * math.prod(shape) > _CHEAP
+
+
+def rows_scored(rows: int) -> int:
+    """How many of a batch's rows candidates are scored on."""
+    return -(-rows // max(1, min(_ROWS_EVERY, rows // _LEAST_ROWS)))
+
+
 def thinned(operands: Operands) -> Operands:
     """Every so many rows, evenly spaced: a sample of the batch.
 
     Example:
         >>> import torch
         >>> from sparsenet.policies.growth import thinned
-        >>> [len(thinned((torch.ones(rows, 4), torch.ones(rows, 3)))[0]) for rows in (32, 128, 256, 1000)]
-        [32, 64, 64, 250]
+        >>> [len(thinned((torch.ones(rows, 4), torch.ones(rows, 3)))[0]) for rows in (0, 32, 128, 256, 1000)]
+        [0, 32, 64, 64, 250]
     """
-    every = max(1, min(_ROWS_EVERY, len(operands[0]) // _LEAST_ROWS))
+    rows = len(operands[0])
+    every = -(-rows // rows_scored(rows)) if rows else 1
     return tuple(t[::every] for t in operands)
 
 

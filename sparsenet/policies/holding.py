@@ -63,6 +63,7 @@ class Holding:
         copies: the models that the followers belong to.
         budget: of all together.
         seen: what an earlier Holding had seen of activations and scratch memory.
+        policy_copies: tensors of the size of the values that the policy keeps.
 
     Example:
         >>> import torch, sparsenet as sn
@@ -84,7 +85,9 @@ class Holding:
         copies: Sequence[nn.Module],
         budget: MemoryBudget,
         seen: Mapping[str, int] | None = None,
+        policy_copies: int = 0,
     ):
+        self._policy_copies = policy_copies
         self.layers, self.optimizers, self.followers = dict(layers), tuple(optimizers), followers
         self.budget = budget
         self.seen = {"activations": 0, "workspace": 0} | dict(seen or {})
@@ -136,7 +139,7 @@ class Holding:
         block = layer.values.element_size() * layer.block_size**2
         state, _ = state_bytes(self.optimizers, layer.values)
         copies = len(self.followers.get(name, ()))
-        stays = (2 + copies) * block + state + (1 + copies) * _index_bytes(layer)
+        stays = (2 + copies + self._policy_copies) * block + state + (1 + copies) * _index_bytes(layer)
         return _Unit(stays, gradient=block, moved=block + state)
 
     def counts(self) -> dict[str, int]:

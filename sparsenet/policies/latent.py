@@ -46,6 +46,7 @@ class TopKAST(GrowsAtRandom):
     awake: float = 0.5
     refresh: int = 100
     every_step = True
+    kept_copies = 1
 
     def __post_init__(self):
         super().__post_init__()

@@ -75,6 +75,8 @@ class Policy:
         exchanges: whether blocks are exchanged at rewires, by ``drop_fraction``.
         follows_density: whether the Sparsifier must have a density schedule for the policy to do anything.
         every_step: whether ``after_step`` is called after every step of the optimizer.
+        reads_gradient: whether it reads ``layer.gradient``, which must be there when the Sparsifier steps.
+        kept_copies: how many tensors of the size of the values its state has.
         observes: whether ``observe`` is shown the last backward pass before a rewire that drops.
         measures: whether ``measure`` may run the model at such a rewire, before anything is chosen.
         kept_rows: how many rows of every layer's input and output gradient it keeps until the rewire.
@@ -102,6 +104,8 @@ class Policy:
     exchanges: ClassVar[bool] = True
     follows_density: ClassVar[bool] = False
     every_step: ClassVar[bool] = False
+    reads_gradient: ClassVar[bool] = False
+    kept_copies: ClassVar[int] = 0
     observes: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     kept_rows: ClassVar[int] = 0
@@ -232,6 +236,8 @@ class Combination(Policy):
     candidates = property(lambda self: self.grow.candidates)
     momentum = property(lambda self: self.grow.momentum)
     every_step = property(lambda self: self.drop.every_step or self.grow.every_step)
+    reads_gradient = property(lambda self: self.drop.reads_gradient or self.grow.reads_gradient)
+    kept_copies = property(lambda self: max(self.drop.kept_copies, self.grow.kept_copies))
     observes = property(lambda self: self.drop.observes)
     measures = property(lambda self: self.drop.measures)
     kept_rows = property(lambda self: self.drop.kept_rows)

@@ -31,6 +31,7 @@ class GrowsByGradient(Policy):
     """Growth as in RigL (Evci et al., 2020)."""
 
     needs_gradient = True
+    candidates = CANDIDATES
 
     def grow_scores(self, layer: LayerView, places: Tensor) -> Tensor:
         """Squared norms of the gradient's blocks."""
@@ -104,6 +105,7 @@ class MEST(GrowsAtRandom):
     """
 
     weight: float = 0.01
+    reads_gradient = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,12 +15,12 @@ from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies.places import BadScores, hash_uniform, inactive_places, random_places
 
-__all__ = ["ElementView", "View", "likely_places"]
+__all__ = ["ELEMENTS_AT_ONCE", "ElementView", "View", "elements_inside", "likely_places"]
 
 Operands = tuple[Tensor, Tensor]  # x [batch, in], gradient of the output before the activation [batch, out]
 
-_ELEMENTS_AT_ONCE = 1 << 18  # of candidates' gradients: bounds the memory of scoring them
-_ROWS_AT_ONCE = 128
+ELEMENTS_AT_ONCE = 1 << 20  # of candidates' gradients: bounds the memory of scoring them
+ROWS_AT_ONCE = 128  # of operands, whose energies are summed
 _ROUNDS = 8  # of drawing candidates, until so many differ
 
 
@@ -117,15 +117,15 @@ class View:
         if 2 * len(places) > (rows[1] - rows[0]) * cols:  # most of these rows: their norms in one pass
             norms = functional.block_gradient_squared_norms(*operands, b, rows)
             return norms.flatten()[places - rows[0] * cols]
-        parts = places.split(max(1, _ELEMENTS_AT_ONCE // b**2))
-        return torch.cat([self.gradients(part).flatten(1).float().square().sum(1) for part in parts])
+        parts = places.split(max(1, ELEMENTS_AT_ONCE // b**2))
+        return torch.cat([_squared_norms(self.gradients(part)) for part in parts])
 
     def _summed_norms(self, places: Tensor) -> Tensor:
         candidates, gradient = self.summed
         at = torch.searchsorted(candidates, places).clamp_(max=max(len(candidates) - 1, 0))
         if len(places) and not (len(candidates) and torch.equal(candidates[at], places)):
             raise RuntimeError(f"Sparsifier: gradients of layer {self.name} were summed at the candidate places only")
-        return gradient[at].flatten(1).float().square().sum(1)
+        return _squared_norms(gradient[at])
 
     def likely_places(self, count: int, operands: Operands | None = None) -> Tensor:
         """int64 [<= count], ascending: inactive places, drawn the likelier the larger their gradient can be."""
@@ -274,7 +274,7 @@ class ElementView(View):
         stored = (self.blocks.crow.long() * self.blocks.block_size**2).tolist()
         slices, begin = [], rows[0]
         for end in range(rows[0] + 1, rows[1] + 1):
-            if end == rows[1] or stored[end + 1] - stored[begin] > _ELEMENTS_AT_ONCE:
+            if end == rows[1] or stored[end + 1] - stored[begin] > ELEMENTS_AT_ONCE:
                 slices.append((begin, end))
                 begin = end
         return slices
@@ -341,7 +341,8 @@ def likely_places(pattern: BlockPattern, count: int, operands: Operands, key: in
     for turn in range(_ROUNDS if all(largest) else 0):
         if len(found) >= count:
             break
-        ticks = torch.arange(2 * turn * 2 * count, 2 * (turn + 1) * 2 * count, device=active.device)
+        more = count + count // 4 + 4  # some are active, some drawn twice
+        ticks = torch.arange(turn * 2 * more, (turn + 1) * 2 * more, device=active.device)
         draws = (hash_uniform(ticks, key).double().view(2, -1) + 2.0**-25) * torch.tensor(largest).view(2, 1)
         row, col = (
             torch.searchsorted(s, u).clamp_(max=len(s) - 1) for s, u in zip(sums, draws.to(sums[0]), strict=True)
@@ -359,9 +360,14 @@ def likely_places(pattern: BlockPattern, count: int, operands: Operands, key: in
     return found
 
 
+def _squared_norms(blocks: Tensor) -> Tensor:
+    """float32 [n] of [n, b, b]."""
+    return torch.linalg.vector_norm(blocks.flatten(1), dim=1, dtype=torch.float32).square()
+
+
 def _line_energies(rows: Tensor, b: int) -> Tensor:
     """float64 [ceil(features / b)]: squared norms of [batch, features], ``b`` columns at a time."""
     energies = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for some in rows.detach().split(_ROWS_AT_ONCE):  # torch's norm along this dimension takes ten times as long
+    for some in rows.detach().split(ROWS_AT_ONCE):  # torch's norm along this dimension takes ten times as long
         energies += some.float().square().sum(0)
     return torch.nn.functional.pad(energies, (0, -len(energies) % b)).view(-1, b).sum(1)

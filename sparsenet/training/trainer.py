@@ -278,8 +278,12 @@ class Trainer:
         if watched:
             peak.mark("optimizer step")
         self.scheduler.step()
-        self.optimizer.zero_grad()  # before the rewire, which needs the room
+        reads_gradient = self.sparsifier is not None and self.sparsifier.policy.reads_gradient
+        if not reads_gradient:
+            self.optimizer.zero_grad()  # before the rewire, which needs the room
         update = None if self.sparsifier is None else self.sparsifier.step()
+        if reads_gradient:
+            self.optimizer.zero_grad()
         if update is not None:
             peak.mark("rewire")
         self.step += 1

@@ -296,7 +296,7 @@ def test_budget_below_the_minimum_says_what_takes_it():
         ({"batch_size": 0}, "plan: batch_size must be an integer >= 1, got 0"),
         ({"optimizer": "lion"}, "plan: optimizer must be one of adamw, sgd, got 'lion'"),
         ({"dtype": "int8"}, "plan: dtype must be one of float32, .*, got 'int8'"),
-        ({"policy": "magic"}, "plan: policy must be one of static, set, rigl, gmp.*, got 'magic'"),
+        ({"policy": "magic"}, "plan: policy must be one of static, random, set, rigl, .*, got 'magic'"),
         ({"distribution": "magic"}, "distribution must be one of"),
         ({"density": 1.5}, "density must be"),
         ({"budget": None}, "plan: give a budget or a density, got neither"),

@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops():
         ({"hidden": 64}, ValueError, "hidden must be integers of at least 1, got 64"),
         ({"epochs": 1.5}, TypeError, "epochs must be of type int, got 1.5"),
         ({"flip": 1}, TypeError, "flip must be of type bool, got 1"),
-        ({"policy": "magic"}, ValueError, "policy must be one of static, set, rigl, .*got 'magic'"),
+        ({"policy": "magic"}, ValueError, "policy must be one of static, random, set, rigl, .*got 'magic'"),
         ({"block_size": 24}, ValueError, "block_size must be one of 0, 1, 4, .*got 24"),
         ({"budget": "lots"}, ValueError, "amount must be a number with KiB"),
         ({"name": "../x"}, ValueError, "name must be a plain folder name, got '../x'"),

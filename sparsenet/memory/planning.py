@@ -24,7 +24,7 @@ from sparsenet.pattern import INDEX_BYTES
 from sparsenet.policies import POLICIES, Policy
 from sparsenet.policies.growth import is_sparing, rows_scored
 from sparsenet.policies.places import PLACES_AT_ONCE
-from sparsenet.policies.views import ELEMENTS_AT_ONCE, ROWS_AT_ONCE
+from sparsenet.policies.views import CHEAP, ELEMENTS_AT_ONCE, ROWS_AT_ONCE
 from sparsenet.schedules import as_integer, as_number, numbers_of
 
 __all__ = ["OPTIMIZER_STATES", "BudgetError", "LayerPlan", "MemoryPlan", "plan"]
@@ -279,7 +279,8 @@ def _workspace_bytes(job: _Training, counts: Sequence[int]) -> int:
         call = (dtype, shape, b)
         sizes.append(functional.linear_workspace(*call, count, job.batch_size, job.threads))
         sparing = job.sparing(layer, count)
-        if sparing or (job.grows_by_gradient and places <= 2 * count < 2 * places):
+        costs_much = job.batch_size * places * b**2 > CHEAP
+        if sparing or (job.grows_by_gradient and places <= 2 * count < 2 * places and costs_much):
             listed = job.policy.candidates * job.growing(layer, count) if sparing else places - count
             listed = max(1, min(ELEMENTS_AT_ONCE // b**2, listed))
             rows = rows_scored(job.batch_size) if sparing else job.batch_size

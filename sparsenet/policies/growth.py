@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsenet import distributed, functional
+from sparsenet.policies import views
 from sparsenet.policies.places import BadScores, best_of, checked_places, checked_scores
 from sparsenet.policies.policy import Policy
 from sparsenet.policies.views import Operands, View
@@ -25,7 +26,6 @@ __all__ = ["KEPT_BYTES", "Growth", "is_sparing", "rows_scored", "steps_watched",
 
 KEPT_BYTES = 256 << 20  # of the operands of several calls of one layer; above it only drawn candidates are scored
 _CANDIDATES = 8  # of several calls, for each place that grows
-_CHEAP = 1 << 24  # multiplications of a dense weight gradient, below which all places are scored in any case
 # Candidates are scored on every fourth row of a batch that leaves so many; docs/training.md has what that costs.
 _ROWS_EVERY, _LEAST_ROWS = 4, 64
 
@@ -251,7 +251,7 @@ def is_sparing(policy: Policy, rows: int, shape: tuple[int, int], count: int, in
         [False, True]
     """
     wanted = policy.candidates
-    return bool(wanted) and 2 * wanted * count < inactive and rows * math.prod(shape) > _CHEAP
+    return bool(wanted) and 2 * wanted * count < inactive and rows * math.prod(shape) > views.CHEAP
 
 
 def rows_scored(rows: int) -> int:

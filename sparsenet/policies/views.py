@@ -15,10 +15,11 @@ from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies.places import BadScores, hash_uniform, inactive_places, random_places
 
-__all__ = ["ELEMENTS_AT_ONCE", "ElementView", "View", "elements_inside", "likely_places"]
+__all__ = ["CHEAP", "ELEMENTS_AT_ONCE", "ElementView", "View", "elements_inside", "likely_places"]
 
 Operands = tuple[Tensor, Tensor]  # x [batch, in], gradient of the output before the activation [batch, out]
 
+CHEAP = 1 << 24  # multiplications of a dense weight gradient, below which all places are scored in any case
 ELEMENTS_AT_ONCE = 1 << 20  # of candidates' gradients: bounds the memory of scoring them
 ROWS_AT_ONCE = 128  # of operands, whose energies are summed
 _ROUNDS = 8  # of drawing candidates, until so many differ
@@ -114,7 +115,8 @@ class View:
         if not len(places):
             return torch.empty(0, device=places.device)
         rows = (int(places[0]) // cols, int(places[-1]) // cols + 1)
-        if 2 * len(places) > (rows[1] - rows[0]) * cols:  # most of these rows: their norms in one pass
+        work = (rows[1] - rows[0]) * cols * b**2 * len(operands[0])
+        if work <= CHEAP or 2 * len(places) > (rows[1] - rows[0]) * cols:  # all of these rows in one pass
             norms = functional.block_gradient_squared_norms(*operands, b, rows)
             return norms.flatten()[places - rows[0] * cols]
         parts = places.split(max(1, ELEMENTS_AT_ONCE // b**2))

@@ -371,7 +371,7 @@ def test_rigl_scores_candidates_only_where_all_places_would_cost_too_much(monkey
     )
     model = sn.SparseMLP([256, 256], density=0.1, block_size=8)
     for cheap, candidates in ((1 << 30, 3), (0, 3), (0, None)):
-        monkeypatch.setattr("sparsenet.policies.growth._CHEAP", cheap)
+        monkeypatch.setattr("sparsenet.policies.views.CHEAP", cheap)
         sparsifier = sn.Sparsifier(model, None, sn.RigL(0.3, candidates=candidates), every=1)
         model(torch.randn(16, 256)).square().sum().backward()
         update = sparsifier.step()

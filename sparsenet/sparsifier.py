@@ -371,10 +371,13 @@ class Sparsifier:
         targets = self._census.targets(step, layers, self.policy, **fixed)
         fraction = self.policy.drop_fraction_at(step)
         self._growth, self._quotas, self._armed_for = {}, {}, step
-        for name, layer in layers.items():
-            quota, count = self._census.quota_and_growth(layer, targets[name], fraction)
+        settled = {n: self._census.quota_and_growth(layer, targets[n], fraction) for n, layer in layers.items()}
+        pooled = self.distribution == GLOBAL and any(quota.must_drop for quota, _ in settled.values())
+        for name, (quota, count) in settled.items():
             self._quotas[name] = quota
-            self._growth[name] = Growth(self._view(name, step, max(quota.drop, count)), self.policy, count)
+            # compared over all layers, even one whose proportion loses nothing may come to lose blocks
+            drop = max(quota.drop, count, int(pooled))
+            self._growth[name] = Growth(self._view(name, step, drop), self.policy, count)
 
     def _density_at(self, step: int) -> float:
         """The density that a rewire at ``step`` moves to: the last one before the end moves to that of the end."""
@@ -528,6 +531,8 @@ class Sparsifier:
         state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._census.proportions)}
         if young := self._newborn.state():
             state["young"] = young
+        for name in self.layers:
+            self._view(name, self.steps)  # what a policy remembers is carried along when its layer is looked at
         if policy := self._policy_state.state():
             state["policy"] = policy
         if watched := {name: seen for name, growth in self._growth.items() if (seen := growth.state())}:

@@ -167,6 +167,8 @@ def next_pattern(view: View, choice: Choice) -> tuple[BlockPattern, Tensor | Non
         new = BlockPattern.from_linear_places(after, view.pattern.shape, view.pattern.block_size)
         return new, None if view.element_mask is None else next_mask(view.layer, new, view.key)
     mask, old = view.mask.clone(), view.blocks
+    if not len(choice.dropped) and not len(choice.grown):
+        return old, mask
     mask.view(-1)[view.stored(places[choice.dropped])] = False
     mask.view(-1)[view.stored(choice.grown)] = True
     filled = mask.flatten(1).any(1)

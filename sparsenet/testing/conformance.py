@@ -25,6 +25,7 @@ __all__ = ["PROPERTIES", "ConformanceReport", "check_policy"]
 
 PROPERTIES = {
     "counts": "what leaves and comes is what drop fraction, density and distribution say, and what the update says",
+    "choice": "the units of the lowest drop scores leave and those of the highest grow scores come",
     "coverage": "no row or column of blocks loses its last one while there are enough",
     "values": "what stays is bit for bit what it was, or what ``adjust`` says; what comes is zero",
     "moments": "optimizer state follows its blocks bit for bit; new blocks have that of a new parameter",

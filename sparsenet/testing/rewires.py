@@ -6,8 +6,8 @@ that rewire.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ class Rewire:
         fraction: the policy's drop fraction. young: places that must not leave unless the density wants it.
         adjusted: what ``adjust`` returned for the units before, if anything. named_fewer: whether ``grow_places``
             returned fewer places than it was asked for.
+        drop_scores: of the units before. grow_scores: by place, of those that were scored.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Rewire:
     young: Tensor
     adjusted: Tensor | None = None
     named_fewer: bool = False
+    drop_scores: Tensor | None = None
+    grow_scores: Mapping[int, float] = field(default_factory=dict)
 
     def require(self, holds: bool | Tensor, what: str) -> None:
         """AssertionError with the layer and the step."""
@@ -81,6 +84,9 @@ def check_rewire(rewire: Rewire, first_states: Sequence[dict[str, Tensor]]) -> N
     _check_places(rewire)
     _check_counts(rewire)
     _check_coverage(rewire)
+    if not (rewire.keeps_groups or rewire.named_fewer or rewire.update.skipped):
+        _check_leaving(rewire)
+        _check_entering(rewire)
     _check_parameter(rewire)
     _check_values(rewire)
     for first, before, after in zip(first_states, rewire.before.states, rewire.after.states, strict=True):
@@ -154,6 +160,36 @@ def _check_coverage(r: Rewire) -> None:
             continue
         lost = int((r.before.units.any(axis) & ~r.after.units.any(axis)).sum())
         r.require(not lost, f"the last unit of a {which} must stay while {after} are left, got {lost} {which}s without")
+
+
+def _check_leaving(r: Rewire) -> None:
+    """Those of the lowest scores leave, but for the young and for the last of a row or column; no others are held."""
+    rows, cols = r.before.units.shape
+    stays, after = r.before.units & ~r.dropped, r.numbers[1]
+    may_leave = stays.clone()
+    may_leave.view(-1)[r.young] = False
+    if after >= rows:
+        may_leave &= stays.sum(1, keepdim=True) > 1
+    if after >= cols:
+        may_leave &= stays.sum(0, keepdim=True) > 1
+    r.require(not r.update.held or not may_leave.any(), f"{int(may_leave.sum())} units may leave, got some held")
+    if r.drop_scores is None or not r.dropped.any():
+        return
+    scores = torch.full(r.before.units.shape, torch.inf)
+    scores[r.before.units] = r.drop_scores
+    lower = int((may_leave & (scores < scores[r.dropped].max())).sum())
+    r.require(not lower, f"units of the lowest drop scores must leave, got {lower} lower ones that stay")
+
+
+def _check_entering(r: Rewire) -> None:
+    """Those of the highest scores come."""
+    if not r.grow_scores or not r.grown.any():
+        return
+    scores = torch.full((r.before.units.numel(),), -torch.inf)
+    scores[torch.tensor(list(r.grow_scores))] = torch.tensor(list(r.grow_scores.values()))
+    grown = r.grown.flatten()
+    higher = int((~grown & (scores > scores[grown].min())).sum())
+    r.require(not higher, f"units of the highest grow scores must come, got {higher} higher ones that do not")
 
 
 def _check_parameter(r: Rewire) -> None:

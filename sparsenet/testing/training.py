@@ -116,9 +116,9 @@ class Training:
         """Trains up to step ``until``."""
         while self.steps < until:
             self.steps += 1
+            self.watcher.begin_step(self.steps)
             loss = self._backward()
             self.optimizer.step()
-            self.watcher.begin_step(self.steps)
             if check:
                 self._before = self._look_at_all()
                 self._check_masks(self._before)
@@ -211,6 +211,8 @@ class Training:
                 torch.cat(young),
                 self.watcher.adjusted.get(name),
                 name in self.watcher.named_fewer,
+                self.watcher.drop_scores.get(name),
+                self.watcher.grow_scores.get(name, {}),
             )
             check_rewire(rewire, self._new_block_states(name))
             self._remember(name, rewire)

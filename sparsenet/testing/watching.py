@@ -28,7 +28,8 @@ class Watcher:
         after_step: called with a layer's view when the policy's own ``after_step`` has returned.
         drew: whether the policy has asked for random numbers.
         bad: why the scores that were just returned cannot be used; empty where they can.
-        adjusted, named_fewer: of the present step, by layer; see :class:`sparsenet.testing.rewires.Rewire`.
+        adjusted, named_fewer, drop_scores, grow_scores: of the present step, by layer; see
+            :class:`sparsenet.testing.rewires.Rewire`. Grow scores are by place, those of the last backward pass.
     """
 
     def __init__(self, policy: Policy, after_step: Callable[[LayerView], None] | None = None):
@@ -39,6 +40,8 @@ class Watcher:
         self.bad: dict[str, str] = {}
         self.adjusted: dict[str, Tensor] = {}
         self.named_fewer: set[str] = set()
+        self.drop_scores: dict[str, Tensor] = {}
+        self.grow_scores: dict[str, dict[int, float]] = {}
         self.policy = copy.copy(policy)
         for name in ("drop_scores", "grow_scores", "grow_places", "observe", "measure", "after_step", "adjust"):
             object.__setattr__(self.policy, name, self._wrapped(name, getattr(policy, name)))
@@ -47,6 +50,7 @@ class Watcher:
         """Forgets what was of the last one."""
         self.step = step
         self.bad, self.adjusted, self.named_fewer = {}, {}, set()
+        self.drop_scores, self.grow_scores = {}, {}
 
     def _wrapped(self, name: str, method: Callable) -> Callable:
         def call(*arguments: Any) -> Any:
@@ -115,9 +119,12 @@ class Watcher:
 
     def _look_at_drop_scores(self, scores: Any, layer: LayerView) -> None:
         self._look_at_scores("drop_scores", scores, layer, layer.pattern.num_blocks)
+        self.drop_scores[layer.name] = scores.detach().float().clone()
 
     def _look_at_grow_scores(self, scores: Any, layer: LayerView, places: Tensor) -> None:
         self._look_at_scores("grow_scores", scores, layer, len(places))
+        found = zip(places.tolist(), scores.detach().float().tolist(), strict=True)
+        self.grow_scores.setdefault(layer.name, {}).update(found)
 
     def _look_at_scores(self, which: str, scores: Any, layer: LayerView, count: int) -> None:
         where = f"(step {self.step}, layer {layer.name!r})"

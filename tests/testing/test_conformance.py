@@ -20,6 +20,7 @@ from sparsenet.optimizer_state import LayerMove
 from sparsenet.policies import POLICIES, SNFS, exchange
 from sparsenet.policies.census import Census
 from sparsenet.policies.exchange import Newborn, Quota
+from sparsenet.policies.growth import Growth
 from sparsenet.testing import PROPERTIES, check_policy, conformance_table
 from sparsenet.testing.combinations import FACTORS, check_combination, combinations, is_allowed, pairwise
 
@@ -161,6 +162,11 @@ class Undefined(sn.SET):
         return super().drop_scores(layer).log() * torch.nan
 
 
+class UndefinedGrowth(sn.RigL):
+    def grow_scores(self, layer, places):
+        return super().grow_scores(layer, places) / 0.0
+
+
 class Writing(sn.SET):
     def drop_scores(self, layer):
         layer.values.detach().mul_(0.5)
@@ -264,6 +270,7 @@ BROKEN = {
     Shrinking: r"drop_scores must be floating-point \[89\], got torch.float32 \[1424\] \(step 3, layer '0'\)",
     Counting: r"drop_scores must be floating-point \[89\], got torch.int64 \[89\]",
     Undefined: r"drop_scores must be finite, got 89 of 89 that are not; the layer kept its topology \(step 3",
+    UndefinedGrowth: r"grow_scores must be finite, got \d+ of \d+ that are not; the layer kept its topology \(step 3",
     Writing: r"drop_scores of layer '0' must leave values as it is, got others \(step 3\)",
     Clearing: r"drop_scores of layer '0' must leave the gradient of values as it is",
     Rolling: r"drop_scores of layer '0' must not use torch's global random numbers, but layer.random",
@@ -403,7 +410,32 @@ def by_number(census, layers):
     return list(range(1, len(layers) + 1))
 
 
+leaving = Quota.leaving
+
+
+def the_largest(quota, pattern, scores, young):
+    return leaving(quota, pattern, -scores, young)
+
+
+def few_leave(quota, pattern, scores, young):
+    return select_extreme(scores, quota.drop // 2, largest=False)
+
+
+def the_first(growth, count):
+    return growth.places[growth.scores_found().topk(count, largest=False).indices.sort().values]
+
+
+quota_and_growth = Census.quota_and_growth
+
+
+def twice_the_growth(census, layer, target, drop_fraction):
+    quota, count = quota_and_growth(census, layer, target, drop_fraction)
+    return quota, 2 * count
+
+
 WRONG = {
+    "the largest leave": (Quota, "leaving", the_largest, r"of the lowest drop scores must leave, got \d+ lower ones"),
+    "units are held": (Quota, "leaving", few_leave, r"\d+ units may leave, got some held"),
     "one is not grown": (Quota, "of", quota_of(grow=1), r"must drop \d+ and grow \d+ less those held, got"),
     "one stays": (Quota, "of", quota_of(drop=1, grow=1), r"must drop 27 and grow 27 less those held, got 26 and 26"),
     "lines die": (exchange, "lowest_to_spare", without_lines, "the last unit of a (row|column) must stay while"),
@@ -423,6 +455,15 @@ def test_a_sparsifier_that_goes_wrong_is_noticed(what, monkeypatch):
     model = None if dense else lambda: sn.SparseMLP([40, 40, 40], 0.2, 4)
     with pytest.raises(AssertionError, match=message):
         check_policy(sn.SET(fraction), model=model, **schedule, **SHORT)
+
+
+def test_growth_where_scores_are_not_highest_is_noticed(monkeypatch):
+    """More places are found than come in, and the worst of them are taken."""
+    monkeypatch.setattr(Growth, "settle", lambda self, count: setattr(self, "count", count))
+    monkeypatch.setattr(Growth, "best", the_first)
+    monkeypatch.setattr("sparsenet.policies.census.Census.quota_and_growth", twice_the_growth)
+    with pytest.raises(AssertionError, match=r"units of the highest grow scores must come, got \d+ higher ones"):
+        check_policy(sn.RigL, **SHORT)
 
 
 def test_an_update_that_lies_is_noticed(monkeypatch):

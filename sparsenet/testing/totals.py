@@ -49,6 +49,7 @@ def check_totals(
         named_fewer: layers for which the policy named fewer places than it was asked for.
     """
     step = update.step
+    after = {name: seen for name, seen in after.items() if name in update.layers}  # the others are frozen
     missing = {name: update.layers[name].clamped if name in named_fewer else 0 for name in after}
     layers = [
         _layer(sparsifier, name, first[name], counts[name], seen, missing[name])

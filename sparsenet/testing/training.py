@@ -17,7 +17,7 @@ from sparsenet.policies.exchange import Update
 from sparsenet.policies.policy import LayerView, Policy
 from sparsenet.sparsifier import Sparsifier
 from sparsenet.testing.rewires import Rewire, check_masked, check_rewire, new_block_state
-from sparsenet.testing.snapshots import LayerSnapshot, fingerprint
+from sparsenet.testing.snapshots import LayerSnapshot, digest, fingerprint
 from sparsenet.testing.totals import check_totals
 from sparsenet.testing.watching import Watcher
 
@@ -123,7 +123,11 @@ class Training:
                 self._before = self._look_at_all()
                 self._check_masks(self._before)
                 counts = {name: int(seen.units.sum()) for name, seen in self._before.items()}
+                others = self._digest_of_others()
                 self._check(self.sparsifier.step(), counts)
+                if others != self._digest_of_others():
+                    where = f"other parameters and their state as they are (step {self.steps})"
+                    raise AssertionError(f"{self.name}: a step of the Sparsifier must leave {where}")
             else:
                 self.sparsifier.step()
             found = fingerprint(self.model, self.optimizers, self.sparsifier)
@@ -151,6 +155,12 @@ class Training:
 
     def _look_at_all(self) -> dict[str, LayerSnapshot]:
         return {name: self._look(name) for name in self.layers}
+
+    def _digest_of_others(self) -> str:
+        """Of all parameters but the layers' values, and of what the optimizer keeps of them."""
+        values = {id(layer.values) for layer in self.layers.values()}
+        others = [p for p in self.model.parameters() if id(p) not in values]
+        return digest([others, *([dict(o.state.get(p, {})) for p in others] for o in self.optimizers)])
 
     def _after_the_policy(self, layer: LayerView) -> None:
         """A policy that acts after every step writes values; what a rewire must keep is what it leaves."""
@@ -191,12 +201,11 @@ class Training:
         if rewires != (update is not None):
             raise AssertionError(f"every {self.case.every} steps must rewire, got {update!r} at step {self.steps}")
         for name, layer in self.layers.items():
-            before = self._before[name]
-            if update is None:
-                if after[name].pattern is not before.pattern:
-                    raise AssertionError(f"a pattern must stay between rewires (step {self.steps}, layer {name!r})")
+            before, change = self._before[name], None if update is None else update.layers.get(name)
+            if change is None:  # between rewires, or a frozen layer
+                if not after[name].is_same(before):
+                    raise AssertionError(f"a layer must stay as it is, got another (step {self.steps}, layer {name!r})")
                 continue
-            change = update.layers[name]
             if name in self.watcher.bad and not change.skipped:
                 raise AssertionError(f"{self.watcher.bad[name]} (step {self.steps}, layer {name!r})")
             young = [torch.empty(0, dtype=torch.int64), *self._young[name]]

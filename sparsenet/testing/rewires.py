@@ -149,14 +149,14 @@ def _check_coverage(r: Rewire) -> None:
     """No row or column of units loses its last one while there are enough of them.
 
     While the count falls below rows + columns, those that are left can all be the last of a row or a column: then the
-    density decides. Elements that change places inside groups keep their rows.
+    density decides.
     """
     now, after = r.numbers
     rows, cols = r.before.units.shape
     if after < now and after < rows + cols:
         return
     for which, axis, lines in (("row", 1, rows), ("column", 0, cols)):
-        if after < lines or (which == "column" and r.keeps_groups):
+        if after < lines:
             continue
         lost = int((r.before.units.any(axis) & ~r.after.units.any(axis)).sum())
         r.require(not lost, f"the last unit of a {which} must stay while {after} are left, got {lost} {which}s without")

@@ -163,7 +163,7 @@ def _check_resumed(first: Training, policy: Policy, step: int, by_file: bool) ->
     resumed = Training(case, _deepcopy(policy))
     resumed.load(first, step, by_file)
     resumed.train(first.steps, check=False).release()
-    resumed.must_equal(first, f"a run that goes on from a file of step {step} must be the same")
+    resumed.must_equal(first, f"a run that goes on from step {step} must be the same")
     return first.steps - step
 
 

@@ -157,7 +157,7 @@ BROKEN = {
     RollingNumPy: r"grow_places of layer '0' must not use NumPy's global random numbers",
     Overlapping: r"grow_places must be inactive, got 27 active ones \(step 3, layer '0'\)",
     Unordered: r"grow_places must ascend, each once",
-    Remembering: r"a run that goes on from a file of step 4 must be the same, got another .* at step [69]",
+    Remembering: r"a run that goes on from step 4 must be the same, got another .* at step [69]",
     Global: r"a second run from the same seed must be the same, got another .* at step 3",
     Listing: r"state 'seen' must have one entry for each of 89 blocks, got \[3\] \(step 1, layer '0'\)",
     Rolling2: r"after_step of layer '0' must not use torch's global random numbers",
@@ -399,5 +399,5 @@ def test_a_momentum_that_is_not_saved_is_noticed(monkeypatch):
         return {key: value for key, value in right(self).items() if key != "watched"}
 
     monkeypatch.setattr(sn.Sparsifier, "state_dict", state_dict)
-    with pytest.raises(AssertionError, match="^SNFS: a run that goes on from a file of step 4 must be the same"):
+    with pytest.raises(AssertionError, match="^SNFS: a run that goes on from step 4 must be the same"):
         check_policy(SNFS, **SHORT)

@@ -262,6 +262,15 @@ def test_a_move_that_goes_wrong_is_noticed(change, monkeypatch):
         check_policy(sn.SET, **SHORT)
 
 
+def test_moments_of_elements_that_leave_are_noticed_where_they_stay(monkeypatch):
+    def nothing(move, mask, moved, grown_state):
+        move.changed, move.changed_state = None, []
+
+    monkeypatch.setattr(LayerMove, "_set_elements", nothing)
+    with pytest.raises(AssertionError, match="state 'exp_avg' of grown units must be what the optimizer gives"):
+        check_policy(sn.SET, elements=0.5, **SHORT)
+
+
 def quota_of(**less):
     """``Quota.of`` with some of its numbers smaller."""
     right = Quota.of

@@ -8,15 +8,36 @@ if sys.version_info < (3, 10):  # noqa: UP036 - one clear line instead of a synt
 
 import torch  # noqa: F401 - first: its OpenMP runtime is the one the kernels share
 
-from sparsenet import distributed, functional, reference
+from sparsenet import distributed, elements, functional, reference
 from sparsenet.elements import NM
 from sparsenet.functional import library
 from sparsenet.functional.build import build_info
 from sparsenet.layers import SparseLinear
 from sparsenet.models import SparseMLP, densify_, sparsify_
 from sparsenet.pattern import BlockPattern
-from sparsenet.policies import GMP, OBD, SET, Cascade, Fisher, Policy, RigL, Static, Taylor, WoodFisher
-from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, Piecewise, Polynomial
+from sparsenet.policies import (
+    ACDC,
+    GMP,
+    MEST,
+    OBD,
+    SET,
+    SNFS,
+    SNIP,
+    Cascade,
+    Fisher,
+    GraNet,
+    GraSP,
+    Movement,
+    Policy,
+    Random,
+    RigL,
+    Static,
+    SynFlow,
+    Taylor,
+    TopKAST,
+    WoodFisher,
+)
+from sparsenet.schedules import Constant, Cosine, Cubic, Exponential, Linear, OneShot, Periodic, Piecewise, Polynomial
 from sparsenet.sparsifier import LayerUpdate, Sparsifier, Update
 from sparsenet.swapping import SparsifyReport
 
@@ -30,7 +51,7 @@ _NAMES_OF = {  # modules that are loaded when one of their names is first used
     "sparsenet.checkpoint": ("Checkpoint", "load", "save"),
     "sparsenet.compaction": ("CompactionError", "CompactionReport", "compact", "resize_to"),
     "sparsenet.memory": ("BudgetError", "MemoryBudget", "MemoryPlan", "measure_peak", "plan"),
-    "sparsenet.training": ("Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer"),
+    "sparsenet.training": ("Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer", "prune_at_initialization"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 _PACKAGES = ("architecture", "checkpoint", "compaction", "data", "memory", "training")  # likewise
@@ -50,10 +71,14 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ACDC",
     "GMP",
+    "MEST",
     "NM",
     "OBD",
     "SET",
+    "SNFS",
+    "SNIP",
     "BlockPattern",
     "BudgetError",
     "Cascade",
@@ -69,21 +94,29 @@ __all__ = [
     "Exponential",
     "Fisher",
     "FitResult",
+    "GraNet",
+    "GraSP",
     "Grower",
     "LayerUpdate",
     "Linear",
     "MemoryBudget",
     "MemoryPlan",
+    "Movement",
+    "OneShot",
+    "Periodic",
     "Piecewise",
     "Policy",
     "Polynomial",
+    "Random",
     "RigL",
     "SparseLinear",
     "SparseMLP",
     "Sparsifier",
     "SparsifyReport",
     "Static",
+    "SynFlow",
     "Taylor",
+    "TopKAST",
     "TrainConfig",
     "Trainer",
     "TriStateReLU",
@@ -96,12 +129,14 @@ __all__ = [
     "data",
     "densify_",
     "distributed",
+    "elements",
     "fold_depth",
     "functional",
     "library",
     "load",
     "measure_peak",
     "plan",
+    "prune_at_initialization",
     "reference",
     "resize_to",
     "save",

@@ -11,7 +11,7 @@ from sparsenet.after_step import after_every_step
 from sparsenet.densities import choose_block_size
 from sparsenet.elements import NM, to_semi_structured
 from sparsenet.elements.masks import carried_mask, checked_mask, chosen_mask
-from sparsenet.functional.bits import pack_mask, zero_masked_
+from sparsenet.functional.bits import pack_mask, without_masked, zero_masked_
 from sparsenet.functional.blocks import dense_blocks, take_blocks, uniform_, zero_outside
 from sparsenet.functional.checks import check_activation
 from sparsenet.pattern import BlockPattern, carried_from, warn_unreached
@@ -249,11 +249,11 @@ class SparseLinear(nn.Module):
         thread may run forward, or backward by ``torch.autograd.grad``; one that adds to ``.grad`` has to wait, as torch
         itself does not guard that.
         """
-        self._own()
+        own = self._own()
         carried = carried_from(self.pattern, pattern)
         fresh = pattern.copy().to(self.values.device)
         if values is None:
-            values = take_blocks(self.values, carried, 0.0)
+            values = take_blocks(own, carried, 0.0)
         elif (values := functional.checks.as_tensor("SparseLinear", "values", values)).is_complex():
             raise TypeError(f"SparseLinear: values must be real numbers, got {values.dtype}")
         elif values.shape != (pattern.num_blocks, *self.values.shape[1:]):
@@ -281,7 +281,7 @@ class SparseLinear(nn.Module):
             element_mask: as the constructor takes it, but the largest magnitudes stay where that would draw. None takes
                 the mask away: elements that it kept off start to be trained, from zero.
 
-        Raises, and refuses graphs recorded before, as :meth:`set_pattern`. An optimizer's moments stay as they are.
+        Raises, and makes graphs from before stale, as :meth:`set_pattern`. An optimizer's moments stay as they are.
 
         Example:
             >>> import sparsenet as sn
@@ -290,28 +290,25 @@ class SparseLinear(nn.Module):
             >>> layer.num_active, str(layer.elements)
             (512, '2:4')
         """
-        mask, rule = (None, None) if element_mask is None else chosen_mask(element_mask, self.pattern, self._own())
-        self._install(self.pattern.copy(), self._own().clone(), mask, rule)
+        own = self._own()
+        mask, rule = (None, None) if element_mask is None else chosen_mask(element_mask, self.pattern, own)
+        self._install(self.pattern.copy(), own.clone(), mask, rule)
 
     def _own(self) -> Tensor:
-        """The values, which are a Parameter and no product of something else."""
+        """The values, zero where the mask is off, if they are a Parameter and no product of something else."""
         if "values" not in self._parameters:
             raise RuntimeError(
                 "SparseLinear: values must be a Parameter for the pattern to change, got one that a parametrization, "
                 "weight norm or pruning computes; remove that first"
             )
-        return self.values.detach()
+        values, bits = self.values.detach(), self.topology.mask_bits
+        return values if bits is None or values.is_meta else without_masked(values, bits)
 
-    def _install(
-        self, pattern: BlockPattern, values: Tensor, element_mask: Tensor | None, elements: NM | None = None
-    ) -> None:
-        """Takes pattern, values (as their owner), mask and the rule that it follows together.
-
-        Whatever can fail comes before the first change.
-        """
+    def _install(self, pattern: BlockPattern, values: Tensor, element_mask: Tensor | None, elements: NM | None = None):
+        """Takes pattern, values (as their owner), mask and its rule together; what can fail comes before any change."""
         bits = None if element_mask is None else pack_mask(checked_mask(element_mask, pattern))
         if not values.is_meta:
-            values = values if bits is None else zero_masked_(values.clone(), bits)
+            values = values if bits is None else without_masked(values, bits)
             zero_outside(values, pattern)
         self.topology.replace(pattern, bits, self.values, values, elements)
         if self.topology.written >= 0:
@@ -537,11 +534,10 @@ def refuse_other_keys(model: nn.Module, state_dict) -> None:
         if own or any(getattr(hook, "hook", hook) is not refuse_unfit_state for hook in hooks):
             return  # keys may have other names still
     wanted = set(model.state_dict())
-    layers = [f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, SparseLinear)]
-    rules = {f"{prefix}element_rule" for prefix in layers}
-    masks = {f"{prefix}element_mask" for prefix in layers} | rules
-    missing = wanted - rules - set(state_dict)
-    kinds = {"Missing": sorted(missing), "Unexpected": sorted(set(state_dict) - wanted - masks)}
+    layers = [name for name, m in model.named_modules() if isinstance(m, SparseLinear)]
+    masks, rules = ({f"{name}.{key}".lstrip(".") for name in layers} for key in ("element_mask", "element_rule"))
+    missing, unexpected = wanted - rules - set(state_dict), set(state_dict) - wanted - masks - rules
+    kinds = {"Missing": sorted(missing), "Unexpected": sorted(unexpected)}
     wrong = [
         f"{kind} key(s) in state_dict: " + ", ".join(f'"{k}"' for k in keys) for kind, keys in kinds.items() if keys
     ]

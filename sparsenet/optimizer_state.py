@@ -204,9 +204,33 @@ def first_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tens
         >>> first_state(torch.optim.Rprop([values], lr=0.5), values)["step_size"].unique()
         tensor([0.5000])
     """
+    like = (_options(optimizer, parameter), parameter.shape[1:], parameter.dtype, parameter.device)
+    known = _first_states.setdefault(optimizer, [])
+    for options, state in known:
+        if like[0] is not None and options == like:
+            return state
     twin, scratch = scratch_twin(optimizer, parameter, 1)
     state = {} if twin is None else twin.state.get(scratch, {})
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() and len(value) == 1}
+    first = {key: t for key, t in state.items() if isinstance(t, Tensor) and t.dim() and len(t) == 1}
+    known[:] = [(like, first), *known[:_FIRST_STATES_KEPT]]
+    return first
+
+
+# What optimizers gave scratch parameters of some kinds: making one takes longer than moving a small layer.
+_first_states: weakref.WeakKeyDictionary[Optimizer, list[tuple[Any, dict[str, Tensor]]]] = weakref.WeakKeyDictionary()
+_FIRST_STATES_KEPT = 8
+
+
+def _options(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    """The options of the parameter's group; None where they cannot be compared."""
+    group = _group_of(optimizer, parameter) or {}
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    plain = (bool, int, float, str, type(None))
+    simple = all(
+        isinstance(v, plain) or (isinstance(v, tuple) and all(isinstance(p, plain) for p in v))
+        for v in options.values()
+    )
+    return options if simple else None
 
 
 def scratch_twin(optimizer: Optimizer, parameter: nn.Parameter, rows: int) -> tuple[Optimizer | None, nn.Parameter]:

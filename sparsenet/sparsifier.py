@@ -139,8 +139,6 @@ class Sparsifier:
         self.model = model
         self.optimizer = optimizer
         self.policy = policy
-        distribution = checked_distribution(distribution, "Sparsifier")
-        self._census = Census(_density_schedule(density, sparsity), distribution, bool(elements))
         self.every = as_integer("Sparsifier", "every", every, at_least=1)
         self.begin = as_integer("Sparsifier", "begin", begin, at_least=0)
         self.end = None if end is None else as_integer("Sparsifier", "end", end, at_least=0)
@@ -148,6 +146,8 @@ class Sparsifier:
         self.grown_state = check_grown_state(grown_state or {})
         self.optimizers = with_inner_optimizers(as_optimizers(optimizer))
         self.layers = distinct_layers(distributed.unwrap(model))
+        distribution = checked_distribution(distribution, "Sparsifier", self.layers)
+        self._census = Census(_density_schedule(density, sparsity), distribution, bool(elements))
         refuse_unheld(self.layers, self.optimizers)
         self.followers = (followers,) if isinstance(followers, nn.Module) else tuple(followers)
         self._follower_layers = follower_layers(self.followers, self.layers)
@@ -370,14 +370,17 @@ class Sparsifier:
         fixed = {} if self.density is None else {"density": self._density_at(step), "first": self.density(self.begin)}
         targets = self._census.targets(step, layers, self.policy, **fixed)
         fraction = self.policy.drop_fraction_at(step)
-        self._growth, self._quotas, self._armed_for = {}, {}, step
-        settled = {n: self._census.quota_and_growth(layer, targets[n], fraction) for n, layer in layers.items()}
-        pooled = self.distribution == GLOBAL and any(quota.must_drop for quota, _ in settled.values())
-        for name, (quota, count) in settled.items():
-            self._quotas[name] = quota
-            # compared over all layers, even one whose proportion loses nothing may come to lose blocks
-            drop = max(quota.drop, count, int(pooled))
-            self._growth[name] = Growth(self._view(name, step, drop), self.policy, count)
+        found = {n: self._census.quota_and_growth(layer, targets[n], fraction) for n, layer in layers.items()}
+        self._quotas, self._armed_for = {name: quota for name, (quota, _) in found.items()}, step
+        least = int(self._pools())  # where scores of all layers are compared, each of them is measured
+        self._growth = {
+            name: Growth(self._view(name, step, max(quota.drop, count, least)), self.policy, count)
+            for name, (quota, count) in found.items()
+        }
+
+    def _pools(self) -> bool:
+        """Whether what leaves is found by comparing the scores of all layers."""
+        return self.distribution == GLOBAL and any(quota.must_drop for quota in self._quotas.values())
 
     def _density_at(self, step: int) -> float:
         """The density that a rewire at ``step`` moves to: the last one before the end moves to that of the end."""
@@ -448,8 +451,7 @@ class Sparsifier:
             return "it was frozen after the rewire was prepared"
         if not growth.is_current():
             return "its pattern was replaced after the rewire was prepared"
-        pooled = self.distribution == GLOBAL and any(quota.must_drop for quota in self._quotas.values())
-        if not quota.drop and not pooled:
+        if not quota.drop and not self._pools():
             return None
         try:
             return drop_scores(self.policy, growth)
@@ -531,10 +533,8 @@ class Sparsifier:
         state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._census.proportions)}
         if young := self._newborn.state():
             state["young"] = young
-        for name in self.layers:
-            self._view(name, self.steps)  # what a policy remembers is carried along when its layer is looked at
-        if policy := self._policy_state.state():
-            state["policy"] = policy
+        if self.policy.every_step:
+            state["policy"] = self._policy_state.state(self._view(name, self.steps) for name in self.layers)
         if watched := {name: seen for name, growth in self._growth.items() if (seen := growth.state())}:
             state["watched"] = watched
         if self._holding is not None:

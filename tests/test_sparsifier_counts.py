@@ -180,7 +180,8 @@ def test_row70_what_is_meant_to_stay_still_does_not_warn():
         ({"sparsity": sn.Linear(0.5, 1.5, 2), "every": 2}, "density must lie in \\[0, 1\\], got -0.5 at step 2"),
         (
             {"distribution": "erk2"},
-            "distribution must be None, one of uniform, erdos_renyi, er, erk, memory, global, relative densities by layer name or a function that returns "
+            "distribution must be None, one of uniform, erdos_renyi, er, erk, memory, global, "
+            "relative densities by layer name or a function that returns "
             "them, got 'erk2'",
         ),
     ],

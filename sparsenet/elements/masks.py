@@ -150,6 +150,8 @@ def chosen_mask(
     """
     if isinstance(asked, str):
         asked = NM.parse(asked)
+    if values is not None and values.is_meta and not isinstance(asked, Tensor):
+        raise ValueError("SparseLinear: values must hold data for a mask by magnitude, got a meta tensor")
     if isinstance(asked, NM):
         return (asked.random(pattern, generator) if values is None else asked.mask(values, pattern)), asked
     share = number_of(asked)
@@ -177,8 +179,11 @@ def carried_mask(topology: Any, pattern: BlockPattern, carried: Tensor, values: 
     if mask is None or rule is None:
         return None if mask is None else take_blocks(mask, carried, True)
     old, new = take_blocks(mask, carried, False), carried < 0
-    scores = torch.zeros(pattern.values_shape, device=new.device) if values.is_meta else values
-    return rule.mask(scores, pattern).logical_and_(new.view(-1, 1, 1)).logical_or_(old)
+    if not bool(new.any()):
+        return old
+    new = new.view(-1, 1, 1)
+    scores = torch.zeros(pattern.values_shape, device=new.device) if values.is_meta else values.masked_fill(~new, 0)
+    return rule.mask(scores, pattern).logical_and_(new).logical_or_(old)
 
 
 def checked_mask(mask: Any, pattern: BlockPattern) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsenet.functional import registry
-from sparsenet.functional.bits import unpack_mask, zero_masked_
+from sparsenet.functional.bits import unpack_mask, without_masked, zero_masked_
 from sparsenet.functional.checks import check_linear, fits, refuse_onnx, refuse_tracing
 from sparsenet.functional.native import (
     ACTIVATIONS,
@@ -125,7 +125,7 @@ class _BlockSparseLinear(torch.autograd.Function):
         data, pattern, topology, activation, bits = rest
         if topology is not None and topology.observer is not None:
             topology.expected_calls += 1
-        y, pre = forward(x, _without_masked(data, bits), bias, pattern, activation, keep=True)
+        y, pre = forward(x, _read(data, bits), bias, pattern, activation, keep=True)
         ctx.pattern, ctx.topology, ctx.activation, ctx.bits = pattern, topology, activation, bits
         ctx.save_for_backward(x, data, y if activation == "relu" else pre)
         return y
@@ -152,15 +152,15 @@ class _BlockSparseLinear(torch.autograd.Function):
         raise NotImplementedError(_NOT_FORWARD)
 
 
-def _without_masked(data: Tensor, bits: Tensor | None) -> Tensor:
-    """``data``, or where there is a mask a copy whose masked elements are zero."""
-    return data if bits is None else zero_masked_(data.clone(), bits)
+def _read(data: Tensor, bits: Tensor | None) -> Tensor:
+    """What the kernels read of ``data``: with a mask, a copy whose masked elements are zero."""
+    return data if bits is None else without_masked(data, bits)
 
 
 def _backward_within(bits: Tensor | None, operands: tuple) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """:func:`backward` of a layer whose mask is ``bits``: neither reads nor gives anything where it is off."""
     if bits is not None and operands[-1][0]:  # only the gradient of x reads the values
-        operands = (*operands[:3], _without_masked(operands[3], bits), *operands[4:])
+        operands = (*operands[:3], _read(operands[3], bits), *operands[4:])
     grads = backward(*operands)
     if bits is not None and grads[1] is not None:
         zero_masked_(grads[1], bits)
@@ -351,7 +351,7 @@ def _eager(x, values, bias, data: Tensor, pattern, topology, activation: str, au
     if not fits(x, data, pattern, bias, activation):
         check_linear(x, data, pattern, bias, activation)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return forward(x, _without_masked(data, bits), bias, pattern, activation, keep=False)[0]
+        return forward(x, _read(data, bits), bias, pattern, activation, keep=False)[0]
     return _apply(x, values, bias, (data, pattern, topology, activation, bits))
 
 

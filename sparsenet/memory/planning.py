@@ -18,7 +18,7 @@ from sparsenet import functional
 from sparsenet.densities import CHOSEN_FROM, block_places, choose_block_size, distribute
 from sparsenet.functional.checks import check_block_size
 from sparsenet.memory.budget import MemoryBudget, format_bytes
-from sparsenet.memory.saliency import kept_bytes, measuring_bytes, surgeon_bytes
+from sparsenet.memory.saliency import kept_bytes, measuring_bytes, pass_bytes, surgeon_bytes
 from sparsenet.models import SparseMLP
 from sparsenet.pattern import INDEX_BYTES
 from sparsenet.policies import POLICIES, Policy
@@ -214,6 +214,8 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
             during["gradients of activations"] -= job.rows_bytes(inputs) if layer else 0
             yield f"scoring growth of layer {layer}", max(during, after, key=lambda items: sum(items.values()))
     yield "optimizer step", kept | {"gradients": gradients, "activations": logits}
+    if own_pass := pass_bytes(job.policy, sum(blocks_of * b**2 * 4 for b, blocks_of in sizes), sum(hidden) + logits):
+        yield "measuring before a rewire", kept | {"saliency": own_pass}
     left, states, planned = 0.0, 1 + job.states, 0
     kept = kept | {"saliency": sum(rows)} if any(rows) else kept
     for layer, (size, count, places) in enumerate(zip(values, counts, job.layer_places, strict=True)):

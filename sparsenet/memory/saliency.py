@@ -6,7 +6,7 @@ from sparsenet.policies import Policy
 from sparsenet.saliency.fisher import WORKSPACE_BYTES
 from sparsenet.saliency.woodfisher import SIZE
 
-__all__ = ["kept_bytes", "measuring_bytes", "surgeon_bytes"]
+__all__ = ["kept_bytes", "measuring_bytes", "pass_bytes", "surgeon_bytes"]
 
 
 def kept_bytes(policy: Policy, shape: tuple[int, int], batch_size: int) -> int:
@@ -35,6 +35,19 @@ def measuring_bytes(policy: Policy, shape: tuple[int, int], block_size: int, blo
     operands = 3 * batch_size * sum(shape) * 4  # squares, and a product before
     products = min(WORKSPACE_BYTES, 3 * blocks * block_size * min(batch_size, 1024) * 4)
     return operands + max(products, 3 * blocks * block_size**2 * 4)
+
+
+def pass_bytes(policy: Policy, weights: int, activations: int) -> int:
+    """Bytes of a pass over the model that a policy runs at the rewire, by those of all values and of a step's forward.
+
+    Example:
+        >>> import sparsenet as sn
+        >>> from sparsenet.memory.saliency import pass_bytes
+        >>> pass_bytes(sn.RigL(), 100, 10), pass_bytes(sn.SynFlow(), 100, 10), pass_bytes(sn.GraSP(), 100, 10)
+        (0, 500, 630)
+    """
+    copies, times = (getattr(policy, name, 0) for name in ("pass_copies", "pass_activations"))
+    return copies * weights + times * activations
 
 
 def surgeon_bytes(policy: Policy, shape: tuple[int, int], block_size: int, blocks: int, batch_size: int) -> int:

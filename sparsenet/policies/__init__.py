@@ -1,5 +1,6 @@
 """Which blocks go and which come: one short file per family of policies, and the table of their names."""
 
+from sparsenet.policies.at_start import SNIP, GraSP, SynFlow
 from sparsenet.policies.cascade import Cascade
 from sparsenet.policies.curvature import OBD, Fisher, Taylor, WoodFisher
 from sparsenet.policies.gradual import ACDC, GMP, GraNet, Movement
@@ -15,16 +16,19 @@ __all__ = [
     "POLICIES",
     "SET",
     "SNFS",
+    "SNIP",
     "Cascade",
     "Combination",
     "Fisher",
     "GraNet",
+    "GraSP",
     "LayerView",
     "Movement",
     "Policy",
     "Random",
     "RigL",
     "Static",
+    "SynFlow",
     "Taylor",
     "TopKAST",
     "WoodFisher",
@@ -43,6 +47,9 @@ POLICIES: dict[str, type[Policy]] = {
     "movement": Movement,
     "granet": GraNet,
     "acdc": ACDC,
+    "snip": SNIP,
+    "grasp": GraSP,
+    "synflow": SynFlow,
     "taylor": Taylor,
     "obd": OBD,
     "fisher": Fisher,

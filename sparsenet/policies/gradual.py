@@ -17,7 +17,7 @@ __all__ = ["ACDC", "GMP", "GraNet", "Movement"]
 _LARGEST_SHARE = 0.05  # of the blocks, at one of 30 rewires of a cubic schedule to half of the density
 
 
-class _Falling(Policy):
+class Falling(Policy):
     """Blocks leave as the Sparsifier's density falls, and none is exchanged."""
 
     exchanges = False
@@ -29,7 +29,7 @@ class _Falling(Policy):
 
 
 @dataclass(frozen=True)
-class GMP(_Falling):
+class GMP(Falling):
     """Gradual magnitude pruning (Zhu & Gupta, 2017): drops the smallest as the Sparsifier's density schedule falls.
 
     Example:
@@ -47,7 +47,7 @@ class GMP(_Falling):
 
 
 @dataclass(frozen=True)
-class Movement(_Falling):
+class Movement(Falling):
     """Movement pruning (Sanh, Wolf & Rush, 2020): as the density falls, the weights leave that move towards zero.
 
     After every step ``-w g`` is added to the score of a block, summed over its weights; the lowest leave. As their soft
@@ -105,7 +105,7 @@ class GraNet(GrowsByGradient):
 
 
 @dataclass(frozen=True)
-class ACDC(_Falling, GrowsByGradient):
+class ACDC(Falling, GrowsByGradient):
     """Alternating compressed and decompressed phases (Peste et al., 2021), by a density that rises and falls.
 
     Give the Sparsifier a :class:`sparsenet.Periodic` density that ends low. As it falls the smallest leave; as it rises

@@ -21,11 +21,13 @@ from sparsenet.policies.places import BadScores, best_of, checked_places, checke
 from sparsenet.policies.policy import Policy
 from sparsenet.policies.views import Operands, View
 
-__all__ = ["KEPT_BYTES", "Growth", "steps_watched"]
+__all__ = ["KEPT_BYTES", "Growth", "steps_watched", "thinned"]
 
 KEPT_BYTES = 256 << 20  # of the operands of several calls of one layer; above it only drawn candidates are scored
 _CANDIDATES = 8  # of several calls, for each place that grows
 _CHEAP = 1 << 24  # multiplications of a dense weight gradient, below which all places are scored in any case
+# Candidates are scored on every fourth row of a batch that leaves so many; docs/training.md has what that costs.
+_ROWS_EVERY, _LEAST_ROWS = 4, 64
 
 
 def steps_watched(policy: Policy) -> int:
@@ -189,14 +191,15 @@ class Growth:
             self.error = "the batch of the last backward was empty"
             return
         view = self.view
-        view.operands = operands
+        sparing = operands is not None and self._is_sparing(len(operands[0]))
+        view.operands = thinned(operands) if sparing else operands
         try:
             chosen = self.policy.grow_places(view, self.count)
             if chosen is not None:
                 self.places, self.scores = checked_places(self.pattern, chosen, self.count), None
                 view.check_growable(self.places)
                 return
-            best = best_of(self._parts(operands), lambda p: self.policy.grow_scores(view, p), self.count, view.device)
+            best = best_of(self._parts(sparing), lambda p: self.policy.grow_scores(view, p), self.count, view.device)
             if operands is not None:
                 best = distributed.gather_best(*best, self.count)
             self._found(*best, by_gradient=operands is not None)
@@ -205,17 +208,19 @@ class Growth:
         finally:
             view.operands = None
 
-    def _parts(self, operands: Operands | None) -> Iterable[Tensor]:
-        """The places that this rank scores, in ascending parts: candidates where all of them would cost too much."""
+    def _is_sparing(self, rows: int) -> bool:
+        """Whether candidates are scored, on some of the rows, because all places on all rows would cost too much."""
+        wanted, cost = self.policy.candidates, rows * math.prod(self.view.layer.pattern.shape)
+        return bool(wanted) and 2 * wanted * self.count < self.view.inactive and cost > _CHEAP
+
+    def _parts(self, sparing: bool) -> Iterable[Tensor]:
+        """The places that this rank scores, in ascending parts."""
         view = self.view
-        if operands is None:
-            return view.inactive_places((0, view.block_rows))
-        wanted = self.policy.candidates and self.policy.candidates * self.count
-        cost = len(operands[0]) * math.prod(view.layer.pattern.shape)
-        if not wanted or 2 * wanted >= view.inactive or cost <= _CHEAP:
-            return view.inactive_places(distributed.share_of(view.block_rows))
-        places = view.likely_places(wanted)
-        return [places[slice(*distributed.share_of(len(places)))]]
+        if sparing:
+            places = view.likely_places(self.policy.candidates * self.count)
+            return [places[slice(*distributed.share_of(len(places)))]]
+        rows = distributed.share_of(view.block_rows) if view.operands is not None else (0, view.block_rows)
+        return view.inactive_places(rows)
 
     def _choose_candidates(self) -> None:
         places, gradient = self._candidates
@@ -235,6 +240,19 @@ class Growth:
             self.error = "the gradient of every inactive place was zero"
         else:
             self.places, self.scores = places, scores
+
+
+def thinned(operands: Operands) -> Operands:
+    """Every so many rows, evenly spaced: a sample of the batch.
+
+    Example:
+        >>> import torch
+        >>> from sparsenet.policies.growth import thinned
+        >>> [len(thinned((torch.ones(rows, 4), torch.ones(rows, 3)))[0]) for rows in (32, 128, 256, 1000)]
+        [32, 64, 64, 250]
+    """
+    every = max(1, min(_ROWS_EVERY, len(operands[0]) // _LEAST_ROWS))
+    return tuple(t[::every] for t in operands)
 
 
 def _together(kept: list[Operands]) -> Operands:

@@ -122,7 +122,7 @@ def _checked_densities(
     found = {}
     for name, value in densities.items():
         if not isinstance(name, str) or (known is not None and name not in known):
-            layers = "layer names" if names is None else f"only layers ({', '.join(names)})"
+            layers = "layers by their names" if names is None else f"only layers ({', '.join(names)})"
             raise ValueError(f"{owner}: {argument} must name {layers}, got {name!r}")
         rule = f"{argument} must be finite numbers >= 0 by layer name"
         number = number_of(value)

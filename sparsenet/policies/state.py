@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -49,9 +49,10 @@ class PolicyState:
         self._states.clear()
         self._patterns.clear()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """By layer and name; copies."""
-        return {name: {k: t.clone() for k, t in state.items()} for name, state in self._states.items() if state}
+    def state(self, views: Iterable[View]) -> dict[str, dict[str, Tensor]]:
+        """By layer and name, for the layers' blocks as they are now; copies."""
+        states = {view.name: self.of(view) for view in views}
+        return {name: {k: t.clone() for k, t in state.items()} for name, state in states.items() if state}
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], views: Mapping[str, View]) -> None:
         """Takes over a :meth:`state` that was saved together with the layers' present patterns.

@@ -8,7 +8,9 @@ saliencies of a layer alike.
 """
 
 from sparsenet.saliency.fisher import block_fisher, diagonal_fisher, first_order, obd_saliency
+from sparsenet.saliency.flow import synaptic_flow
 from sparsenet.saliency.measuring import Batches, Call, LastCall, sampled_loss, show_backward_passes
+from sparsenet.saliency.second_order import batch_derivatives
 from sparsenet.saliency.shortlist import rerank
 from sparsenet.saliency.woodfisher import woodfisher_saliency, woodfisher_update
 
@@ -16,6 +18,7 @@ __all__ = [
     "Batches",
     "Call",
     "LastCall",
+    "batch_derivatives",
     "block_fisher",
     "diagonal_fisher",
     "first_order",
@@ -23,6 +26,7 @@ __all__ = [
     "rerank",
     "sampled_loss",
     "show_backward_passes",
+    "synaptic_flow",
     "woodfisher_saliency",
     "woodfisher_update",
 ]

@@ -124,7 +124,7 @@ def show_backward_passes(
 
     Args:
         layers: those of the model to look at; their values or biases must require a gradient.
-        batches: each the model's input, (input, target), or a :class:`Call`.
+        batches: each the model's input, (input, target), or a :class:`Call`, which may also stand for the input.
         visit: called with the layer's name, x [rows, in] and the gradient of its output before the activation
             [rows, out], once per call of the layer.
         loss: ``loss(output, target)``, a mean over the examples. Without one, ``targets``.
@@ -158,7 +158,7 @@ def show_backward_passes(
             for name, layer in layers.items():
                 layer.topology.observer = partial(visit, name)
             for count, batch in enumerate(batches, 1):  # noqa: B007 - read after the loop
-                call, target = _parts(batch, needs_target=loss is not None)
+                call, target = call_and_target(batch, needs_target=loss is not None)
                 output = model(*call.args, **call.kwargs)
                 for number in range(samples):
                     value = checked_loss(loss(output, target)) if loss else sampled_loss(output, targets, generator)
@@ -182,25 +182,26 @@ def _leaf(name: str, layer: SparseLinear) -> Tensor:
     return leaf
 
 
-def _parts(batch: Any, needs_target: bool) -> tuple[Call, Any]:
-    """The call that a batch means, and its target."""
+def call_and_target(batch: Any, needs_target: bool, owner: str = "show_backward_passes") -> tuple[Call, Any]:
+    """The call that a batch means, and its target; ValueError, in the name of ``owner``, for anything else."""
     target = None
     if isinstance(batch, Call):
         call = batch
     elif isinstance(batch, Tensor):
         call = Call((batch,), {})
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        call, target = Call((batch[0],), {}), batch[1]
+        call = batch[0] if isinstance(batch[0], Call) else Call((batch[0],), {})
+        target = batch[1]
     else:
         raise ValueError(
-            "show_backward_passes: batches must be inputs, (input, target) pairs or Calls, got "
+            f"{owner}: batches must be inputs, (input, target) pairs or Calls, got "
             f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
         )
     if needs_target and target is None:
-        raise ValueError("show_backward_passes: batches must be (input, target) pairs for a loss, got an input alone")
+        raise ValueError(f"{owner}: batches must be (input, target) pairs for a loss, got an input alone")
     first = next((a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor)), None)
     if first is not None and first.dim() and not len(first):
-        raise ValueError("show_backward_passes: batches must hold examples, got an empty batch")
+        raise ValueError(f"{owner}: batches must hold examples, got an empty batch")
     return call, target
 
 

@@ -2,6 +2,7 @@
 
 from sparsenet.data.examples import Evaluation, Examples
 from sparsenet.training.config import TrainConfig
+from sparsenet.training.initial import prune_at_initialization
 from sparsenet.training.trainer import FitResult, Trainer
 
-__all__ = ["Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer"]
+__all__ = ["Evaluation", "Examples", "FitResult", "TrainConfig", "Trainer", "prune_at_initialization"]

@@ -314,3 +314,11 @@ def test_under_an_address_space_that_is_too_small_it_shrinks_and_finishes(run_ch
 def test_largest_of_a_single_rank():
     assert distributed.largest([3, -5]) == [3, -5]
     assert isinstance(made(budget="64MiB")[2]._holding, Holding)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_a_masks_bits_count_beside_the_indices(block_size):
+    layer = sn.SparseLinear(64, 48, density=0.5, block_size=block_size)
+    plain = holding_file._index_bytes(layer)
+    layer.set_element_mask(0.5)
+    assert holding_file._index_bytes(layer) - plain == layer.topology.mask_bits.nbytes / layer.pattern.num_blocks

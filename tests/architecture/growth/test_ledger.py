@@ -153,3 +153,12 @@ def test_milliseconds_of_small_layers_are_no_multiple_of_what_a_step_takes():
     assert now.milliseconds == 1.0
     for price in (ledger.unit("0"), ledger.grown({"0": 8}, {}), ledger.block("0")):
         assert price.milliseconds <= 2.0 * price.bytes / now.bytes * (1 + 1e-9)
+
+
+def test_a_masks_bits_are_part_of_the_price_of_a_block():
+    prices = []
+    for mask in (None, "2:4"):
+        torch.manual_seed(0)
+        layer = sn.SparseLinear(64, 48, density=0.5, block_size=16, element_mask=mask)
+        prices.append(Ledger._bytes_per_block(None, layer))
+    assert prices[1] - prices[0] == 16 * 16 / 8

@@ -15,11 +15,11 @@ MOST_FILES_AT_THE_ROOT = 16
 TIERS = (  # from top to bottom: a file may import its own tier and those below
     ("__init__", "__main__", "cli", "commands"),
     ("reproduce", "benchmark"),
-    ("training", "compaction", "architecture", "integrations"),
+    ("training", "compaction", "architecture", "integrations", "testing"),
     ("memory", "checkpoint", "sparsifier"),
     ("policies", "saliency", "models", "swapping", "distributed", "optimizer_state"),
     ("layers",),
-    ("topology", "after_step", "testing", "elements"),
+    ("topology", "after_step", "elements"),
     ("pattern",),
     ("functional",),
     ("_C",),

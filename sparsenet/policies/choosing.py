@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsenet import distributed
 from sparsenet.elements import NM
-from sparsenet.functional import select_extreme
+from sparsenet.functional import lowest_to_spare, select_extreme
 from sparsenet.functional.blocks import take_blocks, zero_outside
 from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern, carried_from
@@ -126,7 +126,8 @@ def _adjusted(policy: Policy, view: View, dropped: Tensor) -> Tensor | None:
 def _choose_in_groups(growth: Growth, quota: Quota, scores: Tensor | None, young: Tensor, m: int) -> Choice:
     """The same for N:M masks: in a group of ``m`` the lowest leaves for the best masked one, the second for the second.
 
-    Of all such pairs those are exchanged whose dropped element has the lowest score.
+    Of all such pairs those are exchanged whose dropped element has the lowest score; the last of a column stays where
+    there are elements enough for all columns.
     """
     none = growth.pattern.linear_places()[:0]
     if not quota.drop:
@@ -141,9 +142,13 @@ def _choose_in_groups(growth: Growth, quota: Quota, scores: Tensor | None, young
     at = torch.searchsorted(second_key, first_key).clamp_(max=max(len(second_key) - 1, 0))
     paired = second_key[at] == first_key if len(second_key) else torch.zeros_like(first_key, dtype=torch.bool)
     paired &= asked[first] < math.inf
-    lowest, partner = first[paired], second[at[paired]]
-    kept = select_extreme(asked[lowest], min(quota.drop, len(lowest)), largest=False)
-    return Choice(lowest[kept].sort().values, growth.places[partner[kept]].sort().values)
+    partner = torch.full_like(active, -1)
+    partner[first[paired]] = second[at[paired]]
+    asked = torch.where(partner >= 0, asked, math.inf)
+    lines = [growth.pattern.col.long()] if len(active) >= columns else []  # rows keep their numbers in any case
+    leaves = lowest_to_spare(asked, min(quota.drop, int(paired.sum())), *lines)
+    leaves = leaves[partner[leaves] >= 0]
+    return Choice(leaves, growth.places[partner[leaves]].sort().values)
 
 
 def _ranked_in_groups(places: Tensor, scores: Tensor, columns: int, m: int) -> tuple[Tensor, Tensor]:
@@ -167,6 +172,8 @@ def next_pattern(view: View, choice: Choice) -> tuple[BlockPattern, Tensor | Non
         new = BlockPattern.from_linear_places(after, view.pattern.shape, view.pattern.block_size)
         return new, None if view.element_mask is None else next_mask(view.layer, new, view.key)
     mask, old = view.mask.clone(), view.blocks
+    if not len(choice.dropped) and not len(choice.grown):
+        return old, mask
     mask.view(-1)[view.stored(places[choice.dropped])] = False
     mask.view(-1)[view.stored(choice.grown)] = True
     filled = mask.flatten(1).any(1)

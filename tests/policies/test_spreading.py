@@ -394,3 +394,16 @@ def computed():
 def test_what_cannot_be_measured_is_a_sentence(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call(lambda output, target: output.sum())
+
+
+def test_global_compares_a_layer_whose_own_proportion_loses_nothing():
+    """Of 64 and 16 blocks 78 stay, in proportion 62 and 16; but the two least of all are in the second layer."""
+    layers = sn.SparseLinear(32, 32, density=1.0, block_size=4), sn.SparseLinear(32, 8, density=1.0, block_size=4)
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        layers[1].values[[3, 5]] = 1e-9
+    sparsifier = sn.Sparsifier(model, None, sn.Fisher(0.0), density=78 / 80, distribution="global", every=1)
+    model(torch.randn(64, 32)).square().mean().backward()
+    update = sparsifier.step()
+    assert not any(change.skipped for change in update.layers.values())
+    assert update.layers["0"].dropped == 0 and update.layers["1"].dropped_places.tolist() == [3, 5]

@@ -1,12 +1,7 @@
-"""Checking the operations on the machine at hand: tolerances, awkward cases, and every operation against float64.
-
-``python -m sparsenet.testing`` runs :func:`self_test` and prints what ran; the package's tests run it once per
-instruction set and once under the sanitizers.
-"""
+"""Checking the operations on the machine at hand: tolerances, awkward cases, and every operation against float64."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -311,8 +306,3 @@ def self_test(block_sizes=BLOCK_SIZES, dtypes=DTYPES, shapes=SHAPES) -> int:
     finally:
         torch.set_num_threads(threads)
     return checked
-
-
-if __name__ == "__main__":
-    isa = functional.native_build_info()["isa"]
-    print(f"sparsenet self test: {self_test()} cases right with {isa}", file=sys.stdout)

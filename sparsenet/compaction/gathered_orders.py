@@ -112,7 +112,7 @@ def _has_block_state(layer: SparseLinear, optimizers: Sequence) -> bool:
 
 
 class FamilyOrder:
-    """Another order of one family of units; all others stand as they did. See :class:`~.moves.Orders`.
+    """Another order of one family of units; all others stand. See :class:`~sparsenet.compaction.moves.Orders`.
 
     Args:
         positions: int64 [units], a permutation: the old position of each new one.

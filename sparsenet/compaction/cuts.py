@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,6 @@ from sparsenet.layers import SparseLinear
 __all__ = ["IMPORTANCES", "Cut", "active_elements"]
 
 CHUNK = 1 << 22  # elements of a dense weight that are looked at together
-
-Elements = tuple[Tensor, Tensor, Tensor]  # rows, columns int64 [n] and numbers [n]
 
 
 def _magnitude(weight: Tensor, grad: Tensor | None) -> Tensor:
@@ -84,14 +82,14 @@ class Cut:
         """Importance of each row in each block, float [out, blocks across] on the CPU, columns being in that order."""
         if isinstance(self.module, SparseLinear):
             return self._scattered(cols, across=True)
-        parts = [self._grouped(part.index_select(1, cols.to(part.device)), 1) for _, part in self._chunks()]
+        parts = [self._grouped(part.index_select(1, cols.to(part.device)), 1) for part in self._chunks()]
         return torch.cat(parts) if parts else torch.zeros(0, -(-len(cols) // self.block_size))
 
     def by_column(self, rows: Tensor) -> Tensor:
         """Importance of each column in each block, float [in, blocks down] on the CPU, rows being in that order."""
         if isinstance(self.module, SparseLinear):
             return self._scattered(rows, across=False)
-        parts = [self._grouped(part, 0).T for _, part in self._chunks(rows)]
+        parts = [self._grouped(part, 0).T for part in self._chunks(rows)]
         return torch.cat(parts, 1).contiguous() if parts else torch.zeros(self.shape[1], 0)
 
     def norms(self, by_unit: Tensor, order: Tensor) -> Tensor:
@@ -104,18 +102,18 @@ class Cut:
 
     # --- pieces ---
 
-    def _chunks(self, rows: Tensor | None = None):
-        """(first row, importance [rows, in]) of a dense layer, whole groups of rows in the given order at a time."""
+    def _chunks(self, rows: Tensor | None = None) -> Iterator[Tensor]:
+        """Importance [rows, in] of a dense layer, whole groups of rows in the given order at a time."""
         weight, grad = self.module.weight.detach(), self.module.weight.grad
         out, inp = self.shape
         step = max(CHUNK // max(inp, 1) // self.block_size, 1) * self.block_size
         for start in range(0, out, step):
             lines = slice(start, start + step) if rows is None else rows[start : start + step].to(weight.device)
             if isinstance(self.importance, Tensor):
-                yield start, self.importance[lines.cpu() if isinstance(lines, Tensor) else lines]
+                yield self.importance[lines.cpu() if isinstance(lines, Tensor) else lines]
             else:
                 part = None if grad is None else _wide(grad[lines])
-                yield start, IMPORTANCES[self.importance](_wide(weight[lines]), part)
+                yield IMPORTANCES[self.importance](_wide(weight[lines]), part)
 
     def _grouped(self, t: Tensor, dim: int) -> Tensor:
         """Sums over groups of ``block_size`` along ``dim``, on the CPU."""
@@ -123,7 +121,7 @@ class Cut:
         t = nn.functional.pad(t, (0, pad) if dim else (0, 0, 0, pad))
         return t.unflatten(dim, (-1, self.block_size)).sum(dim + 1).cpu()
 
-    def _elements(self) -> Elements:
+    def _elements(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of a sparse layer, on the CPU: rows, columns and importance of its active elements."""
         at, rows, cols = active_elements(self.module)
         if isinstance(self.importance, Tensor):

@@ -93,21 +93,50 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         self.path.append(self.path_of_module(m))
-        if type(m) is SparseMLP and m not in self.opaque:
-            result = _sparse_mlp_forward(m, *args, **kwargs)
+        if type(m) in _FORWARDS and m not in self.opaque:
+            result = _FORWARDS[type(m)](m, *args, **kwargs)
         else:
             result = super().call_module(m, forward, args, kwargs)
         self.path.pop()
         return result
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        if type(self.root) is SparseMLP:
-            root_fn = _sparse_mlp_forward
+        root_fn = _FORWARDS.get(type(self.root), root_fn)
         return super().create_args_for_root(root_fn, is_module, concrete_args)
 
 
 def _sparse_mlp_forward(self, x):
     return nn.Sequential.forward(self, torch.flatten(x, 1))
+
+
+def _encoder_layer_forward(self, src, *masks, **settings):
+    """Without the decisions on its input and mode, and without masks, of which no unit hangs on the choice."""
+    if self.norm_first:
+        x = src + self.dropout1(_attended(self, self.norm1(src)))
+        return x + self.dropout2(_fed_forward(self, self.norm2(x)))
+    x = self.norm1(src + self.dropout1(_attended(self, src)))
+    return self.norm2(x + self.dropout2(_fed_forward(self, x)))
+
+
+def _attended(layer, x):
+    return layer.self_attn(x, x, x)[0]
+
+
+def _fed_forward(layer, x):
+    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+
+
+def _encoder_forward(self, src, *masks, **settings):
+    for layer in self.layers:
+        src = layer(src)
+    return src if self.norm is None else self.norm(src)
+
+
+_FORWARDS = {  # what is traced in place of a forward that looks at its input
+    SparseMLP: _sparse_mlp_forward,
+    nn.TransformerEncoderLayer: _encoder_layer_forward,
+    nn.TransformerEncoder: _encoder_forward,
+}
 
 
 def trace(model: nn.Module, opaque: Iterable[nn.Module] = ()) -> fx.Graph:
@@ -330,4 +359,6 @@ def _left_whole(model: nn.Module, graph: fx.Graph, modules: dict, hidden: set[nn
 
 def _weight_is_computed(module: nn.Module) -> bool:
     """torch.nn.utils.prune and weight_norm replace the parameter by a tensor made before every forward."""
+    if isinstance(module, SparseLinear):
+        return "values" not in module._parameters
     return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and "weight" not in module._parameters

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,28 @@ from torch.autograd.graph import increment_version
 from sparsenet import functional
 from sparsenet.compaction.graph import CompactionError, Stage, UnitGraph
 from sparsenet.compaction.modules import CompactLayerNorm
-from sparsenet.compaction.orders import UnitOrders
+from sparsenet.compaction.reblocking import Reblocked
+from sparsenet.compaction.rules import Axis
 from sparsenet.compaction.weights import BlockWeights
 from sparsenet.elements import NM
 from sparsenet.elements.masks import elements_inside
 from sparsenet.layers import SparseLinear
 from sparsenet.topology import replace_data
 
-__all__ = ["StageMoves", "gathered_state", "model_bytes", "prepare_stage"]
+__all__ = ["Orders", "StageMoves", "check_stage", "gathered_state", "model_bytes", "prepare_stage"]
 
 Put = Callable[[], None]
 Index = Mapping[int, Tensor]  # dimension -> old positions, in their new order
+
+
+class Orders(Protocol):
+    """Where units go: :class:`~sparsenet.compaction.orders.UnitOrders`, or the new order of one family of units."""
+
+    def order(self, axis: Axis) -> Tensor:
+        """int64: the old positions along ``axis`` that stay, in their new order."""
+
+    def reblocked(self, stage: Stage) -> Reblocked:
+        """Where the blocks of a block-sparse layer land."""
 
 
 @dataclass
@@ -43,7 +55,7 @@ class StageMoves:
 
 
 def prepare_stage(
-    graph: UnitGraph, stage: Stage, orders: UnitOrders, model: nn.Module, optimizers: Sequence, fill_in: str
+    graph: UnitGraph, stage: Stage, orders: Orders, model: nn.Module, optimizers: Sequence, fill_in: str
 ) -> StageMoves:
     """The moves of one module of ``model``, which has the structure of the graph's (it may be a copy of it).
 
@@ -67,13 +79,25 @@ def prepare_stage(
     if isinstance(stage.weights, BlockWeights):
         _prepare_blocks(orders, stage, module, rows, cols, optimizers, fill_in, moves)
     else:
-        index = {0: rows} if stage.weights.per_channel else {0: rows, 1: cols}
+        index = {} if rows_same else {0: rows}
+        index |= {} if cols_same or stage.weights.per_channel else {1: cols}
         moves.puts.append(_move(module.weight, index, optimizers, stage.name))
         sizes = partial(set_sizes, module)
         moves.puts.append((partial(sizes, len(rows), len(cols)), partial(sizes, stage.weights.rows, old_cols)))
     if module.bias is not None:
         moves.puts.append(_move(module.bias, {0: rows}, optimizers, stage.name, added))
     return moves
+
+
+def check_stage(stage: Stage, model: nn.Module, optimizers: Sequence) -> None:
+    """Raises what :func:`prepare_stage` would raise, and makes nothing."""
+    module = module_of(model, stage)
+    for optimizer in optimizers:
+        if isinstance(stage.weights, BlockWeights):
+            block_state(optimizer, module.values, stage.name)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in optimizer.state and name != "values":
+                gathered_state(optimizer, parameter, {}, f"{stage.name}.{name}")
 
 
 def module_of(model: nn.Module, stage: Stage) -> nn.Module:
@@ -224,7 +248,7 @@ def _inactive(layer: SparseLinear) -> int:
 
 
 def _prepare_blocks(
-    orders: UnitOrders, stage: Stage, layer: SparseLinear, rows: Tensor, cols: Tensor, optimizers, fill_in: str, moves
+    orders: Orders, stage: Stage, layer: SparseLinear, rows: Tensor, cols: Tensor, optimizers, fill_in: str, moves
 ) -> None:
     """Values, gradient, moments and mask of a block-sparse layer, gathered in one pass."""
     landed = orders.reblocked(stage)

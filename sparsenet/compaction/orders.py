@@ -22,7 +22,7 @@ from sparsenet.compaction.weights import BlockWeights
 from sparsenet.functional.bits import mask_bytes
 from sparsenet.optimizer_state import state_by_block
 
-__all__ = ["UnitOrders"]
+__all__ = ["UnitOrders", "axes_of", "is_free", "member_of", "unit_families"]
 
 MOST_SIGNATURE_BYTES = 1 << 27
 MOST_SWEEPS = 4
@@ -167,7 +167,7 @@ class UnitOrders:
     def _whole(self, family: _Family, choice: _Choice) -> _Choice:
         """Keeps every unit that shares a block with one that stays."""
         kept = choice.kept.clone()
-        member = _member(family.classes, len(kept))
+        member = member_of(family.classes, len(kept))
         while True:
             count = int(kept.sum())
             for stage in family.stages:
@@ -185,8 +185,8 @@ class UnitOrders:
     def _permuted(self, family: _Family, choice: _Choice) -> _Choice | None:
         """Units ordered so that neighbours touch the same blocks."""
         units = family.classes[choice.kept[family.classes]]
-        mine = _member(family.classes, len(self.needed))[self.graph.classes]
-        appearances = [(stage, axis) for stage in family.stages for axis in _axes(stage, mine)]
+        mine = member_of(family.classes, len(self.needed))[self.graph.classes]
+        appearances = [(stage, axis) for stage in family.stages for axis in axes_of(stage, mine)]
         wide = sum(max(s.module.pattern.block_rows, s.module.pattern.block_cols) for s, _ in appearances)
         if len(units) * wide > MOST_SIGNATURE_BYTES:
             return None
@@ -265,42 +265,46 @@ class UnitOrders:
         return any(t.shape != values.shape for o in self.optimizers for t in state_by_block(o, values).values())
 
 
-def _families(graph: UnitGraph) -> list[_Family]:
-    """The units between block-sparse layers, in the order of the graph; units that all stay pinned are left out."""
+def unit_families(graph: UnitGraph) -> list[Tensor]:
+    """Classes of the units that are decided together, ascending, in the order of the graph; none where all stay."""
     made: list[set[int]] = []
-    weighted = [s for s in graph.stages if s.weights is not None and len(s.outputs.units)]
-    for stage in weighted:
-        mine = set(graph.classes[stage.outputs.units].tolist())
+    for stage in graph.stages:
+        mine = set(graph.classes[stage.outputs.units].tolist()) if stage.weights is not None else set()
         if not mine <= graph.pins.keys():
             mine = mine.union(*(family for family in made if family & mine))
             made = [family for family in made if not family & mine] + [mine]
+    return [torch.tensor(sorted(mine)) for mine in made]
+
+
+def _families(graph: UnitGraph) -> list[_Family]:
+    """The units between block-sparse layers, in the order of the graph; units that all stay pinned are left out."""
+    weighted = [s for s in graph.stages if s.weights is not None and len(s.outputs.units)]
     families = []
-    for mine in made:
-        classes = torch.tensor(sorted(mine))
-        member = _member(classes, len(graph.classes))
-        near = [s for s in weighted if _axes(s, member[graph.classes])]
+    for classes in unit_families(graph):
+        member = member_of(classes, len(graph.classes))
+        near = [s for s in weighted if axes_of(s, member[graph.classes])]
         sparse = tuple(s for s in near if isinstance(s.weights, BlockWeights) and s.module.block_size > 1)
         if sparse:
             dense = tuple(s for s in near if not isinstance(s.weights, BlockWeights))
-            families.append(_Family(classes, sparse, dense, _is_free(graph, classes, member)))
+            families.append(_Family(classes, sparse, dense, is_free(graph, classes, member)))
     return families
 
 
-def _member(classes: Tensor, count: int) -> Tensor:
+def member_of(classes: Tensor, count: int) -> Tensor:
     """Bool [count]: which classes are in ``classes``."""
     member = torch.zeros(count, dtype=torch.bool)
     member[classes] = True
     return member
 
 
-def _axes(stage: Stage, units: Tensor) -> list[Axis]:
+def axes_of(stage: Stage, units: Tensor) -> list[Axis]:
     """The axes of ``stage`` that hold any of ``units`` (bool by id)."""
     return [a for a in (stage.outputs, stage.inputs) if a is not None and bool(units[a.units].any())]
 
 
-def _is_free(graph: UnitGraph, classes: Tensor, member: Tensor) -> bool:
+def is_free(graph: UnitGraph, classes: Tensor, member: Tensor) -> bool:
     """Whether every axis that holds one of ``classes`` holds exactly them, in this order (each perhaps repeated)."""
     if graph.pins.keys() & set(classes.tolist()):
         return False
-    axes = [axis for stage in graph.stages for axis in _axes(stage, member[graph.classes])]
+    axes = [axis for stage in graph.stages for axis in axes_of(stage, member[graph.classes])]
     return all(torch.equal(graph.classes[axis.units].unique_consecutive(), classes) for axis in axes)

@@ -26,7 +26,7 @@ from sparsenet.reproduce import training_tables
 from sparsenet.reproduce.rows import kept_row
 from sparsenet.reproduce.training_arms import BATCH, Arm, build, planned_bytes, train_arm
 from sparsenet.reproduce.training_levers import BASE, LEVER_TASKS, LEVERS
-from sparsenet.reproduce.training_permutation import prune_both_ways
+from sparsenet.reproduce.training_permutation import compare_orders, whole_task
 from sparsenet.reproduce.training_tasks import TASKS, Unavailable, training_task
 
 __all__ = ["PARTS", "add_arguments", "run"]
@@ -143,17 +143,13 @@ def rival(run: Comparison) -> dict:
 
 
 def permutation(run: Comparison) -> dict:
-    """A dense network cut to its heaviest blocks, with its hidden units as they are and gathered."""
-    rows = []
-    for task in ("Fashion-MNIST", "source code"):
-        try:
-            for seed in run.seeds_for():
-                for density, b in ((0.1, 32), (0.05, 16), (0.02, 16), (0.01, 16)):
-                    found = prune_both_ways(training_task(task, seed, run.scale), seed, density, b, run.scale)
-                    rows += [{"task": task, "seed": seed, "density": density, "block_size": b, **row} for row in found]
-        except Unavailable as error:
-            _say_skipped(f"{task} in permutation", error)
-    return {"rows": rows}
+    """Networks cut to their most important blocks, with their hidden units as they are and gathered."""
+    try:
+        task = whole_task(run.scale)
+    except Unavailable as error:
+        return _skipped("permutation", error)
+    seeds = run.seeds_for(ALL_SEEDS_AT[0])[:WIDE_SEEDS]
+    return {"rows": [row for seed in seeds for row in compare_orders(task, seed)]}
 
 
 # --- times and bytes --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from sparsenet.memory import format_bytes
 from sparsenet.plotting.style import COLOURS, GREY, new_axes, save_figure
 from sparsenet.reproduce.parts import markdown, spread, times_table, verdict
 from sparsenet.reproduce.training_levers import LEVER_TASKS, LEVERS
+from sparsenet.reproduce.training_permutation import GATHERED, GIVEN, SCRATCH, SINGLE
 from sparsenet.reproduce.training_tasks import HELD_OUT, TASKS
 
 __all__ = ["checks", "figures", "gaps", "tables"]
@@ -122,7 +123,7 @@ def tables(numbers: Mapping[str, dict]) -> str:
         if key is not None and numbers[key]["rows"]:
             parts.append(f"### Lever: {lever}\n\n" + _lever(numbers[key]["rows"]))
     if ordered := numbers.get("permutation", {}).get("rows"):
-        parts.append("### Reordered hidden units, simulated\n\n" + _permutation(ordered))
+        parts.append("### Gathered hidden units, Fashion-MNIST\n\n" + _permutation(ordered))
     if rivals := numbers.get("rival", {}).get("rows"):
         parts.append("### SparseLab on the same recipe\n\n" + _rival(rivals))
     if times := numbers.get("step_times", {}).get("rows"):
@@ -233,13 +234,25 @@ def _lever(rows: Rows) -> str:
 
 
 def _permutation(rows: Rows) -> str:
+    """One line for each start, importance, rewiring and number of blocks; gains are paired by seed."""
     body = []
-    for task, density, b in dict.fromkeys((row["task"], row["density"], row["block_size"]) for row in rows):
-        for order in dict.fromkeys(row["order"] for row in rows):
-            where = {"task": task, "density": density, "block_size": b, "order": order}
-            kept, cut, score = (statistics.fmean(_of(rows, key, **where)) for key in ("kept", "cut", "score"))
-            body.append([task, f"{density:.0%}", b, order, f"{kept:.1%}", f"{cut:.1f}", f"{score:.2f}"])
-    return markdown(["data set", "density", "b", "units", "squared weights kept", "cut", "tuned"], body)
+    cut = [row for row in rows if row["blocks"] in (GIVEN, GATHERED)]
+    keys = ("start", "importance", "rewired", "in_a_row")
+    for start, importance, rewired, r in dict.fromkeys(tuple(row[key] for key in keys) for row in cut):
+        where = {"start": start, "importance": importance, "rewired": rewired, "in_a_row": r}
+        kept = [f"{statistics.fmean(_of(cut, 'kept', **where, blocks=b)):.1%}" for b in (GIVEN, GATHERED)]
+        given, gathered = (_of(cut, "score", **where, blocks=b) for b in (GIVEN, GATHERED))
+        gains = [b - a for a, b in zip(given, gathered, strict=True)]
+        error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
+        others = [
+            _scores(_of(rows, "score", in_a_row=r, blocks=SCRATCH, rewired=rewired)),
+            _scores(_of(rows, "score", in_a_row=r, blocks=SINGLE, start=start)),
+        ]
+        after = "RigL" if rewired else "static"
+        gain = f"{statistics.fmean(gains):+.2f}{error}"
+        body.append([start, importance, after, r, *kept, _scores(given), _scores(gathered), gain, *others])
+    header = ["start", "blocks by", "after the cut", "r", "kept, given order", "kept, gathered", "given order"]
+    return markdown([*header, "gathered", "gain", "blocks from the start", "single weights"], body)
 
 
 def _rival(rows: Rows) -> str:

@@ -829,3 +829,22 @@ def test_distributed_data_parallel_is_refused(tmp_path):
         assert own.module[0].weight.grad.shape == (4, 5)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_feed_forward_part_of_torchs_encoder_layer_loses_its_dead_units(norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 24, 0.0, batch_first=True, norm_first=norm_first, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8, dtype=torch.float64), enable_nested_tensor=False)
+    with torch.no_grad():
+        for each in model.layers:
+            each.linear2.weight[:, ::3] = 0.0  # nobody reads a third of the units
+    whole, x = copy.deepcopy(model), torch.randn(3, 5, 8, dtype=torch.float64)
+    report = compact(model)
+    assert {name: change.after for name, change in report.layers.items() if change.after != change.before} == {
+        "layers.0.linear1": 16,
+        "layers.1.linear1": 16,
+    }
+    for training in (False, True):
+        assert_same_function(model.train(training), whole.train(training), x, 1e-12)
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    assert torch.allclose(model(x, mask=mask), whole(x, mask=mask), rtol=1e-12, atol=1e-12)

@@ -11,10 +11,10 @@ import torch
 import sparsenet as sn
 from sparsenet.cli import main
 from sparsenet.layers import SparseLinear
-from sparsenet.reproduce import training, training_levers, training_tasks
+from sparsenet.reproduce import training, training_levers, training_permutation, training_tables, training_tasks
 from sparsenet.reproduce.training_arms import Arm, build, planned_bytes, train_arm
 from sparsenet.reproduce.training_levers import LEVERS, patches
-from sparsenet.reproduce.training_permutation import permuted, prune_both_ways
+from sparsenet.reproduce.training_permutation import GATHERED, GIVEN, SINGLE, compare_orders
 from sparsenet.reproduce.training_tasks import HELD_OUT, TASKS, Unavailable, training_task
 
 SMALL = (96, 96, 96)
@@ -109,37 +109,19 @@ def test_patches(arm_task, rows, cols):
     assert isinstance(layer, SparseLinear) and layer.block_size == 1
 
 
-def test_reordered_units_compute_the_same(arm_task):
-    network = build(Arm("wide", hidden=SMALL), arm_task, 0)
-    x = torch.randn(7, 8)
-    before = network(x)
-    linears = [module for module in network if isinstance(module, torch.nn.Linear)]
-    weights = [linear.weight.detach().clone() for linear in linears]
-    permuted(linears, 16)
-    assert torch.allclose(network(x), before, atol=1e-5)
-    assert not torch.equal(linears[1].weight, weights[1])
-    assert torch.equal(linears[1].weight.flatten().sort().values, weights[1].flatten().sort().values)
-
-
-def test_gathering_keeps_more_of_weights_that_were_scattered():
-    """Units of two kinds, each with its own half of the inputs, in turns: gathered, half of the blocks hold all."""
-    linears = [torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)]
-    with torch.no_grad():
-        for linear in linears:
-            linear.weight.zero_()
-        for unit in range(32):
-            half = slice(0, 16) if unit % 2 else slice(16, 32)
-            linears[0].weight[unit, half] = 1.0 + unit / 100
-            linears[1].weight[half, unit] = 1.0
-    permuted(linears, 16)
-    assert all(int(m.weight.reshape(2, 16, 2, 16).abs().sum((1, 3)).ne(0).sum()) == 2 for m in linears)
-
-
-def test_both_orders_are_cut_and_tuned():
-    task = training_task("digits", 0, 0.05)
-    plain, gathered = prune_both_ways(task, 0, 0.1, 16, 0.05)
-    assert (plain["order"], gathered["order"]) == ("as it is", "gathered")
-    assert 0 < plain["kept"] < 1 and 0 < gathered["kept"] < 1
+def test_both_orders_are_cut_and_tuned(monkeypatch):
+    monkeypatch.setattr(training_permutation, "HIDDEN", (64, 64))
+    monkeypatch.setattr(training_permutation, "IN_A_ROW", (1.0,))
+    rows = compare_orders(training_task("digits", 0, 0.1), 0)
+    assert len({row["weights"] for row in rows if row["blocks"] != SINGLE}) == 1  # equal networks but for the order
+    for start in ("dense", "single weights"):
+        for importance in ("magnitude", "taylor"):
+            where = {"start": start, "importance": importance}
+            mine = [row for row in rows if where.items() <= row.items()]
+            kept = {row["blocks"]: row["kept"] for row in mine}
+            assert len(mine) == 4 and 0 < kept[GIVEN] < kept[GATHERED] < 1
+    text = training_tables.tables({"permutation": {"rows": rows, "wall_seconds": 1.0, "cpu_seconds": 1.0}})
+    assert text.count("| 1.0 |") == 8 and "| dense | magnitude | static | 1.0 |" in text
 
 
 def described(arm):

@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "embedding": "networks in a continuous space",
     "gates": "tri-state ReLU, compaction, depth collapse",
     "growth": "saliency, growth and pruning, budgets",
+    "policies": "every policy in one small experiment, and what a rewire costs",
     "training": "sparse networks against the dense ones one would take instead",
 }
 

@@ -89,7 +89,7 @@ class MEST(GrowsAtRandom):
     """Drops the least of ``|w| + weight |g|``, grows at random. MEST (Yuan et al., 2021), by squared norms of blocks.
 
     A small weight that the gradient still moves may stay. The gradient is that of the last step of the optimizer, so
-    :meth:`Sparsifier.step` has to be called before the next ``zero_grad``.
+    :meth:`sparsenet.Sparsifier.step` has to be called before the next ``zero_grad``.
 
     Attributes:
         weight: of the gradient; theirs is 0.01.

@@ -39,7 +39,7 @@ def prune_at_initialization(
         policy: its drop scores decide, and its adjustment of the values that stay, if it has one; nothing grows.
         density: of all trainable sparse layers together, in weights.
         rounds: scores are measured, and blocks dropped, so many times, the density falling by the same factor in each.
-            Default: what the policy says (100 for :class:`SynFlow`), else 1.
+            Default: what the policy says (100 for :class:`sparsenet.SynFlow`), else 1.
         distribution: ``global``: the lowest scores per weight leave, compared over all layers; or how the density is
             spread, as for :class:`Sparsifier`. The last block of a row or column of blocks stays where there are blocks
             enough, so no layer empties.

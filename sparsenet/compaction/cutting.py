@@ -162,8 +162,8 @@ def _prepared(model: nn.Module, patterns: Mapping[str, BlockPattern], optimizers
             put_into = _Landing(layer, pattern)
             states = [(o, _elementwise(o, layer.values, name)) for o in optimizers]
             new = [(o, {key: put_into(t) for key, t in state.items()}) for o, state in states if state]
-            old = (layer.pattern, layer.values.detach(), layer.element_mask, layer.values.grad, states)
-            put = partial(put_blocks, layer, pattern, put_into(layer.values.detach()), None, None, new)
+            old = (layer.pattern, layer.values.detach(), layer.element_mask, layer.values.grad, states, layer.elements)
+            put = partial(put_blocks, layer, pattern, put_into(layer.values.detach()), None, None, new, None)
             moves.puts.append((put, partial(put_blocks, layer, *old)))
     return moves
 

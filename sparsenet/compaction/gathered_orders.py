@@ -95,6 +95,8 @@ def _why_fixed(
             return f"module {stage.name!r} ({type(layer).__name__}) normalises over it"
         if sparse and layer.block_size > 1 and layer.element_mask is None:
             return f"moving them would break up the whole blocks of {stage.name!r}"
+        if sparse and layer.elements is not None and _has(graph, member, stage.inputs):
+            return f"moving them would break the rule {layer.elements} of {stage.name!r}"
         if sparse and layer.block_size > 1 and _has_block_state(layer, optimizers):
             return f"an optimizer keeps one number for each block of {stage.name!r}"
     if not is_free(graph, classes, member):

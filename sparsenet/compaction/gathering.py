@@ -140,8 +140,8 @@ def gather_units(
 
     In an MLP and in a transformer's feed-forward part all hidden units are free. Units stay where something depends on
     their order: inputs and outputs of the model, a residual stream under a LayerNorm, attention heads, whole blocks of
-    a SparseLinear that moving would break up. In a SparseLinear every active element stays active, and no other
-    becomes so: the pattern is made anew from where they land.
+    a SparseLinear that moving would break up, N:M groups. In a SparseLinear every active element stays active, and no
+    other becomes so: the pattern is made anew from where they land.
 
     The search is coordinate ascent (TETRIS: Ji et al., 2018, has the idea): keep the heaviest blocks of the present
     order, let units change places between blocks given those, and repeat, layer after layer. It never ends below where

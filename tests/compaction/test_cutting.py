@@ -144,6 +144,18 @@ def test_copies_and_a_sparsifier_follow():
     assert model[0].pattern == average[0].pattern != patterns["0"]
 
 
+def test_groups_become_whole_blocks_and_come_back_after_a_failure(monkeypatch):
+    model = nn.Sequential(sn.SparseLinear(24, 40, density=0.5, block_size=8, element_mask="2:4"), nn.Linear(40, 10))
+    weight, patterns = model[0].weight_dense().detach(), {"0": half(model[0], 4), "1": half(model[1], 8)}
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsenet.compaction.cutting.sparsify_", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reblock_(model, patterns)
+    assert str(model[0].elements) == "2:4" and torch.equal(model[0].weight_dense(), weight)
+    reblock_(model, patterns)
+    assert model[0].elements is None and torch.equal(model[0].weight_dense(), weight * inside(patterns["0"]))
+
+
 def test_an_optimizer_without_state_or_without_the_layer_gets_none():
     model = sn.SparseMLP([24, 40, 10], 0.5, 1)
     fresh, other = torch.optim.Adam(model[0].parameters()), torch.optim.Adam(model[1].parameters())

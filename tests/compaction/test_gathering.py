@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -298,6 +299,20 @@ def test_masked_elements_stay_as_many(b):
     assert all(bool((layer.values[~layer.element_mask] == 0).all()) for layer in model)
 
 
+def test_outputs_of_a_layer_of_groups_move_and_the_rule_stays():
+    model = nn.Sequential(
+        sn.SparseLinear(24, 40, density=0.5, block_size=8, element_mask="2:4", activation="relu", dtype=torch.float64),
+        nn.Linear(40, 10, dtype=torch.float64),
+    )
+    x = torch.randn(5, 24, dtype=torch.float64)
+    before, active = model(x), model[0].num_active
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gather_units(model, **SETTINGS).layers["0"].moved > 0
+    assert str(model[0].elements) == "2:4" and model[0].num_active == active
+    assert torch.allclose(model(x), before, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_feed_forward_part_of_a_transformer(norm_first, whole):
@@ -386,6 +401,10 @@ def test_what_cannot_move_says_why():
     assert gather_units(Twice(), **SETTINGS).layers["a"].stays == "module 'a' is called 2 times"
     whole = nn.Sequential(nn.Linear(8, 16), sn.SparseLinear(16, 8, density=0.5, block_size=4))
     assert gather_units(whole, **SETTINGS).layers["0"].stays == "moving them would break up the whole blocks of '1'"
+    grouped = nn.Sequential(nn.Linear(8, 16), sn.SparseLinear(16, 8, density=0.5, block_size=4, element_mask="2:4"))
+    report = gather_units(grouped, **SETTINGS)
+    assert report.layers["0"].stays == "moving them would break the rule 2:4 of '1'"
+    assert str(grouped[1].elements) == "2:4"
     opaque = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
     assert "left whole as asked" in gather_units(opaque, **SETTINGS, opaque=["1"]).layers["0"].stays
     images = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -17,10 +16,15 @@ TEXT = """# Results: conformance of the policies
 
 Written by `python -m sparsenet.testing --policies docs/results/conformance.md`.
 
-{count} short trainings, in which every two values meet of: {factors}. Pairs that the library refuses are left out. A
-number says in how many combinations a policy was checked and everything held; `mest+rigl` drops as the one and grows
-as the other. The last columns say what was rewired: blocks, or elements under masks that keep half of a block or two of
-four. A policy of your own is checked with `sparsenet.testing.check_policy`.
+In {count} combinations every two values of these factors meet, unless the library refuses the pair:
+
+{factors}
+
+Each combination is seven trainings of a few steps. A number says in how many combinations a policy was checked and
+everything held. `mest+rigl` drops as the one and grows as the other. The columns `blocks`, `half` and `2:4` say what
+was rewired: blocks, or elements under masks that keep half of a block or two of four. The last ones count rewires of
+single layers, the blocks or elements that left and that came, and the rewires that left their layer as it was. You can
+check a policy of your own with `sparsenet.testing.check_policy`.
 
 {table}"""
 
@@ -33,12 +37,9 @@ def main() -> None:
     if file is None:
         print(f"sparsenet self test: {self_test()} cases right with {native_build_info()['isa']}", file=sys.stdout)
         return
-    logging.getLogger("sparsenet").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     rows = combinations()
-    factors = ", ".join(
-        f"{len(values)} {name.replace('_', ' ')}s".replace("ys", "ies") for name, values in FACTORS.items()
-    )
+    factors = "\n".join(f"- {name.replace('_', ' ')}: {', '.join(values)}" for name, values in FACTORS.items())
     table = conformance_table(rows, said=print)
     file.write_text(TEXT.format(count=len(rows), factors=factors, table=table), encoding="utf-8")
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from sparsenet.testing.combinations import FACTORS, check_combination, combinations
-from sparsenet.testing.conformance import PROPERTIES
+from sparsenet.testing.conformance import PROPERTIES, ConformanceReport
 
 __all__ = ["conformance_table"]
 
 _COLUMNS = ("optimizer", "elements")
+_NUMBERS = ("rewires", "dropped", "grown", "skipped")  # of a report
 
 
 def conformance_table(
     rows: Sequence[Mapping[str, str]] | None = None, said: Callable[[str], None] = lambda line: None
 ) -> str:
     """Runs combinations and writes down how many held, in Markdown: a row per policy, a column per optimizer and mask.
+
+    The last columns count rewires of single layers whose every property was checked, what left and what grew in them,
+    and how many of them left the layer as it was.
 
     Args:
         rows: of :func:`sparsenet.testing.combinations.combinations`; default: all, which takes minutes.
@@ -32,25 +36,31 @@ def conformance_table(
     """
     rows = combinations() if rows is None else list(rows)
     failed: dict[int, str] = {}
+    reports: dict[int, ConformanceReport] = {}
     for number, row in enumerate(rows):
         try:
-            check_combination(row)
+            reports[number] = check_combination(row)
         except AssertionError as error:
             failed[number] = str(error)
         said(f"{number + 1} of {len(rows)}: {', '.join(row.values())}: {failed.get(number, 'holds')}")
     columns = [(factor, value) for factor in _COLUMNS for value in FACTORS[factor]]
     lines = [
-        f"| policy | all | {' | '.join(value for _, value in columns)} |",
-        f"| --- | ---: | {' | '.join('---:' for _ in columns)} |",
+        f"| policy | all | {' | '.join([*(value for _, value in columns), *_NUMBERS])} |",
+        f"| --- | ---: | {' | '.join('---:' for _ in (*columns, *_NUMBERS))} |",
     ]
     for policy in (name for name in FACTORS["policy"] if any(row["policy"] == name for row in rows)):
         mine = [number for number, row in enumerate(rows) if row["policy"] == policy]
         cells = [_cell(mine, failed)]
         cells += [_cell([n for n in mine if rows[n][factor] == value], failed) for factor, value in columns]
+        found = [reports[number] for number in mine if number in reports]
+        cells += [str(sum(getattr(report, key) for report in found)) for key in _NUMBERS]
         lines.append(f"| `{policy}` | {' | '.join(cells)} |")
+    reasons = sorted({reason for report in reports.values() for reason in report.reasons})
+    skipped = ["", "Layers were skipped because:", "", *(f"- {reason}" for reason in reasons)] if reasons else []
     checked = ["", "Each combination was checked for:", "", *(f"- {name}: {what}" for name, what in PROPERTIES.items())]
     problems = [f"- {', '.join(rows[number].values())}: {what}" for number, what in failed.items()]
-    return "\n".join([*lines, *checked, *(["", "What did not hold:", "", *problems] if problems else [])]) + "\n"
+    wrong = ["", "What did not hold:", "", *problems] if problems else []
+    return "\n".join([*lines, *skipped, *checked, *wrong]) + "\n"
 
 
 def _cell(numbers: Sequence[int], failed: Mapping[int, str]) -> str:

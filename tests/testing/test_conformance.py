@@ -14,6 +14,7 @@ from sparsenet import sparsifier
 from sparsenet.optimizer_state import LayerMove
 from sparsenet.policies import POLICIES
 from sparsenet.testing import PROPERTIES, check_policy, conformance_table
+from sparsenet.testing import __main__ as command
 from sparsenet.testing.combinations import FACTORS, check_combination, combinations, is_allowed, pairwise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,3 +164,21 @@ def test_the_table_counts_by_policy_and_says_what_failed(monkeypatch):
     monkeypatch.setattr(sparsifier, "LayerMove", Filling)
     text = conformance_table([row for row in ALL if (row["policy"], row["elements"]) == ("set", "blocks")][:1])
     assert "✗" in text and "values of grown units must be zero" in text
+
+
+def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
+    rows = [row for row in ALL if row["policy"] == "set"][:1]
+    monkeypatch.setattr(command, "combinations", lambda: rows)
+    monkeypatch.setattr("sys.argv", ["python -m sparsenet.testing", "--policies", str(tmp_path / "page.md")])
+    command.main()
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert text.startswith("# Results: conformance") and "In 1 combinations" in text and "| `set` | ✓ 1 |" in text
+    assert capsys.readouterr().out == f"1 of 1: {', '.join(rows[0].values())}: holds\n"
+
+
+def test_the_command_without_a_file_checks_the_operations(monkeypatch, capsys):
+    monkeypatch.setattr(command, "self_test", lambda: 7)
+    monkeypatch.setattr("sys.argv", ["python -m sparsenet.testing"])
+    command.main()
+    isa = sn.build_info()["isa"]
+    assert capsys.readouterr().out == f"sparsenet self test: 7 cases right with {isa}\n"

@@ -37,7 +37,7 @@ _NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # orders, masks). Per place scored at a time: int64 place, block row, float32 score and their selection. Other: Python
 # objects, small tensors, the heap's rounding.
 _PLANNED_BYTES, _REWIRE_BYTES, _SCORE_BYTES = 31, 27, 31
-_CANDIDATE_BYTES = 120  # per candidate place: what it is drawn from, twice as many draws, its score
+_DRAWN_BYTES, _CANDIDATE_BYTES = 70, 36  # per candidate place: while it is drawn, and while it is scored
 _YOUNG_BYTES = 8  # per block that a rewire exchanges: its place, until it is old enough to leave
 _OTHER_BYTES, _OTHER_SHARE = 2 << 20, 0.005
 
@@ -250,6 +250,8 @@ def _moments(job: _Training, counts: Sequence[int]) -> Iterator[tuple[str, dict[
             planned += size  # the adjusted values
         planned += count * _PLANNED_BYTES
         yield f"rewire of layer {layer}", max(choosing, moving, key=lambda items: sum(items.values()))
+        if job.policy.reads_gradient:  # each goes as its layer is moved
+            kept = kept | {"gradients": kept["gradients"] - size}
     flowing = max(job.rows_bytes(out) + job.rows_bytes(inputs) for out, inputs in job.shapes)
     yield "evaluation", kept | {"activations": flowing + logits}
 
@@ -260,7 +262,9 @@ def _scoring_bytes(job: _Training, layer: int, count: int) -> int:
         return min(job.layer_places[layer], PLACES_AT_ONCE) * _SCORE_BYTES
     candidates, b = job.policy.candidates * job.growing(layer, count), job.block_sizes[layer]
     gradients = min(candidates * b**2, ELEMENTS_AT_ONCE) * job.element_bytes
-    return gradients + candidates * _CANDIDATE_BYTES + ROWS_AT_ONCE * max(job.shapes[layer]) * 8
+    rows = min(ROWS_AT_ONCE, rows_scored(job.batch_size))
+    drawing = candidates * _DRAWN_BYTES + rows * max(job.shapes[layer]) * 4
+    return max(drawing, gradients + candidates * _CANDIDATE_BYTES)
 
 
 def _momentum_bytes(job: _Training, layer: int, count: int) -> int:

@@ -26,7 +26,7 @@ __all__ = ["KEPT_BYTES", "Growth", "is_sparing", "rows_scored", "steps_watched",
 
 KEPT_BYTES = 256 << 20  # of the operands of several calls of one layer; above it only drawn candidates are scored
 _CANDIDATES = 8  # of several calls, for each place that grows
-# Candidates are scored on every fourth row of a batch that leaves so many; docs/training.md has what that costs.
+# Candidates are scored on every fourth row of a batch that leaves so many; docs/policies.md has what that costs.
 _ROWS_EVERY, _LEAST_ROWS = 4, 64
 
 

@@ -22,6 +22,7 @@ Operands = tuple[Tensor, Tensor]  # x [batch, in], gradient of the output before
 CHEAP = 1 << 24  # multiplications of a dense weight gradient, below which all places are scored in any case
 ELEMENTS_AT_ONCE = 1 << 20  # of candidates' gradients: bounds the memory of scoring them
 ROWS_AT_ONCE = 128  # of operands, whose energies are summed
+_DRAWS_AT_ONCE = 1 << 16
 _ROUNDS = 8  # of drawing candidates, until so many differ
 
 
@@ -344,12 +345,9 @@ def likely_places(pattern: BlockPattern, count: int, operands: Operands, key: in
         if len(found) >= count:
             break
         more = count + count // 4 + 4  # some are active, some drawn twice
-        ticks = torch.arange(turn * 2 * more, (turn + 1) * 2 * more, device=active.device)
-        draws = (hash_uniform(ticks, key).double().view(2, -1) + 2.0**-25) * torch.tensor(largest).view(2, 1)
-        row, col = (
-            torch.searchsorted(s, u).clamp_(max=len(s) - 1) for s, u in zip(sums, draws.to(sums[0]), strict=True)
-        )
-        found = torch.cat([found, row * pattern.block_cols + col]).unique()
+        ticks = torch.arange(turn * more, (turn + 1) * more, device=active.device).split(_DRAWS_AT_ONCE)
+        drawn = (_drawn(some, sums, largest, key) for some in ticks)
+        found = torch.cat([found, *(row * pattern.block_cols + col for row, col in drawn)]).unique()
         if len(active):
             at = torch.searchsorted(active, found).clamp_(max=len(active) - 1)
             found = found[active[at] != found]
@@ -360,6 +358,12 @@ def likely_places(pattern: BlockPattern, count: int, operands: Operands, key: in
         taken = torch.cat([active, found]).sort().values
         found = torch.cat([found, functional.draw_free_places(taken, total, missing, key)]).sort().values
     return found
+
+
+def _drawn(ticks: Tensor, sums: list[Tensor], largest: list[float], key: int) -> list[Tensor]:
+    """int64 [n] each: a row and a column for every one of ``ticks``, in proportion to what ``sums`` grow by."""
+    draws = ((hash_uniform(2 * ticks + i, key).double() + 2.0**-25) * top for i, top in enumerate(largest))
+    return [torch.searchsorted(s, u).clamp_(max=len(s) - 1) for s, u in zip(sums, draws, strict=True)]
 
 
 def _squared_norms(blocks: Tensor) -> Tensor:

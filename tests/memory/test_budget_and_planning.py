@@ -50,6 +50,11 @@ PREDICTED_SLOWLY = [
     {"sizes": [784, 8192, 8192, 10], "budget": "256MiB", "block_size": 128, "distribution": "uniform"},
     {"sizes": [784, 16384, 16384, 10], "budget": "256MiB", "batch_size": 64},
     {"sizes": [784, 1024, 1024, 10], "budget": "16MiB", "batch_size": 64, "optimizer": "sgd", "momentum": 0.0},
+    {"sizes": [784, 2048, 2048, 10], "budget": "48MiB", "batch_size": 128, "policy": "mest"},
+    {"sizes": [784, 2048, 2048, 10], "budget": "48MiB", "batch_size": 128, "policy": "topkast"},
+    {"sizes": [784, 2048, 2048, 10], "budget": "48MiB", "batch_size": 128, "policy": "snfs", "steps": 31},
+    {"sizes": [784, 2048, 2048, 10], "budget": "48MiB", "batch_size": 128, "policy": "granet", "steps": 31},
+    {"sizes": [784, 2048, 2048, 10], "budget": "48MiB", "batch_size": 128, "policy": "movement", "steps": 31},
 ]
 
 

@@ -128,6 +128,8 @@ ARMS: dict[str, dict[str, Recipe]] = {
     },
 }
 
+ARMS["sparser"] = {name: replace(recipe, block_size=1, stored=0.01) for name, recipe in ARMS["policies"].items()}
+
 
 def build(recipe: Recipe, task: Task, seed: int) -> SparseMLP:
     """The network before its first step; blocks by Erdos-Renyi."""
@@ -225,6 +227,7 @@ def _whole(task: Task) -> tuple[Tensor, Tensor]:
 
 PARTS: dict[str, Callable[[Growth], dict]] = {
     "policies": lambda run: compare(run, "policies"),
+    "sparser": lambda run: compare(run, "sparser"),
     "elements": lambda run: compare(run, "elements"),
     "candidates": lambda run: compare(run, "candidates"),
     "cost": costs,

@@ -157,7 +157,8 @@ def train(recipe: Recipe, task: Task, seed: int, epochs: int) -> dict:
     x, y = task.train
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=DECAY, fused=True)
-    per_epoch = len(x) // BATCH
+    batch = min(BATCH, len(x))
+    per_epoch = len(x) // batch
     steps = epochs * per_epoch
     end = max(1, round(UNTIL * steps))
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -166,7 +167,7 @@ def train(recipe: Recipe, task: Task, seed: int, epochs: int) -> dict:
         prune_at_initialization(model, recipe.at_start(first), _final(recipe), optimizer=optimizer, seed=seed)
     sparsifier = _sparsifier(recipe, model, optimizer, end, seed)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator)[: per_epoch * BATCH].split(BATCH):
+        for rows in torch.randperm(len(x), generator=generator)[: per_epoch * batch].split(batch):
             optimizer.zero_grad()
             task.loss(model(x[rows]), y[rows]).backward()
             optimizer.step()

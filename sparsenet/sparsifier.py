@@ -111,9 +111,8 @@ class Sparsifier:
         True
     """
 
-    optional_state = frozenset(
-        {"budget", "policy", "seen_bytes", "watched", "young"}
-    )  # entries of a state that another may lack
+    # entries of a state that another may lack
+    optional_state = frozenset({"budget", "policy", "seen_bytes", "watched", "young"})
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from sparsenet.memory.costs import LayerCost, layer_costs
 from sparsenet.memory.measured_times import MeasuredTimes
 from sparsenet.memory.network import StepBytes, step_bytes
 from sparsenet.memory.planning import BudgetError, MemoryPlan, plan
+from sparsenet.memory.spreading import equal_time
 from sparsenet.memory.step_time import StepTimeModel
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "StepBytes",
     "StepTimeModel",
     "available_bytes",
+    "equal_time",
     "format_bytes",
     "layer_costs",
     "measure_peak",

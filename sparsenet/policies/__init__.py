@@ -7,6 +7,7 @@ from sparsenet.policies.gradual import ACDC, GMP, GraNet, Movement
 from sparsenet.policies.latent import TopKAST
 from sparsenet.policies.policy import Combination, LayerView, Policy, block_squared_norms
 from sparsenet.policies.rewiring import MEST, SET, SNFS, Random, RigL, Static
+from sparsenet.policies.spreading import sensitivity
 
 __all__ = [
     "ACDC",
@@ -33,6 +34,7 @@ __all__ = [
     "TopKAST",
     "WoodFisher",
     "block_squared_norms",
+    "sensitivity",
 ]
 
 POLICIES: dict[str, type[Policy]] = {

@@ -286,6 +286,8 @@ class Sparsifier:
             if rewires and update is None:
                 update = self._rewire_or_shrink()
         finally:
+            for growth in self._growth.values():
+                growth.grow_older()
             self._arm()
         warn_about_averages(self.layers, self._follower_layers)
         return update

@@ -524,6 +524,8 @@ class StatesOfLayers:
             o: (steps[o] is None or not bool(steps[o])) if o in steps else o not in self._seen and _all_finite(o)
             for o in self.optimizers
         }
+        if all(made.values()):
+            return frozenset()
         holders = {name: [o for o in self.optimizers if holds(o, layer.values)] for name, layer in self.layers.items()}
         return frozenset(name for name, found in holders.items() if found and not any(made[o] for o in found))
 

@@ -2,8 +2,9 @@
 
 A policy that wants to see a pass for the sake of what leaves is shown it here as well.
 
-The gradient that counts is that of one backward pass, the last before the rewire; or, for a policy with ``momentum``,
-the sum of those of the last steps before it, the older the less. A layer that is called several times in a pass
+The gradient that counts is that of one backward pass, the last before the rewire (of micro-batches the last one), and
+before it is clipped; or, for a policy with ``momentum``, the sum of those of the last steps before it, the older the
+less: of all passes of a step, but for places where it is not finite. A layer that is called several times in a pass
 (recurrence, shared blocks) has the sum of its calls' gradients; as the weight gradient is ``grad_output.T @ x``, that
 is the gradient of all calls' rows put together.
 """

@@ -484,6 +484,8 @@ class StatesOfLayers:
         self.optimizers, self.layers, self.grown_state = tuple(optimizers), dict(layers), grown_state
         self.patterns: dict[str, BlockPattern] = {}
         self.marks: dict[tuple[int, str], Mark] = {}
+        self._steps: dict[Optimizer, Tensor | None] = {}  # that were made, each with a GradScaler's ``found_inf``
+        self._seen: set[Optimizer] = set()  # those that ever made one
         self.mark()
         this = weakref.ref(self)  # the optimizers' hooks keep nothing alive
 
@@ -491,9 +493,10 @@ class StatesOfLayers:
             if (states := this()) is not None:
                 states.follow()
 
-        def after(*_) -> None:
+        def after(optimizer: Optimizer, *_) -> None:
             if (states := this()) is not None:
                 states.mark()
+                states._steps[optimizer] = getattr(optimizer, "found_inf", None)
 
         for optimizer in self.optimizers:
             if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
@@ -507,6 +510,24 @@ class StatesOfLayers:
             self.patterns[name] = layer.pattern
             for number, optimizer in enumerate(self.optimizers):
                 self.marks[number, name] = _mark(optimizer, layer.values)
+
+    def without_step(self) -> frozenset[str]:
+        """Layers whose values no optimizer has stepped since the last call; their gradients count for nothing new.
+
+        A GradScaler calls no optimizer where gradients are not finite; a fused one it calls all the same, and tells it
+        by ``found_inf``: gradients are then left as they are, loss scale and all. Of an optimizer that was never seen
+        to step only the gradients tell.
+        """
+        steps, self._steps = self._steps, {}
+        self._seen.update(steps)
+        made = {
+            o: (steps[o] is None or not bool(steps[o])) if o in steps else o not in self._seen and _all_finite(o)
+            for o in self.optimizers
+        }
+        if all(made.values()):
+            return frozenset()
+        holders = {name: [o for o in self.optimizers if holds(o, layer.values)] for name, layer in self.layers.items()}
+        return frozenset(name for name, found in holders.items() if found and not any(made[o] for o in found))
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -531,6 +552,12 @@ class StatesOfLayers:
             self.patterns[name] = layer.pattern
             for number, optimizer in enumerate(self.optimizers):
                 self.marks[number, name] = _mark(optimizer, layer.values)
+
+
+def _all_finite(optimizer: Optimizer) -> bool:
+    """Whether all gradients of its parameters are."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
 
 
 Mark = dict[str, tuple[weakref.ref, int]]  # by name of the state: the tensor, and how often it was written to

@@ -162,6 +162,7 @@ class Sparsifier:
             grace = int(not isinstance(as_schedule(policy.drop_fraction), Constant))
         self._newborn = Newborn(as_integer("Sparsifier", "grace", grace, at_least=0))
         self._last_call = LastCall()
+        self._without_step: frozenset[str] = frozenset()  # layers that no optimizer has stepped
         self._refuse_fixed()
         self._census.proportions = self._census.counts(self.layers)
         self._states = StatesOfLayers(self.optimizers, self.layers, self.grown_state)
@@ -278,6 +279,8 @@ class Sparsifier:
         rewires = self._rewires_at(self.steps)
         distributed.assert_same("the decision to rewire", int(rewires) + 2 * (self._holding is not None))
         self._states.follow()
+        if self.policy.reads_gradient:
+            self._without_step = self._states.without_step()
         self._after_step()
         update = None
         try:
@@ -285,6 +288,8 @@ class Sparsifier:
             if rewires and update is None:
                 update = self._rewire_or_shrink()
         finally:
+            for growth in self._growth.values():
+                growth.grow_older()
             self._arm()
         warn_about_averages(self.layers, self._follower_layers)
         return update
@@ -333,8 +338,10 @@ class Sparsifier:
             return
         with torch.no_grad():
             for name in self._rewired():
+                view = self._view(name, self.steps)
+                view.has_step = name not in self._without_step
                 with suppress(BadScores):  # no gradient at hand; it is said where a rewire would need it
-                    self.policy.after_step(self._view(name, self.steps))
+                    self.policy.after_step(view)
 
     def _rewired(self) -> dict[str, SparseLinear]:
         """The layers that take part: trainable ones."""
@@ -453,6 +460,7 @@ class Sparsifier:
             return "its pattern was replaced after the rewire was prepared"
         if not quota.drop and not self._pools():
             return None
+        growth.view.has_step = name not in self._without_step
         try:
             return drop_scores(self.policy, growth)
         except BadScores as error:

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,32 +11,37 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsenet as sn
+from sparsenet.policies import views
 
 STEPS, BATCH = 9, 32
 
 
-def make(seed=0):
+def make(seed=0, mask=None):
     torch.manual_seed(seed)
-    return sn.SparseMLP([40, 64, 64, 10], density=0.4, block_size=8)
+    model = sn.SparseMLP([40, 64, 64, 10], density=0.4, block_size=8)
+    for layer in model if mask is not None else ():
+        layer.set_element_mask(mask)
+    return model
 
 
-def batches():
+def batches(rows=BATCH):
     generator = torch.Generator().manual_seed(7)
     teacher = torch.randn(40, 10, generator=generator)
     for _ in range(STEPS):
-        x = torch.randn(BATCH, 40, generator=generator)
+        x = torch.randn(rows, 40, generator=generator)
         yield x, (x @ teacher).argmax(1)
 
 
-def train(model, sparsifier, optimizer, rank, world, first=0, after_step=lambda step: None):
-    share = BATCH // world
-    for step, (x, y) in enumerate(batches()):
+def train(model, sparsifier, optimizer, rank, world, first=0, after_step=lambda step: None, rows=BATCH, micro=1):
+    share = rows // micro // world
+    for step, (x, y) in enumerate(batches(rows)):
         if step < first:
             continue
-        part = slice(rank * share, (rank + 1) * share)
-        loss = torch.nn.functional.cross_entropy(model(x[part]), y[part])
         optimizer.zero_grad()
-        loss.backward()
+        for turn in range(micro):
+            part = slice((turn * world + rank) * share, (turn * world + rank + 1) * share)
+            with nullcontext() if turn == micro - 1 or world == 1 else model.no_sync():
+                (torch.nn.functional.cross_entropy(model(x[part]), y[part]) / micro).backward()
         optimizer.step()
         sparsifier.step()
         after_step(step + 1)
@@ -77,6 +83,45 @@ def train_within_a_budget(rank, world):
     return module
 
 
+GROWTH = {  # by name: a policy, and how it is trained where that is not the default
+    "candidates": (sn.RigL(0.1), {"rows": 256}),  # on a quarter of the rows
+    "micro-batches": (sn.RigL(0.3), {"micro": 2}),
+    "snfs": (sn.SNFS(0.3, momentum=0.5), {}),
+    "snfs everywhere": (sn.SNFS(0.3, momentum=0.5, candidates=1000), {"micro": 2}),
+    "mest": (sn.MEST(0.3, weight=1.0), {}),
+    "granet": (sn.GraNet(0.3), {}),
+    "elements": (sn.RigL(0.3), {}),
+    "2:4": (sn.RigL(0.3), {}),
+}
+
+
+def train_with_each(rank, world):
+    """One network after another, each with a way of growth of its own."""
+    trained = torch.nn.ModuleDict()
+    for name, (policy, how) in GROWTH.items():
+        views.CHEAP = 0 if name == "candidates" else 1 << 24
+        module = make(mask={"elements": 0.3, "2:4": "2:4"}.get(name))
+        model = DistributedDataParallel(module) if world > 1 else module
+        falling = {}
+        if name == "granet":
+            model = sn.distributed.DataParallel(module) if world > 1 else module
+            falling = {"density": sn.Linear(0.4, 0.15, STEPS), "distribution": "global"}
+        optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+        before = [layer.state_dict() for layer in module]
+        elements = name in ("elements", "2:4")
+        sparsifier = sn.Sparsifier(model, optimizer, policy, every=3, elements=elements, **falling)
+        train(model, sparsifier, optimizer, rank, world, **how)
+        sn.distributed.assert_same_topology(model)
+        moved = "element_mask" if elements else "col_indices"
+        for layer, state in zip(module, before, strict=True):
+            now = layer.state_dict()[moved]
+            assert layer.out_features == 10 or now.shape != state[moved].shape or not torch.equal(now, state[moved]), (
+                name
+            )
+        trained[name] = module
+    return trained
+
+
 def policy(name):
     return {
         "rigl": sn.RigL(0.3),
@@ -114,6 +159,8 @@ def run(case, rank, world, checkpoint):
         for _ in range(3):
             sparsifier.step()
         return model
+    if kind == "growth":
+        return train_with_each(rank, world)
     if kind == "budget":
         return train_within_a_budget(rank, world)
     module = make(seed=rank if kind == "synchronized" else 0)

@@ -46,6 +46,23 @@ def test_two_processes_train_as_one(case, tmp_path):
             torch.testing.assert_close(two[0][key], one[key], atol=2e-4, rtol=2e-3)
 
 
+def test_two_processes_grow_as_one(tmp_path):
+    """SNFS draws its candidates by the seed on several ranks and by energies on one: the numbers are the same."""
+    codes, errors, two = launch("growth-x", 2, tmp_path)
+    assert codes == [0, 0], errors
+    codes, errors, (one,) = launch("growth-x", 1, tmp_path)
+    assert codes == [0], errors
+    assert two[0].keys() == two[1].keys() == one.keys() and any(key.endswith("element_rule") for key in one)
+    for key, expected in one.items():
+        assert torch.equal(two[0][key], two[1][key]), key
+        if key.startswith("snfs."):
+            assert two[0][key].shape == expected.shape, key
+        elif expected.is_floating_point():
+            torch.testing.assert_close(two[0][key], expected, atol=2e-4, rtol=2e-3, msg=key)
+        else:
+            assert torch.equal(two[0][key], expected), key
+
+
 def test_ranks_agree_on_the_smallest_budget(tmp_path):
     codes, errors, (first, second) = launch("budget-rigl", 2, tmp_path)
     assert codes == [0, 0], errors

@@ -52,8 +52,8 @@ class Movement(Falling):
 
     After every step ``-w g`` is added to the score of a block, summed over its weights; the lowest leave. As their soft
     form it has no scores that are trained, and what has left does not come back. The gradient is that of the last step
-    of the optimizer, so :meth:`sparsenet.Sparsifier.step` has to be called before the next ``zero_grad``; a gradient
-    that is not finite, as when a GradScaler skips its step, does not count.
+    of the optimizer, so :meth:`sparsenet.Sparsifier.step` has to be called before the next ``zero_grad``. It counts
+    once, and not at all where it is not finite or where a GradScaler skipped the step.
 
     Example:
         >>> import torch, sparsenet as sn

@@ -2,8 +2,9 @@
 
 A policy that wants to see a pass for the sake of what leaves is shown it here as well.
 
-The gradient that counts is that of one backward pass, the last before the rewire; or, for a policy with ``momentum``,
-the sum of those of the last steps before it, the older the less. A layer that is called several times in a pass
+The gradient that counts is that of one backward pass, the last before the rewire (of micro-batches the last one), and
+before it is clipped; or, for a policy with ``momentum``, the sum of those of the last steps before it, the older the
+less: of all passes of a step, but for places where it is not finite. A layer that is called several times in a pass
 (recurrence, shared blocks) has the sum of its calls' gradients; as the weight gradient is ``grad_output.T @ x``, that
 is the gradient of all calls' rows put together.
 """
@@ -98,13 +99,11 @@ class Growth:
             self._all_seen()
 
     def _begin_pass(self) -> None:
-        """Of an earlier pass only a momentum is left."""
+        """Of an earlier pass only a momentum is left, to which all passes of a step add."""
         self._kept, self.view.measured, self.error = [], {}, ""
         self.places = self.scores = None
         if not self.policy.momentum:
             self._candidates = None
-        elif self._candidates is not None:
-            self._candidates[1].mul_(self.policy.momentum)
 
     def _all_seen(self) -> None:
         """Scores at once, so that the operands of one layer at a time are kept; several ranks score at the rewire."""
@@ -127,7 +126,11 @@ class Growth:
         if self._candidates is None:
             view, side = self.view, self.view.pattern.block_size
             if self.policy.momentum and self._kept and not distributed.is_active():
-                places = view.likely_places((self.policy.candidates or _CANDIDATES) * self.count, self._kept[0])
+                try:
+                    places = view.likely_places((self.policy.candidates or _CANDIDATES) * self.count, self._kept[0])
+                except BadScores as error:  # as when a loss scale is too large: the next pass draws
+                    self._kept, self.error = [], str(error)
+                    return
             else:
                 places = view.random_places((self.policy.candidates or _CANDIDATES) * self.count)
             self._candidates = places, torch.zeros(len(places), side, side, device=places.device)
@@ -137,7 +140,12 @@ class Growth:
             gradient += more.nan_to_num_(0.0, 0.0, 0.0) if self.policy.momentum else more
         self._kept = []
 
-    # --- between passes: what a momentum is saved as ---
+    # --- between steps: what a momentum becomes, and is saved as ---
+
+    def grow_older(self) -> None:
+        """The optimizer has made a step: what the momentum is of so far counts less from now on."""
+        if self.policy.momentum and self._candidates is not None:
+            self._candidates[1].mul_(self.policy.momentum)
 
     def state(self) -> dict[str, Tensor]:
         """The candidates and their gradient so far; empty where there are none."""

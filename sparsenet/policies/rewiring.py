@@ -88,8 +88,9 @@ class Random(GrowsAtRandom):
 class MEST(GrowsAtRandom):
     """Drops the least of ``|w| + weight |g|``, grows at random. MEST (Yuan et al., 2021), by squared norms of blocks.
 
-    A small weight that the gradient still moves may stay. The gradient is that of the last step of the optimizer, so
-    :meth:`sparsenet.Sparsifier.step` has to be called before the next ``zero_grad``.
+    A small weight that the gradient still moves may stay. The gradient is that of the last step of the optimizer:
+    accumulated, unscaled and clipped as the optimizer saw it. So :meth:`sparsenet.Sparsifier.step` has to be called
+    before the next ``zero_grad``, and where a GradScaler skipped the step the layer keeps its pattern.
 
     Attributes:
         weight: of the gradient; theirs is 0.01.

@@ -35,6 +35,7 @@ class View:
         self.key = key
         self.drop = drop
         self.step = step
+        self.has_step = True  # of the optimizer, since the last of the Sparsifier
         self.measured: dict[str, Any] = {}
         self.state: dict[str, Tensor] = {}
         self.operands: Operands | None = None
@@ -49,6 +50,8 @@ class View:
     def gradient(self) -> Tensor:
         """[num_blocks, b, b]; BadScores where there is none."""
         gradient = self.layer.values.grad
+        if not self.has_step:
+            raise BadScores("its optimizer made no step since the last Sparsifier.step(): were gradients not finite?")
         if gradient is None:
             raise BadScores("its values have no gradient; call Sparsifier.step() before zero_grad()")
         return gradient.detach()

@@ -152,14 +152,19 @@ def _choose_in_groups(growth: Growth, quota: Quota, scores: Tensor | None, young
 
 
 def _ranked_in_groups(places: Tensor, scores: Tensor, columns: int, m: int) -> tuple[Tensor, Tensor]:
-    """Indices into ``places``, by group and score, and an ascending key of group and rank in the group."""
+    """Indices into ascending ``places``, by group and score, and an ascending key of group and rank in the group."""
+    if not len(places):
+        return places, places
     group = places // columns * -(-columns // m) + places % columns // m
-    order = scores.sort(stable=True).indices
-    order = order[group[order].sort(stable=True).indices]
-    sorted_group = group[order]
-    start = torch.searchsorted(sorted_group, sorted_group)
-    rank = torch.arange(len(order), device=order.device) - start
-    return order, sorted_group * m + rank
+    present, number, count = group.unique_consecutive(return_inverse=True, return_counts=True)
+    start = count.cumsum(0) - count
+    within = torch.arange(len(places), device=places.device) - start[number]
+    table = scores.new_full((len(present), m), math.inf)  # a group may have fewer than m
+    table[number, within] = scores
+    order = table.argsort(dim=1, stable=True)
+    filled = torch.arange(m, device=places.device) < count[:, None]
+    keys = present[:, None] * m + torch.arange(m, device=places.device)
+    return (start[:, None] + order)[filled], keys[filled]
 
 
 def next_pattern(view: View, choice: Choice) -> tuple[BlockPattern, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ CHEAP = 1 << 24  # multiplications of a dense weight gradient, below which all p
 ELEMENTS_AT_ONCE = 1 << 20  # of candidates' gradients: bounds the memory of scoring them
 ROWS_AT_ONCE = 128  # of operands, whose energies are summed
 _DRAWS_AT_ONCE = 1 << 16
+_ROW_AT_ONCE = 4096  # elements in a row of blocks, from which on it is put in order by itself
 _ROUNDS = 8  # of drawing candidates, until so many differ
 
 
@@ -287,13 +289,21 @@ class ElementView(View):
 
     def _places_of(self, rows: tuple[int, int], active: bool) -> Tensor:
         """int64, ascending: places of the stored elements of block rows [begin, end) that are, or are not, active."""
+        bounds = self.blocks.crow[rows[0] : rows[1] + 1].tolist()
+        if (bounds[-1] - bounds[0]) * self.blocks.block_size**2 < _ROW_AT_ONCE * (rows[1] - rows[0]):
+            return self._unordered(bounds[0], bounds[-1], active).sort().values
+        parts = [self._unordered(*pair, active, by_row=True) for pair in pairwise(bounds)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def _unordered(self, first: int, last: int, active: bool, by_row: bool = False) -> Tensor:
+        """The same for blocks [first, last), block by block; or row by row, which ascends in one row of blocks."""
         blocks, (out_features, in_features), b = self.blocks, self.blocks.shape, self.blocks.block_size
-        first, last = int(blocks.crow[rows[0]]), int(blocks.crow[rows[1]])
         side = torch.arange(b, device=blocks.device)
         row = (blocks.row_indices[first:last].long() * b).view(-1, 1, 1) + side.view(1, b, 1)
         col = (blocks.col[first:last].long() * b).view(-1, 1, 1) + side.view(1, 1, b)
         mask = self.mask[first:last] if active else ~self.mask[first:last] & (row < out_features) & (col < in_features)
-        return (row * in_features + col)[mask].sort().values
+        places = row * in_features + col
+        return places.transpose(0, 1)[mask.transpose(0, 1)] if by_row else places[mask]
 
 
 def elements_inside(pattern: BlockPattern) -> int:

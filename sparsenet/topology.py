@@ -32,6 +32,8 @@ class Topology:
         label: how errors name the layer.
         expected_calls: calls of the layer in eager forward passes since the observer began to watch, whose backward it
             has not seen; 0 where they were not counted.
+        recomputed_in: autograd's number of the backward pass within which the layer was last called in an eager forward
+            pass since the observer began to watch, as checkpointing does; -1: within none.
         trained: whether a backward pass has ever made a gradient for the values.
         family: the layers that are copies of each other; a weak set that they share.
         written: how often the values' memory had been written to when the layer last knew what is in it.
@@ -49,7 +51,8 @@ class Topology:
     """
 
     __slots__ = (
-        "__weakref__", "elements", "expected_calls", "family", "label", "mask_bits", "observer", "pattern", "trained",
+        "__weakref__", "elements", "expected_calls", "family", "label", "mask_bits", "observer", "pattern",
+        "recomputed_in", "trained",
         "written",
     )  # fmt: skip
 
@@ -66,6 +69,7 @@ class Topology:
         self.label = label
         self.observer: Observer | None = None
         self.expected_calls = 0
+        self.recomputed_in = -1
         self.trained = False
         self.family: weakref.WeakSet = weakref.WeakSet()
         self.written = -1

@@ -30,6 +30,8 @@ _CANDIDATES = 8  # of several calls, for each place that grows
 # Candidates are scored on every fourth row of a batch that leaves so many; docs/policies.md has what that costs.
 _ROWS_EVERY, _LEAST_ROWS = 4, 64
 
+_IN_PARTS = "it was called in several reentrant checkpoints of one backward pass; give checkpoint use_reentrant=False"
+
 
 def steps_watched(policy: Policy) -> int:
     """Steps before a rewire at which gradients count: with momentum, until an older one would count less than a tenth.
@@ -60,6 +62,8 @@ class Growth:
         self.error = ""
         self._of_layer = view.layer.pattern
         self._pass = -1  # autograd's number of the backward pass that ``_kept`` is from
+        self._whole = -1  # of the pass that this one is part of, with reentrant checkpoints; else the same
+        self._in_parts = False  # whether that whole pass has come in parts, which do not tell their sum
         self._kept: list[Operands] = []
         self._candidates: tuple[Tensor, Tensor] | None = None  # places and their gradient so far
 
@@ -81,12 +85,17 @@ class Growth:
 
     def observe(self, x: Tensor, grad_output: Tensor) -> None:
         """Called by the layer's backward, as often as the layer was called."""
-        this_pass = torch._C._current_graph_task_id()
+        this_pass, within = torch._C._current_graph_task_id(), self.view.layer.topology.recomputed_in
         if this_pass != self._pass or this_pass < 0:
             self._begin_pass()
-            self._pass = this_pass
+            whole = within if within >= 0 else this_pass
+            self._in_parts = whole == self._whole >= 0
+            self._pass, self._whole = this_pass, whole
             if this_pass >= 0:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
+        if self._in_parts:
+            self.error = _IN_PARTS
+            return
         if self.watches_drops:
             self.policy.observe(self.view, x.detach(), grad_output.detach())
         if not self.watches_growth:
@@ -169,7 +178,9 @@ class Growth:
     def settle(self, count: int) -> None:
         """Finds ``count`` places now, where backward has left that to the rewire. Every rank calls it."""
         self.count = count
-        if not self.policy.needs_gradient:
+        if self._in_parts:
+            self.error = _IN_PARTS
+        elif not self.policy.needs_gradient:
             self._select(None)
         elif distributed.any_rank(self._candidates is not None):
             self._sum_candidates()  # as the others do

@@ -56,6 +56,28 @@ def test_row71_calls_of_one_backward_pass_are_summed(how):
     assert sparsifier.step().layers["layer"].grown_places.tolist() == expected
 
 
+def test_row71_a_layer_in_several_reentrant_checkpoints_keeps_its_topology_and_it_is_said():
+    """Each checkpoint has a backward pass of its own there, and none of them shows the sum of the calls."""
+    torch.manual_seed(0)
+    model, x = Recurrent(), torch.randn(6, 64, requires_grad=True)
+    sparsifier, before = sn.Sparsifier(model, None, sn.RigL(0.3), every=1), model.layer.pattern
+
+    def train(reentrant):
+        hidden = x
+        for _ in range(2):
+            hidden = torch.utils.checkpoint.checkpoint(model, hidden, 2, use_reentrant=reentrant)
+        hidden.square().sum().backward()
+        return sparsifier.step().layers["layer"]
+
+    assert "give checkpoint use_reentrant=False" in train(reentrant=True).skipped and model.layer.pattern is before
+    assert train(reentrant=False).grown > 0
+    for layer in (sn.SparseLinear(64, 64, density=0.3, block_size=8), sn.SparseMLP([64, 64, 64], 0.3, 8)):
+        sparsifier = sn.Sparsifier(layer, None, sn.RigL(0.3), every=1)  # each layer in one checkpoint: nothing is lost
+        for _ in range(2):  # and two micro-batches
+            torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True).square().sum().backward()
+        assert sparsifier.step().grown > 0
+
+
 def test_row71_the_last_pass_counts_and_others_leave_nothing():
     """Two forwards before two backwards, an evaluation with gradients that nobody differentiates, then the real one."""
     torch.manual_seed(0)

@@ -327,7 +327,11 @@ class Twice(Linear):
         return 2 * super().__call__(step)
 
 
-@pytest.mark.parametrize("own", [lambda step: 0.5, functools.partial(max, 0.1), Twice(1.0, 0.0, 4)], ids=["function", "partial", "subclass"])
+@pytest.mark.parametrize(
+    "own",
+    [lambda step: 0.5, functools.partial(max, 0.1), Twice(1.0, 0.0, 4)],
+    ids=["function", "partial", "subclass"],
+)
 def test_a_function_has_no_state(own):
     for schedule in (Complement(own), Piecewise((3,), (0.5, own)), Periodic(own, 0.1, 4, 2)):
         with pytest.raises(

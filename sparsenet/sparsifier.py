@@ -360,6 +360,9 @@ class Sparsifier:
         step = self._next_rewire()
         if step is None or step - self.steps > steps_watched(self.policy):
             self._growth, self._quotas, self._armed_for = {}, {}, None
+            self._policy_state.tidy()
+            if not self.policy.every_step:
+                self._element_views.clear()  # each is larger than its layer's mask
             return
         layers = self._rewired()
         ready = step == self._armed_for and self._growth.keys() == layers.keys()
@@ -541,8 +544,9 @@ class Sparsifier:
         state = {"steps": self.steps, "seed": self.seed, "proportions": dict(self._census.proportions)}
         if young := self._newborn.state():
             state["young"] = young
-        if self.policy.every_step:
-            state["policy"] = self._policy_state.state(self._view(name, self.steps) for name in self.layers)
+        remembered = [name for name in self._policy_state.names() if name in self.layers]
+        if remembered:
+            state["policy"] = self._policy_state.state(self._view(name, self.steps) for name in remembered)
         if watched := {name: seen for name, growth in self._growth.items() if (seen := growth.state())}:
             state["watched"] = watched
         if self._holding is not None:

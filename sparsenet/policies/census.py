@@ -66,7 +66,9 @@ class Census:
         """What ``active`` blocks (elements) are of all."""
         return active / max(self.units(layer).places, 1)
 
-    def targets(self, step: int, layers: Layers, policy: Policy, density: float | None = None, first: float = 1.0):
+    def targets(
+        self, step: int, layers: Layers, policy: Policy, density: float | None = None, first: float = 1.0
+    ) -> dict[str, int]:
         """Blocks of each layer after a rewire at ``step``. Totals count weights: layers may differ in block size.
 
         Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsenet import distributed
 from sparsenet.elements import NM
+from sparsenet.elements.masks import elements_inside
 from sparsenet.functional import lowest_to_spare, select_extreme
 from sparsenet.functional.blocks import take_blocks, zero_outside
 from sparsenet.layers import SparseLinear
@@ -20,7 +21,7 @@ from sparsenet.policies.exchange import LayerUpdate, Quota, Units
 from sparsenet.policies.growth import Growth
 from sparsenet.policies.places import BadScores, checked_scores, checked_values, hash_uniform
 from sparsenet.policies.policy import Policy
-from sparsenet.policies.views import ElementView, View, elements_inside
+from sparsenet.policies.views import ElementView, View
 
 __all__ = ["Choice", "Plan", "choose", "drop_scores", "next_mask", "next_pattern", "planned", "units_of"]
 

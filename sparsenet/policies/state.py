@@ -44,6 +44,15 @@ class PolicyState:
             self._patterns[view.name] = new
         return state
 
+    def tidy(self) -> None:
+        """Forgets layers of which nothing is remembered; nobody may still hold their empty state."""
+        for name in [name for name, state in self._states.items() if not state]:
+            del self._states[name], self._patterns[name]
+
+    def names(self) -> list[str]:
+        """The layers of which something is remembered."""
+        return [name for name, state in self._states.items() if state]
+
     def clear(self) -> None:
         """Forgets everything."""
         self._states.clear()

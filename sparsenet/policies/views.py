@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sparsenet import functional
+from sparsenet.elements.masks import elements_inside
 from sparsenet.functional.blocks import where_true, zero_outside
 from sparsenet.layers import SparseLinear
 from sparsenet.pattern import BlockPattern
 from sparsenet.policies.places import BadScores, hash_uniform, inactive_places, random_places
 
-__all__ = ["CHEAP", "ELEMENTS_AT_ONCE", "ElementView", "View", "elements_inside", "likely_places"]
+__all__ = ["CHEAP", "ELEMENTS_AT_ONCE", "ElementView", "View", "likely_places"]
 
 Operands = tuple[Tensor, Tensor]  # x [batch, in], gradient of the output before the activation [batch, out]
 
@@ -170,6 +171,7 @@ class ElementView(View):
         super().__init__(name, layer, key, drop, step)
         self.blocks = layer.pattern
         self.mask = layer.element_mask
+        self._rows = self.blocks.row_indices.long()
         parts = [self._places_of(rows, active=True) for rows in self._slices((0, self.blocks.block_rows))]
         places = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.blocks.device)
         self._pattern = BlockPattern.from_linear_places(places, self.blocks.shape, 1)
@@ -232,7 +234,7 @@ class ElementView(View):
         drawn = functional.draw_free_places(taken, self.mask.numel(), min(count, self.inactive), self.key)
         b = self.blocks.block_size
         block, row, col = drawn // b**2, drawn // b % b, drawn % b
-        row += self.blocks.row_indices.long()[block] * b
+        row += self._rows[block] * b
         col += self.blocks.col.long()[block] * b
         return (row * self.blocks.shape[1] + col).sort().values
 
@@ -266,7 +268,7 @@ class ElementView(View):
             if not len(here):
                 continue
             first, last = int(blocks.crow[begin]), int(blocks.crow[end])
-            where = blocks.row_indices[first:last], blocks.col[first:last]
+            where = self._rows[first:last], blocks.col[first:last]
             whole = functional.candidate_gradients(*(operands or self._operands()), *where, b)
             found.append(whole.flatten()[self.stored(here) - first * b**2])
         return (torch.cat(found) if found else places.new_empty(0, dtype=torch.float32)).view(-1, 1, 1)
@@ -299,28 +301,11 @@ class ElementView(View):
         """The same for blocks [first, last), block by block; or row by row, which ascends in one row of blocks."""
         blocks, (out_features, in_features), b = self.blocks, self.blocks.shape, self.blocks.block_size
         side = torch.arange(b, device=blocks.device)
-        row = (blocks.row_indices[first:last].long() * b).view(-1, 1, 1) + side.view(1, b, 1)
+        row = (self._rows[first:last] * b).view(-1, 1, 1) + side.view(1, b, 1)
         col = (blocks.col[first:last].long() * b).view(-1, 1, 1) + side.view(1, 1, b)
         mask = self.mask[first:last] if active else ~self.mask[first:last] & (row < out_features) & (col < in_features)
         places = row * in_features + col
         return places.transpose(0, 1)[mask.transpose(0, 1)] if by_row else places[mask]
-
-
-def elements_inside(pattern: BlockPattern) -> int:
-    """How many elements of the active blocks lie inside the matrix.
-
-    Example:
-        >>> import sparsenet as sn
-        >>> from sparsenet.policies.views import elements_inside
-        >>> elements_inside(sn.BlockPattern([0, 2], [0, 1], shape=(3, 6), block_size=4))   # 3 x 4 and 3 x 2
-        18
-    """
-    b = pattern.block_size
-    heights, widths = (
-        (size - lines.long() * b).clamp(max=b)
-        for size, lines in zip(pattern.shape, (pattern.row_indices, pattern.col), strict=True)
-    )
-    return int((heights * widths).sum())
 
 
 def likely_places(pattern: BlockPattern, count: int, operands: Operands, key: int) -> Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import sparsenet as sn
+from sparsenet.elements.masks import elements_inside
 from sparsenet.policies.choosing import next_mask, units_of
-from sparsenet.policies.views import ElementView, elements_inside, likely_places
+from sparsenet.policies.views import ElementView, likely_places
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1),
@@ -379,3 +380,29 @@ def test_rigl_scores_candidates_only_where_all_places_would_cost_too_much(monkey
         update = sparsifier.step()
         assert update.grown == 31
     assert seen == [1024 - 102, 3 * 31, 1024 - 102]
+
+
+def test_between_rewires_nothing_of_the_elements_is_kept():
+    """The pattern of single elements that a rewire works on is larger than the mask: it goes with the rewire."""
+    model = made()
+    sparsifier = sn.Sparsifier(model, None, sn.SET(0.3), every=4, elements=True)
+    for step in range(1, 9):
+        sparsifier.step()
+        armed = step % 4 == 3
+        assert bool(sparsifier._element_views) == bool(sparsifier._policy_state._patterns) == armed
+
+
+def test_what_a_policy_keeps_at_rewires_alone_is_saved_too():
+    class Counts(sn.SET):
+        """How many rewires a block has outlasted."""
+
+        def drop_scores(self, layer):
+            layer.state["age"] = layer.state.get("age", torch.zeros(layer.pattern.num_blocks)) + 1
+            return -layer.state["age"]
+
+    model = sn.SparseMLP([64, 64], density=0.25, block_size=8)
+    sparsifier = sn.Sparsifier(model, None, Counts(0.25), every=3)
+    for _ in range(7):
+        sparsifier.step()
+    age = sparsifier.state_dict()["policy"]["0"]["age"]
+    assert len(age) == model[0].pattern.num_blocks and set(age.tolist()) == {0.0, 1.0, 2.0}
